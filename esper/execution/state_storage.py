@@ -1,0 +1,93 @@
+"""The storage behind a model's seed state: device tensors, their mirror in host memory, and the lock for both."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["FIELDS", "StateStorage"]
+
+FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "lifecycle_states": torch.uint8,
+        "active_kernel_id": torch.int64,
+        "alpha_blend": torch.float16,
+        "health_accumulator": torch.float32,
+        "last_update_epoch": torch.int32,
+        "exec_latency_μs": torch.int16,
+        "error_count": torch.int16,
+        "fallback_active": torch.bool,
+    }
+)
+"""The tensors' names and dtypes; each has shape `[num_seeds]`."""
+
+_NUMPY: Mapping[torch.dtype, type[np.generic]] = {
+    torch.uint8: np.uint8,
+    torch.int16: np.int16,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.float16: np.float16,
+    torch.float32: np.float32,
+    torch.bool: np.bool_,
+}
+
+
+class StateStorage:
+    """The tensors and mirrors of a whole model, with the lock under which they change. Shared by all views."""
+
+    def __init__(self, num_seeds: int, device: torch.device | str | int) -> None:
+        self.mirror: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros(num_seeds, dtype=_NUMPY[dtype]) for name, dtype in FIELDS.items()
+        }
+        self.mirror["alpha_blend"].fill(1.0)
+        self.lock = threading.Lock()
+        self.generation = 0
+        self.tensors = self._placed(device)
+
+    def _placed(self, device: torch.device | str | int) -> dict[str, Tensor]:
+        # Inference tensors could not be written outside of inference mode, so they are never made.
+        with torch.inference_mode(False):
+            return {
+                name: torch.empty(len(values), dtype=FIELDS[name], device=device).copy_(
+                    torch.from_numpy(values), non_blocking=True
+                )
+                for name, values in self.mirror.items()
+            }
+
+    def move(self, device: torch.device | str | int) -> None:
+        # The mirror is the truth, so nothing is read back from the old device, and "meta" can be left again.
+        with self.lock:
+            if torch.empty(0, device=device).device != self.tensors["alpha_blend"].device:
+                self.tensors = self._placed(device)
+                self.generation += 1
+
+    def write(self, name: str, index: int, value: float | int | bool) -> None:
+        """Enqueue the device write, then change the mirror: if the first fails, nothing changed. Lock held."""
+        self.tensors[name][index : index + 1].fill_(value)
+        self.mirror[name][index] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mirror": self.mirror, "tensors": self.tensors, "generation": self.generation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = threading.Lock()
+
+    def copy_range(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Fresh CPU tensors with the values of seeds `start` to `stop - 1`, taken at one moment."""
+        with self.lock, torch.inference_mode(False):
+            return {name: torch.from_numpy(values[start:stop].copy()) for name, values in self.mirror.items()}
+
+    def write_range(self, start: int, stop: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replace the values of seeds `start` to `stop - 1`; the arrays have been checked."""
+        with self.lock:
+            for name, array in values.items():
+                self.tensors[name][start:stop].copy_(torch.from_numpy(array), non_blocking=True)
+                self.mirror[name][start:stop] = array
