@@ -1,0 +1,105 @@
+"""Artifacts: a kernel as one safetensors file whose name is the SHA-256 of its bytes.
+
+The tensors are the weights. One metadata entry, :data:`MANIFEST_KEY`, holds the canonical JSON manifest: schema
+version, graph and provenance. Nothing goes in that differs from run to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from esper.artifacts import safetensors_file
+from esper.artifacts.blueprint import Blueprint
+from esper.artifacts.document import Json, canonical_json
+from esper.artifacts.graph import KernelGraph
+from esper.artifacts.limits import Limits
+from esper.artifacts.shapes import LEADING, check_shapes
+from esper.artifacts.weights import check_finite
+
+__all__ = ["ID_PATTERN", "MANIFEST_KEY", "SCHEMA", "Artifact", "artifact_id", "build_artifact"]
+
+SCHEMA = 1
+MANIFEST_KEY = "esper"
+ID_PATTERN = r"[0-9a-f]{64}"
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A kernel that passed every check. `data` is the file, `id` the hex SHA-256 of it; equal ids, equal artifacts."""
+
+    id: str
+    data: bytes = field(repr=False)
+    graph: KernelGraph = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    manifest: Mapping[str, Json] = field(repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Artifact) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def in_features(self) -> int:
+        """The size of the kernel's input."""
+        return self.graph.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The size of the kernel's output."""
+        return self.graph.out_features
+
+    @property
+    def blueprint_id(self) -> str:
+        """The id of the blueprint that the artifact was built from."""
+        provenance = self.manifest["provenance"]
+        assert isinstance(provenance, Mapping)
+        return str(provenance["blueprint"])
+
+
+def artifact_id(data: bytes) -> str:
+    """The hex SHA-256 of an artifact's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def build_artifact(
+    blueprint: Blueprint,
+    *,
+    toolchain: Mapping[str, str] | None = None,
+    parent: str | None = None,
+    limits: Limits | None = None,
+) -> Artifact:
+    """Builds, checks and packs `blueprint`'s kernel.
+
+    `toolchain` says what built it (default: the versions of esper and torch, without torch's build suffix) and `parent`
+    is the id of the artifact that this one grew from; both become provenance, hence part of the id. The same arguments
+    give the same bytes in any process. Raises :class:`ArtifactError`.
+    """
+    from esper.artifacts.loading import load_artifact
+
+    graph, tensors = blueprint.build()
+    check_finite(tensors)
+    check_shapes(graph, LEADING, limits or Limits())
+    manifest: dict[str, Json] = {
+        "schema": SCHEMA,
+        "graph": graph.to_json(),
+        "provenance": {
+            "blueprint": blueprint.id,
+            "parent": parent,
+            "toolchain": dict(sorted((toolchain if toolchain is not None else _toolchain()).items())),
+        },
+    }
+    data = safetensors_file.write(tensors, {MANIFEST_KEY: canonical_json(manifest)})
+    return load_artifact(data, limits=limits)
+
+
+def _toolchain() -> Mapping[str, str]:
+    from esper import __version__
+
+    return MappingProxyType({"esper": __version__, "torch": torch.__version__.split("+")[0]})

@@ -1,0 +1,91 @@
+"""Checks a kernel's shapes on the meta device, where nothing is allocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esper.artifacts.errors import ArtifactGraphError
+from esper.artifacts.graph import DTYPES, HOST, INPUT, KernelGraph, Node
+from esper.artifacts.limits import Limits
+from esper.artifacts.operators import find_operator
+
+__all__ = ["LEADING", "check_shapes"]
+
+LEADING: tuple[tuple[int, ...], ...] = ((1,), (5,), (2, 3), (0, 2), (3, 1, 2))
+"""Leading dimensions that every kernel is checked with, besides none at all."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_shapes(graph: KernelGraph, leads: tuple[tuple[int, ...], ...], limits: Limits) -> None:
+    """Runs `graph` on the meta device without leading dimensions and with each of `leads`.
+
+    A value that depends on an input must have, with leading dimensions, the shape that it has without them, behind
+    them: so a kernel never reads across leading positions. Raises :class:`ArtifactGraphError` or
+    ``ArtifactLimitError``.
+    """
+    batched = _batched(graph)
+    if graph.output not in batched:
+        raise ArtifactGraphError(f"the output {graph.output!r} does not depend on the input; a kernel maps its input")
+    alone = _run(graph, (), limits)
+    if alone[graph.output] != (graph.out_features,):
+        raise ArtifactGraphError(
+            f"the output has shape {['*', *alone[graph.output]]}, the kernel declares ['*', {graph.out_features}]"
+        )
+    for lead in leads:
+        shapes = _run(graph, lead, limits)
+        for name, shape in alone.items():
+            expected = (*lead, *shape) if name in batched else shape
+            if shapes[name] != expected:
+                raise ArtifactGraphError(
+                    f"node {name!r} has shape {shapes[name]} for leading dimensions {lead}, not {expected}: a kernel "
+                    "must treat leading dimensions alike; work on trailing dimensions only"
+                )
+
+
+def _batched(graph: KernelGraph) -> set[str]:
+    """Names of the values that carry leading dimensions."""
+    batched = {INPUT, HOST}
+    for node in graph.nodes:
+        if batched.intersection(node.inputs):
+            batched.add(node.name)
+    return batched
+
+
+def _run(graph: KernelGraph, lead: tuple[int, ...], limits: Limits) -> Shapes:
+    """The shape of every node."""
+    dtype = DTYPES[graph.dtype]
+    values = {
+        INPUT: torch.empty((*lead, graph.in_features), dtype=dtype, device="meta"),
+        HOST: torch.empty((*lead, graph.out_features), dtype=dtype, device="meta"),
+    }
+    for spec in graph.tensors:
+        values[spec.name] = torch.empty(spec.shape, dtype=dtype, device="meta")
+    shapes: Shapes = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            value = _call(node, tuple(values[name] for name in node.inputs), lead)
+            limits.check_count(f"the rank of node {node.name!r}", value.dim() - len(lead), "max_rank")
+            if not lead:
+                limits.check_count(f"the number of elements of node {node.name!r}", value.numel(), "max_value_elements")
+            values[node.name] = value
+            shapes[node.name] = tuple(value.shape)
+    return shapes
+
+
+def _call(node: Node, inputs: tuple[Tensor, ...], lead: tuple[int, ...]) -> Tensor:
+    operator = find_operator(node.op, f"node {node.name!r}")
+    if operator.names_dimensions and not lead and inputs[0].dim() == 0:
+        # torch lets a value without dimensions pass as one of a single dimension, which would be a leading one here
+        raise ArtifactGraphError(f"node {node.name!r}: {node.op} needs a trailing dimension, its input has none")
+    args, kwargs = operator.call(inputs, node.attributes)
+    try:
+        result: object = operator.target(*args, **kwargs)
+    except (RuntimeError, IndexError, ValueError, TypeError) as cause:
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs)
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise ArtifactGraphError(f"node {node.name!r}: {node.op} does not accept shapes {shapes}: {reason}") from cause
+    if not isinstance(result, Tensor) or result.dtype != inputs[0].dtype:
+        raise ArtifactGraphError(f"node {node.name!r}: {node.op} does not give one tensor of dtype {inputs[0].dtype}")
+    return result

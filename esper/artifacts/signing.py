@@ -1,0 +1,217 @@
+"""Ed25519 signatures (RFC 8032) over artifact ids and attachments, and the keys that are trusted.
+
+Messages start with a domain of their own, so a signature made for one purpose never passes for another.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from esper.artifacts.document import JsonReader, canonical_json, parse_json
+from esper.artifacts.errors import SigningKeyError, UntrustedArtifactError
+
+__all__ = ["Signature", "SigningKey", "TrustStore", "artifact_message", "attachment_message", "key_id"]
+
+_SIGNATURE_BYTES = 64
+_PUBLIC_BYTES = 32
+_MAX_SIGNATURE_JSON = 4096
+_MAX_KEY_FILE = 65536
+
+
+def key_id(public_bytes: bytes) -> str:
+    """The name of a public key: the hex SHA-256 of its 32 raw bytes."""
+    return hashlib.sha256(public_bytes).hexdigest()
+
+
+def artifact_message(artifact_id: str) -> bytes:
+    """What is signed for an artifact."""
+    return b"esper.artifact.v1\0" + _digest(artifact_id)
+
+
+def attachment_message(artifact_id: str, target_key: str, payload_sha256: str) -> bytes:
+    """What is signed for an attachment: the artifact, the target and the payload together."""
+    target = target_key.encode()
+    return b"".join(
+        [
+            b"esper.attachment.v1\0",
+            _digest(artifact_id),
+            len(target).to_bytes(4, "little"),
+            target,
+            _digest(payload_sha256),
+        ]
+    )
+
+
+def _digest(text: str) -> bytes:
+    if re.fullmatch(r"[0-9a-f]{64}", text) is None:
+        raise UntrustedArtifactError(f"{text[:80]!r} is not a SHA-256 in lower-case hex; pass the full id")
+    return bytes.fromhex(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A detached signature: the signer's :func:`key_id`, and 64 bytes."""
+
+    key_id: str
+    value: bytes
+
+    def to_json(self) -> str:
+        """Canonical JSON; :meth:`from_json` reads it back."""
+        return canonical_json({"key_id": self.key_id, "value": base64.b64encode(self.value).decode("ascii")})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Signature:
+        """Raises :class:`UntrustedArtifactError` if `text` is not a signature."""
+        if len(text) > _MAX_SIGNATURE_JSON:
+            raise UntrustedArtifactError(f"a signature of {len(text)} bytes; one has about 180")
+        reader = JsonReader(
+            parse_json(text, "the signature", UntrustedArtifactError), "signature", UntrustedArtifactError
+        )
+        signer, encoded = reader.text("key_id", r"[0-9a-f]{64}"), reader.text("value")
+        reader.finish()
+        try:
+            value = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as cause:
+            raise UntrustedArtifactError(f"signature.value is not base64: {cause}") from cause
+        if len(value) != _SIGNATURE_BYTES:
+            raise UntrustedArtifactError(f"signature.value has {len(value)} bytes; an Ed25519 signature has 64")
+        return cls(signer, value)
+
+
+class SigningKey:
+    """An Ed25519 private key. Its repr shows the key id only."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.key_id[:12]})"
+
+    @classmethod
+    def generate(cls) -> SigningKey:
+        """A new key from the system's randomness."""
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SigningKey:
+        """Reads a PEM file; refuses one that everybody may read or that others may write.
+
+        Raises :class:`SigningKeyError`.
+        """
+        try:
+            with open(path, "rb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                data = file.read(_MAX_KEY_FILE)
+        except OSError as cause:
+            raise SigningKeyError(f"cannot read the signing key {os.fspath(path)}: {cause.strerror}") from cause
+        if os.name == "posix" and mode & 0o027:
+            raise SigningKeyError(f"the signing key {os.fspath(path)} has mode {mode:04o}; make it private: chmod 600")
+        try:
+            key = serialization.load_pem_private_key(data, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
+            raise SigningKeyError(f"{os.fspath(path)} is not an unencrypted PEM private key: {cause}") from cause
+        if not isinstance(key, Ed25519PrivateKey):
+            raise SigningKeyError(f"{os.fspath(path)} holds a key that is not Ed25519; generate one with SigningKey")
+        return cls(key)
+
+    @classmethod
+    def load_or_create(cls, path: str | os.PathLike[str]) -> SigningKey:
+        """The key at `path`; a new one is put there if there is none. Processes that race agree on one key."""
+        if not os.path.exists(path):
+            cls.generate()._write(Path(path), replace=False)
+        return cls.load(path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the key with mode 0600, whole or not at all, in place of what was there."""
+        self._write(Path(path), replace=True)
+
+    def _write(self, path: Path, *, replace: bool) -> None:
+        data = self._key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if replace:
+                    os.replace(temporary, path)
+                else:
+                    _link(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as cause:
+            raise SigningKeyError(f"cannot write the signing key {path}: {cause.strerror}") from cause
+
+    @property
+    def public_bytes(self) -> bytes:
+        """The raw public key, 32 bytes; what a :class:`TrustStore` takes."""
+        return self._key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+
+    @property
+    def key_id(self) -> str:
+        """The public key's :func:`key_id`."""
+        return key_id(self.public_bytes)
+
+    def sign(self, message: bytes) -> Signature:
+        """A signature over `message`; make messages with :func:`artifact_message` or :func:`attachment_message`."""
+        return Signature(self.key_id, self._key.sign(message))
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives the file its name unless another process was first."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+
+
+class TrustStore:
+    """Public keys whose signatures count. Immutable."""
+
+    def __init__(self, public_keys: Iterable[bytes] = ()) -> None:
+        keys = {}
+        for public in public_keys:
+            if not isinstance(public, bytes) or len(public) != _PUBLIC_BYTES:
+                raise SigningKeyError("a trusted key is the 32 raw bytes of an Ed25519 public key")
+            keys[key_id(public)] = Ed25519PublicKey.from_public_bytes(public)
+        self._keys = keys
+
+    def __contains__(self, signer: str) -> bool:
+        return signer in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return f"TrustStore({', '.join(signer[:12] for signer in sorted(self._keys))})"
+
+    def verify(self, message: bytes, signature: Signature) -> None:
+        """Raises :class:`UntrustedArtifactError` unless a trusted key signed `message`."""
+        key = self._keys.get(signature.key_id)
+        if key is None:
+            raise UntrustedArtifactError(
+                f"the signature is by key {signature.key_id[:12]}, which is not trusted; add its public key"
+            )
+        try:
+            key.verify(signature.value, message)
+        except InvalidSignature as cause:
+            raise UntrustedArtifactError(
+                f"the signature by key {signature.key_id[:12]} does not fit the content; fetch both again"
+            ) from cause
