@@ -44,7 +44,7 @@ class FetchedKernel:
 
 @runtime_checkable
 class KernelSource(Protocol):
-    """Finds and fetches artifacts. Methods are called on background threads only, from several at once, and may block."""
+    """Finds and fetches artifacts. Called on background threads only, from several at once; may block."""
 
     def resolve(self, reference: str) -> str:
         """The artifact id, 64 hex digits, of `reference`: an id, a unique prefix of at least 12 digits, or a name.

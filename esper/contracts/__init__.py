@@ -1,0 +1,1 @@
+"""Pydantic messages that cross a process. Imports nothing else of Esper."""
