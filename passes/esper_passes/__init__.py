@@ -1,0 +1,51 @@
+"""Graph passes for sites and kernels: `torch.fx` graphs in, `torch.fx` graphs out. Depends on torch alone."""
+
+from esper_passes.base import GraphPass, PassError, PassResult
+from esper_passes.call_kernels import CallKernels, SeedCall
+from esper_passes.elide_dormant import ElideDormant
+from esper_passes.inline_kernels import InlineKernels, KernelInput, SeedGraph, inputs
+from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Pipeline, Timings, chain, verify
+from esper_passes.rewrite_sites import RewriteSites
+from esper_passes.site_op import (
+    ENTER,
+    SITE,
+    SiteCall,
+    is_enter,
+    is_site,
+    runtimes_in,
+    site_call,
+    site_calls_in,
+    site_id,
+    sites_in,
+)
+
+__all__ = [
+    "ENTER",
+    "SITE",
+    "CallKernels",
+    "Callback",
+    "DumpGraphs",
+    "ElideDormant",
+    "GraphPass",
+    "InlineKernels",
+    "KernelInput",
+    "PassError",
+    "PassEvent",
+    "PassResult",
+    "Pipeline",
+    "RewriteSites",
+    "SeedCall",
+    "SeedGraph",
+    "SiteCall",
+    "Timings",
+    "chain",
+    "inputs",
+    "is_enter",
+    "is_site",
+    "runtimes_in",
+    "site_call",
+    "site_calls_in",
+    "site_id",
+    "sites_in",
+    "verify",
+]

@@ -1,0 +1,84 @@
+"""The arithmetic of a site with active seeds, as nodes. Shared by the passes that place kernels.
+
+    y = linear(x, weight, bias);  host = y
+    for each seed s, in order:  y = a_s * K_s(x[, host]) + (1 - a_s) * y        as  torch.lerp(y, K_s, a_s)
+
+`isolate` detaches what the kernel is given. The kernel's output and the alpha take the dtype of `y`: in an autocast
+region the linear's output is in the lower precision, and `lerp` wants one dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import fx
+
+from esper_passes.site_op import make_linear, site_call
+
+__all__ = ["Emit", "Seed", "after_placeholders", "blend", "first_indices"]
+
+_CARRIED = ("stack_trace", "nn_module_stack", "custom")  # what tells a reader or a profiler where a node comes from
+
+# An operator overload, since AOTAutograd's cache gives up on a `call_method` node that has no `example_value`.
+_TYPE_AS = torch.ops.aten.type_as.default
+
+
+class Seed(Protocol):
+    """What the blend has to know of an active seed."""
+
+    @property
+    def uses_host(self) -> bool: ...
+
+    @property
+    def isolate(self) -> bool: ...
+
+
+_Seed = TypeVar("_Seed", bound=Seed)
+Emit = Callable[[int, tuple[fx.Node, ...]], fx.Node]
+"""Adds the kernel at a position of the site, called on `(x,)` or `(x, host)`, and returns its output."""
+
+
+def first_indices(seeds: Mapping[int, Sequence[_Seed]]) -> dict[int, int]:
+    """For each site, ascending, the index of its first seed among all active seeds: its place among the alphas."""
+    indices: dict[int, int] = {}
+    total = 0
+    for site in sorted(seeds):
+        indices[site] = total
+        total += len(seeds[site])
+    return indices
+
+
+def blend(node: fx.Node, seeds: Sequence[Seed], alphas: fx.Node, first: int, emit: Emit) -> None:
+    """Turn the site `node` into its linear call followed by its kernels, and have its users use the blend.
+
+    `alphas` is a 1-D tensor whose entries from `first` on belong to `seeds`. The linear stays the same node.
+    """
+    graph, end = node.graph, node.next
+    x = site_call(node).x
+    make_linear(node)
+    y = node
+    with graph.inserting_before(end):
+        for position, seed in enumerate(seeds):
+            given: tuple[fx.Node, ...] = (x, node) if seed.uses_host else (x,)
+            if seed.isolate:
+                given = tuple(graph.call_function(torch.detach, (value,)) for value in given)
+            kernel = graph.call_function(_TYPE_AS, (emit(position, given), node))
+            alpha = graph.call_function(torch.select, (alphas, 0, first + position))
+            y = graph.call_function(torch.lerp, (y, kernel, graph.call_function(_TYPE_AS, (alpha, node))))
+    carried = {key: node.meta[key] for key in _CARRIED if key in node.meta}
+    added: set[fx.Node] = set()
+    new = node.next
+    while new is not end:
+        new.meta = dict(carried)
+        added.add(new)
+        new = new.next
+    node.replace_all_uses_with(y, delete_user_cb=lambda user: user not in added)
+
+
+def after_placeholders(graph: fx.Graph) -> fx.Node:
+    """The node to insert before, for what is to stand after all placeholders and before anything else."""
+    last = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    first: fx.Node = next(iter(graph.nodes))
+    return first if last is None else last.next

@@ -1,0 +1,159 @@
+"""Sites with active seeds become linear, kernels and blends, with what the kernels need as new inputs of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from esper_passes._blend import after_placeholders, blend, first_indices
+from esper_passes._subgraphs import copy_body, subgraphs
+from esper_passes.base import PassResult
+from esper_passes.site_op import is_site, site_id, sites_in
+
+__all__ = ["InlineKernels", "KernelInput", "SeedGraph", "inputs"]
+
+KernelInput = tuple[int, int, str]
+"""An input that a kernel brings: the site's id, the seed's position at the site, the parameter's name."""
+
+_ALPHAS = "esper_alphas"
+
+# Higher-order operators whose operands are the last positional arguments and become the body's placeholders, in order.
+_FLAT_OPERANDS = tuple(
+    getattr(torch.ops.higher_order, name)
+    for name in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
+)
+
+
+@dataclass(frozen=True)
+class SeedGraph:
+    """An active seed: its kernel's graph and how it is attached.
+
+    `graph` has the placeholders `x`, then `host` if `uses_host`, then one for each name in `parameters`; after them
+    only `call_function` and `call_method` nodes, and one output: the kernel's, [*, out_features].
+    `isolate` detaches what the kernel is given. Raises `ValueError` for any other graph.
+    """
+
+    graph: fx.Graph
+    parameters: tuple[str, ...]
+    uses_host: bool
+    isolate: bool
+
+    def __post_init__(self) -> None:
+        nodes = list(self.graph.nodes)
+        expected = 1 + self.uses_host + len(self.parameters)
+        given = sum(node.op == "placeholder" for node in nodes)
+        if given != expected:
+            raise ValueError(
+                f"the kernel's graph has {given} placeholders; x{', host' if self.uses_host else ''} "
+                f"and {len(self.parameters)} parameters make {expected}"
+            )
+        foreign = next((node for node in nodes if node.op in ("get_attr", "call_module")), None)
+        if foreign is not None:
+            raise ValueError(f"the kernel's graph refers to a module: {foreign.format_node()}")
+        if not nodes or nodes[-1].op != "output" or not isinstance(nodes[-1].args[0], fx.Node):
+            raise ValueError("the kernel's graph does not end in one output, a tensor")
+
+
+def inputs(seeds: Mapping[int, Sequence[SeedGraph]]) -> list[KernelInput]:
+    """The placeholders that :class:`InlineKernels` appends for `seeds`, in order, without the alphas that come last."""
+    return [
+        (site, position, name)
+        for site in sorted(seeds)
+        for position, seed in enumerate(seeds[site])
+        for name in seed.parameters
+    ]
+
+
+@dataclass(frozen=True)
+class InlineKernels:
+    """Blend the kernels of `seeds`, which maps site ids to active seeds in index order, into the graph.
+
+    After the existing placeholders come those that :func:`inputs` lists, and last `esper_alphas`, a 1-D tensor with one
+    entry for each active seed, of any float dtype: sites ascending, seeds in order. They are there for every seed that
+    is given, even at a site that this graph does not call. A site that is called twice uses its placeholders twice.
+    What the arithmetic is, `_blend.py` says.
+
+    Raises `ValueError` for a site with seeds inside the body of a higher-order operator that cannot be given further
+    operands (everything but activation checkpoints, `wrap` and `invoke_subgraph`).
+    """
+
+    seeds: Mapping[int, tuple[SeedGraph, ...]]
+
+    @property
+    def name(self) -> str:
+        return "inline_kernels"
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        seeds = {site: self.seeds[site] for site in sorted(self.seeds) if self.seeds[site]}
+        if not seeds:
+            return PassResult(graph_module, False)
+        _Inlining(seeds).into(graph_module, list(seeds))
+        return PassResult(graph_module, True)
+
+
+class _Inlining:
+    """One application of the pass."""
+
+    def __init__(self, seeds: Mapping[int, tuple[SeedGraph, ...]]) -> None:
+        self._seeds = seeds
+        self._first = first_indices(seeds)
+
+    def into(self, module: fx.GraphModule, sites: Sequence[int]) -> list[str]:
+        """Give `module` the placeholders for `sites` and blend them in. Returns the placeholders' keys, in order."""
+        graph = module.graph
+        added = self._append_placeholders(graph, sites)
+        rewritten: dict[str, list[str]] = {}
+        for node in list(graph.nodes):
+            if is_site(node) and (site := site_id(node)) in self._seeds:
+                emit = self._emitter(site, graph, added)
+                blend(node, self._seeds[site], added[_ALPHAS], self._first[site], emit)
+            for reference, body in list(subgraphs(node)):
+                target = str(reference.target)
+                if target not in rewritten:
+                    rewritten[target] = self._into_body(module, target, body)
+                self._pass_operands(node, [added[key] for key in rewritten[target]])
+        module.recompile()
+        return list(added)
+
+    def _into_body(self, owner: fx.GraphModule, target: str, body: fx.GraphModule) -> list[str]:
+        sites = [site for site in self._seeds if site in sites_in(body.graph)]
+        if not sites:
+            return []
+        copied = copy_body(body)
+        keys = self.into(copied, sites)
+        owner.add_submodule(target, copied)
+        return keys
+
+    def _append_placeholders(self, graph: fx.Graph, sites: Sequence[int]) -> dict[str, fx.Node]:
+        keys = [_key(*entry) for entry in inputs({site: self._seeds[site] for site in sites})]
+        with graph.inserting_before(after_placeholders(graph)):
+            return {key: graph.placeholder(key) for key in [*keys, _ALPHAS]}
+
+    def _emitter(
+        self, site: int, graph: fx.Graph, added: Mapping[str, fx.Node]
+    ) -> Callable[[int, tuple[fx.Node, ...]], fx.Node]:
+        def emit(position: int, given: tuple[fx.Node, ...]) -> fx.Node:
+            seed = self._seeds[site][position]
+            parameters = [added[_key(site, position, name)] for name in seed.parameters]
+            placeholders = [node for node in seed.graph.nodes if node.op == "placeholder"]
+            output = graph.graph_copy(seed.graph, dict(zip(placeholders, [*given, *parameters], strict=True)))
+            assert isinstance(output, fx.Node)  # SeedGraph has seen to it
+            return output
+
+        return emit
+
+    def _pass_operands(self, call: fx.Node, operands: list[fx.Node]) -> None:
+        if not operands:
+            return
+        if call.target not in _FLAT_OPERANDS:
+            raise ValueError(
+                f"a site with active seeds lies inside {call.target}, whose body cannot be given kernel parameters"
+            )
+        call.args = (*call.args, *operands)
+
+
+def _key(site: int, position: int, name: str) -> str:
+    return f"esper_{site}_{position}_{name}"
