@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 __all__ = ["transforms_active", "write_count"]
 
 
 def transforms_active() -> bool:
-    """Whether this thread is under a functorch transform, forward-mode AD, or a torch function or dispatch mode.
+    """Whether this thread is under a functorch transform, forward-mode AD, jit tracing, or a function or dispatch mode.
 
-    Compiled machine code is opaque to all of these: it would skip the mode, or fail inside the transform.
+    Compiled machine code is opaque to all of these: it would skip the mode, or fail inside the transform. The mode of
+    `torch.set_default_device` does not count, since it only concerns factories of tensors.
     """
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
-        or torch._C._len_torch_function_stack()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or _function_modes_active()
+    )
+
+
+def _function_modes_active() -> bool:
+    return any(
+        not isinstance(torch._C._get_function_stack_at(index), DeviceContext)
+        for index in range(torch._C._len_torch_function_stack())
     )
 
 

@@ -9,37 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from esper.artifacts import Limits, load_artifact
-from esper.errors import EsperError
+from esper.artifacts.limits import Limits
+from esper.artifacts.loading import load_artifact
+from esper.execution.kernel_pool import MB, KernelCacheError, KernelCacheFullError, KernelPool, KernelTooLargeError
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.sources import KernelSource, UnknownKernelError
 
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
 _Result = TypeVar("_Result")
-
-_MB = 1024 * 1024
-_CONCURRENT_FETCHES = 4
-_FAILURES_KEPT = 128
-
-
-class KernelCacheError(EsperError, RuntimeError):
-    """The cache could not keep, pin or fetch a kernel."""
-
-
-class KernelTooLargeError(KernelCacheError):
-    """An artifact that is larger than the whole cache. Nothing was evicted for it."""
-
-
-class KernelCacheFullError(KernelCacheError):
-    """A kernel for which there is no room beside those in use. Nothing was evicted for it."""
 
 
 class Cleared(NamedTuple):
@@ -49,66 +34,6 @@ class Cleared(NamedTuple):
     """Entries that are gone."""
     pinned: int
     """Entries that stayed because a seed uses them."""
-
-
-class _Pool:
-    """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly."""
-
-    def __init__(self, max_bytes: int, max_entries: int) -> None:
-        self.max_bytes = max_bytes
-        self.max_entries = max_entries
-        self.lock = threading.Lock()
-        self.kernels: OrderedDict[str, LoadedKernel] = OrderedDict()  # least recently used first
-        self.bytes = 0
-        self.evictions = 0
-        self.pins: dict[str, int] = {}
-        self.in_flight: dict[str, Future[LoadedKernel]] = {}
-        self.failures: OrderedDict[str, str] = OrderedDict()
-        self.fetch_slots = threading.BoundedSemaphore(_CONCURRENT_FETCHES)
-
-    def find(self, artifact_id: str) -> LoadedKernel | None:
-        """The cached kernel, now the most recently used; None if there is none or somebody wrote to its weights."""
-        kernel = self.kernels.get(artifact_id)
-        if kernel is None:
-            return None
-        if not kernel.template.intact:
-            self.remove(artifact_id)
-            return None
-        self.kernels.move_to_end(artifact_id)
-        return kernel
-
-    def remove(self, artifact_id: str) -> None:
-        self.bytes -= self.kernels.pop(artifact_id).size_bytes
-
-    def insert(self, kernel: LoadedKernel) -> None:
-        """Make room and add; or raise and change nothing."""
-        if kernel.artifact_id in self.kernels:
-            self.remove(kernel.artifact_id)
-        size, count = self.bytes + kernel.size_bytes, len(self.kernels) + 1
-        victims = []
-        for artifact_id, other in self.kernels.items():
-            if size <= self.max_bytes and count <= self.max_entries:
-                break
-            if artifact_id not in self.pins:
-                victims.append(artifact_id)
-                size, count = size - other.size_bytes, count - 1
-        if size > self.max_bytes or count > self.max_entries:
-            raise KernelCacheFullError(
-                f"no room for kernel {kernel.artifact_id[:12]} ({kernel.size_bytes / _MB:.2f} MB): {len(self.pins)} "
-                f"kernels in use leave too little of {self.max_bytes / _MB:g} MB and {self.max_entries} entries; "
-                "unload one, or make the cache larger (cache_size_mb, max_entries)."
-            )
-        for artifact_id in victims:
-            self.remove(artifact_id)
-        self.evictions += len(victims)
-        self.kernels[kernel.artifact_id] = kernel
-        self.bytes += kernel.size_bytes
-
-    def note_failure(self, reference: str, error: BaseException) -> None:
-        self.failures[reference] = f"{type(error).__name__}: {error}"  # text: an exception would keep frames alive
-        self.failures.move_to_end(reference)
-        if len(self.failures) > _FAILURES_KEPT:
-            self.failures.popitem(last=False)
 
 
 class KernelCache:
@@ -130,7 +55,7 @@ class KernelCache:
             raise ValueError(f"max_cache_size_mb is {max_cache_size_mb}; pass a number of megabytes above 0.")
         if max_entries < 1:
             raise ValueError(f"max_entries is {max_entries}; pass at least 1.")
-        self._pool = _Pool(int(max_cache_size_mb * _MB), max_entries)
+        self._pool = KernelPool(int(max_cache_size_mb * MB), max_entries)
         self._source = source
         self._limits = limits if limits is not None else Limits()
         self._parent: KernelCache | None = None
@@ -155,20 +80,17 @@ class KernelCache:
         is corrupt or not trusted, `KernelTooLargeError`, `KernelCacheFullError`, `AmbiguousKernelError`, and what the
         source raises. Cancelling one waiter does not disturb the fetch that others wait for.
         """
-        kernel = self._hit(artifact_id, pin)
+        kernel = self._hit(artifact_id, artifact_id, pin)
         if kernel is not None:
             return kernel
         try:
             identity = artifact_id
             if not _is_full_id(artifact_id):
                 identity = await asyncio.wrap_future(_in_thread(lambda: self._resolve(artifact_id)))
-            kernel = self._hit(identity, pin)
-            if kernel is not None:
-                return kernel
-            future, leads = self._join(identity)
-            if leads:
-                _in_thread(lambda: self._carry_out(identity, future))
-            return self._take(await asyncio.wrap_future(future), pin)
+                kernel = self._hit(identity, artifact_id, pin)
+                if kernel is not None:
+                    return kernel
+            return self._take(await self._obtain_async(identity), artifact_id, pin)
         except UnknownKernelError as error:
             self._note(artifact_id, error)
             return None
@@ -178,18 +100,17 @@ class KernelCache:
 
     def fetch(self, artifact_id: str, *, pin: bool = False) -> LoadedKernel:
         """`load_kernel` for background threads: waits for the source, and raises `UnknownKernelError` as well."""
-        kernel = self._hit(artifact_id, pin)
+        kernel = self._hit(artifact_id, artifact_id, pin)
         if kernel is not None:
             return kernel
         try:
-            identity = artifact_id if _is_full_id(artifact_id) else self._resolve(artifact_id)
-            kernel = self._hit(identity, pin)
-            if kernel is not None:
-                return kernel
-            future, leads = self._join(identity)
-            if leads:
-                self._carry_out(identity, future)
-            return self._take(future.result(), pin)
+            identity = artifact_id
+            if not _is_full_id(artifact_id):
+                identity = self._resolve(artifact_id)
+                kernel = self._hit(identity, artifact_id, pin)
+                if kernel is not None:
+                    return kernel
+            return self._take(self._obtain(identity), artifact_id, pin)
         except Exception as error:
             self._note(artifact_id, error)
             raise
@@ -198,7 +119,7 @@ class KernelCache:
         """Why the last request for this reference failed, or None if it did not, or was long ago."""
         return self._pool.failures.get(artifact_id)
 
-    def _hit(self, artifact_id: str, pin: bool) -> LoadedKernel | None:
+    def _hit(self, artifact_id: str, reference: str, pin: bool) -> LoadedKernel | None:
         pool = self._pool
         with pool.lock:
             kernel = pool.find(artifact_id)
@@ -207,7 +128,7 @@ class KernelCache:
                 if pin:
                     pool.pins[artifact_id] = pool.pins.get(artifact_id, 0) + 1
                 if pool.failures:
-                    pool.failures.pop(artifact_id, None)
+                    pool.failures.pop(reference, None)
         return kernel
 
     def _count(self, *, hit: bool) -> None:
@@ -232,6 +153,30 @@ class KernelCache:
             raise UnknownKernelError(f"there is no kernel {reference!r}: this cache was made without a kernel source.")
         return self._source
 
+    # A failed future, its exception and the frames of the traceback refer to each other, and the frames hold the whole
+    # artifact: whoever has the future in a frame lets go of it, so that all of it is freed with the exception.
+
+    def _obtain(self, artifact_id: str) -> LoadedKernel:
+        future, leads = self._join(artifact_id)
+        try:
+            if leads:
+                self._carry_out(artifact_id, future)
+            return future.result()
+        finally:
+            del future
+
+    async def _obtain_async(self, artifact_id: str) -> LoadedKernel:
+        future, leads = self._join(artifact_id)
+        try:
+            if leads:
+                try:
+                    _in_thread(partial(self._carry_out, artifact_id, future))
+                except RuntimeError as error:  # no thread to be had
+                    self._give_up(artifact_id, future, error)
+            return await asyncio.wrap_future(future)
+        finally:
+            del future
+
     def _join(self, artifact_id: str) -> tuple[Future[LoadedKernel], bool]:
         """The fetch of this id that is under way, or a new one and True: then the caller has to carry it out."""
         pool = self._pool
@@ -253,17 +198,23 @@ class KernelCache:
             with pool.lock:
                 pool.insert(kernel)
                 del pool.in_flight[artifact_id]
-        except BaseException as error:
-            with pool.lock:
-                del pool.in_flight[artifact_id]
-            if not isinstance(error, Exception):  # KeyboardInterrupt is for this thread alone
-                future.set_exception(
-                    KernelCacheError(f"the fetch of kernel {artifact_id[:12]} was interrupted; retry.")
-                )
-                raise
-            future.set_exception(error)
-        else:
             future.set_result(kernel)
+        except Exception as error:  # noqa: BLE001  # the future carries it to whoever waits
+            self._give_up(artifact_id, future, error)
+        except BaseException:  # KeyboardInterrupt is for this thread alone
+            interrupted = KernelCacheError(f"the fetch of kernel {artifact_id[:12]} was interrupted; ask again.")
+            self._give_up(artifact_id, future, interrupted)
+            raise
+        finally:
+            del future
+
+    def _give_up(self, artifact_id: str, future: Future[LoadedKernel], error: Exception) -> None:
+        try:
+            with self._pool.lock:
+                self._pool.in_flight.pop(artifact_id, None)
+            future.set_exception(error)
+        finally:
+            del future
 
     def _fetch_and_verify(self, artifact_id: str) -> LoadedKernel:
         source = self._require_source(artifact_id)
@@ -271,8 +222,8 @@ class KernelCache:
         size, allowed = len(fetched.data), self._pool.max_bytes
         if size > allowed:
             raise KernelTooLargeError(
-                f"kernel {artifact_id[:12]} has {size / _MB:.2f} MB, more than the whole cache of "
-                f"{allowed / _MB:g} MB; make the cache larger (cache_size_mb)."
+                f"kernel {artifact_id[:12]} has {size / MB:.2f} MB, more than the whole cache of "
+                f"{allowed / MB:g} MB; make the cache larger (cache_size_mb)."
             )
         with torch.inference_mode(False):  # weights must stay usable in a backward, whoever asked for them
             artifact = load_artifact(
@@ -284,7 +235,7 @@ class KernelCache:
             )
             return KernelTemplate.from_artifact(artifact).place()
 
-    def _take(self, kernel: LoadedKernel, pin: bool) -> LoadedKernel:
+    def _take(self, kernel: LoadedKernel, reference: str, pin: bool) -> LoadedKernel:
         """Hand over a kernel that was just fetched, pinned if asked for: even if it was evicted meanwhile."""
         pool = self._pool
         with pool.lock:
@@ -292,7 +243,7 @@ class KernelCache:
                 if kernel.artifact_id not in pool.kernels:
                     pool.insert(kernel)
                 pool.pins[kernel.artifact_id] = pool.pins.get(kernel.artifact_id, 0) + 1
-            pool.failures.pop(kernel.artifact_id, None)
+            pool.failures.pop(reference, None)
         return kernel
 
     def _note(self, reference: str, error: Exception) -> None:
@@ -342,7 +293,7 @@ class KernelCache:
                 "cache_hit_rate": self._hits / requests if requests else 0.0,
                 "cache_hits": self._hits,
                 "cache_misses": self._misses,
-                "cache_size_mb": pool.bytes / _MB,
+                "cache_size_mb": pool.bytes / MB,
                 "cache_entries": len(pool.kernels),
             }
 
@@ -358,7 +309,7 @@ class KernelCache:
     @property
     def max_cache_size_mb(self) -> float:
         """The budget of the whole cache, in MB of 2**20 bytes."""
-        return self._pool.max_bytes / _MB
+        return self._pool.max_bytes / MB
 
     @property
     def max_entries(self) -> int:
@@ -384,10 +335,12 @@ def _in_thread(work: Callable[[], _Result]) -> Future[_Result]:
     """Run `work` on a daemon thread of its own: a process may end while a download hangs."""
     future: Future[_Result] = Future()
     future.set_running_or_notify_cancel()
+    pending = [work]
+    del work  # or this frame, which every traceback from within refers to, would keep what the work refers to
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(pending.pop()())
         except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
             future.set_exception(error)
 

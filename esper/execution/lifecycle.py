@@ -15,8 +15,15 @@ from types import MappingProxyType
 
 from esper.errors import EsperError
 
-
-__all__ = ["LifecycleError", "SeedLifecycleState", "TRANSITIONS", "Transition", "after_cancelled_load", "after_failed_load", "check_transition"]
+__all__ = [
+    "TRANSITIONS",
+    "LifecycleError",
+    "SeedLifecycleState",
+    "Transition",
+    "after_cancelled_load",
+    "after_failed_load",
+    "check_transition",
+]
 
 
 class SeedLifecycleState(IntEnum):

@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from esper.artifacts import Artifact, KernelGraph
+from esper.artifacts.container import Artifact
+from esper.artifacts.graph import DTYPES, KernelGraph
 from esper.errors import EsperError
 from esper.execution.active_transforms import transforms_active, write_count
 from esper_passes import SeedGraph
 
-__all__ = ["AttachedKernel", "Attachment", "KernelMismatchError", "KernelModule", "KernelTemplate", "LoadedKernel"]
+__all__ = [
+    "AttachedKernel",
+    "CompiledAttachment",
+    "KernelMismatchError",
+    "KernelModule",
+    "KernelTemplate",
+    "LoadedKernel",
+]
 
-Attachment = Callable[..., Tensor]
+CompiledAttachment = Callable[..., Tensor]
 """Compiled code for one kernel: `attachment(x, *parameters)`, or `attachment(x, host, *parameters)` if it reads `host`.
 
 `x` is contiguous `[n, in_features]` and `host` contiguous `[n, out_features]` with n >= 2, `parameters` are in the
@@ -57,9 +65,7 @@ class KernelTemplate:
         self.size_bytes = size_bytes
         """Size of the artifact file, which is within a few KB of the memory that the weights take."""
         self.fx_graph: fx.Graph = graph.to_fx()
-        """Placeholders `x`, `host` if `graph.uses_host`, then one per tensor. Not to be changed, only copied from."""
-        placeholders = [node.name for node in self.fx_graph.nodes if node.op == "placeholder"]
-        self.placeholder_names = tuple(placeholders[2 if graph.uses_host else 1 :])
+        """Placeholders `x`, `host` if `graph.uses_host`, then `graph.parameter_names`. Copied from, never changed."""
         self.function: Callable[..., Tensor] = type(fx.GraphModule(nn.Module(), self.fx_graph)).forward
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
         with torch.inference_mode(False):  # an inference tensor could never take part in a backward
@@ -67,7 +73,7 @@ class KernelTemplate:
             values = [value.clone() if value.is_inference() else value for value in values]
         self._host_tensors = _SharedTensors(values, torch.device("cpu"))
         self._placed: weakref.WeakValueDictionary[torch.device, _SharedTensors] = weakref.WeakValueDictionary()
-        self.attachments: dict[torch.device, Attachment] = {}
+        self._attachments: dict[torch.device, CompiledAttachment] = {}
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> KernelTemplate:
@@ -93,11 +99,13 @@ class KernelTemplate:
             self._placed[device] = shared
         return shared
 
-    def attachment(self, device: torch.device) -> Attachment | None:
-        return self.attachments.get(device)
+    def attachment(self, device: torch.device) -> CompiledAttachment | None:
+        """The compiled code for this device, if some was attached."""
+        return self._attachments.get(device)
 
-    def attach(self, device: torch.device, attachment: Attachment) -> None:
-        self.attachments[device] = attachment
+    def attach(self, device: torch.device, attachment: CompiledAttachment) -> None:
+        """Let every use on `device`, present and later, have `attachment`."""
+        self._attachments[device] = attachment
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelTemplate:
         return self
@@ -116,13 +124,9 @@ class KernelModule(nn.Module):
         self._function = template.function
         self._uses_host = template.graph.uses_host
         self._shares_memory = not trainable
-        self._dtypes = tuple(tensor.dtype for tensor in tensors)
-        for spec, tensor in zip(template.graph.tensors, tensors, strict=True):
-            name = spec.name.replace(".", "_")
-            while hasattr(self, name):  # a tensor may be called "forward"
-                name += "_"
+        for name, tensor in zip(template.graph.parameter_names, tensors, strict=True):
             value = tensor.clone() if trainable else tensor
-            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable and value.is_floating_point()))
+            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
 
     def forward(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`; `host`, `[*, out_features]`, only matters if the graph reads it."""
@@ -132,19 +136,11 @@ class KernelModule(nn.Module):
             return self._function(None, x, host, *self._parameters.values())
         return self._function(None, x, *self._parameters.values())
 
-    def is_as_placed(self, device: torch.device) -> bool:
-        """Whether the parameters still are on `device` and of the artifact's dtypes; `.to()` changes both."""
-        parameters = self._parameters.values()
-        return all(
-            parameter is not None and parameter.dtype == dtype and parameter.device == device
-            for parameter, dtype in zip(parameters, self._dtypes, strict=True)
-        )
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._shares_memory:  # loading copies in place, which must not reach other seeds or the cache
             self._shares_memory = False
             for parameter in self.parameters(recurse=False):
-                parameter.data = parameter.data.clone()
+                parameter.data = parameter.data.clone()  # whoever holds the parameter still holds this kernel's
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,12 +158,14 @@ class KernelModule(nn.Module):
 class AttachedKernel:
     """What an eager host calls: the compiled attachment where it applies, and the kernel's graph everywhere else."""
 
-    __slots__ = ("_device", "_dtype", "_in", "_module", "_out", "_uses_host", "attachment")
+    __slots__ = ("_dtype", "_in", "_module", "_out", "_uses_host", "attachment", "device")
 
-    def __init__(self, module: KernelModule, graph: KernelGraph, attachment: Attachment, device: torch.device) -> None:
-        self._module, self.attachment, self._device = module, attachment, device
+    def __init__(
+        self, module: KernelModule, graph: KernelGraph, attachment: CompiledAttachment, device: torch.device
+    ) -> None:
+        self._module, self.attachment, self.device = module, attachment, device
         self._in, self._out, self._uses_host = graph.in_features, graph.out_features, graph.uses_host
-        self._dtype: torch.dtype = getattr(torch, graph.dtype)
+        self._dtype: torch.dtype = DTYPES[graph.dtype]
 
     def __call__(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`, as the kernel's module would have it."""
@@ -175,28 +173,29 @@ class AttachedKernel:
             result: Tensor = self._module(x, host)
             return result
         parameters = self._module._parameters.values()
-        rows = x.reshape(-1, self._in).contiguous()
         if self._uses_host and host is not None:
-            flat = self.attachment(rows, host.reshape(-1, self._out).contiguous(), *parameters)
+            flat = self.attachment(_rows(x), _rows(host), *parameters)
         else:
-            flat = self.attachment(rows, *parameters)
-        return flat.reshape(*x.shape[:-1], self._out)
+            flat = self.attachment(_rows(x), *parameters)
+        return flat if x.dim() == 2 else flat.reshape(*x.shape[:-1], self._out)
 
     def _applies(self, x: Tensor, host: Tensor | None) -> bool:
-        if torch.is_autocast_enabled(self._device.type) or transforms_active():
+        if torch.is_autocast_enabled(self.device.type) or transforms_active():
             return False
         if not self._is_plain(x) or x.dim() < 1 or x.shape[-1] != self._in or x.numel() < 2 * self._in:
             return False
         if self._uses_host and (host is None or not self._is_plain(host) or host.shape != (*x.shape[:-1], self._out)):
             return False
-        unchanged: bool = self._module.is_as_placed(self._device)
-        return unchanged
+        return all(  # unless `.to()` moved or cast the parameters
+            parameter is not None and parameter.dtype == self._dtype and parameter.device == self.device
+            for parameter in self._module._parameters.values()
+        )
 
     def _is_plain(self, tensor: Tensor) -> bool:
         return (
             type(tensor) in (Tensor, nn.Parameter)
             and tensor.dtype == self._dtype
-            and tensor.device == self._device
+            and tensor.device == self.device
             and tensor.layout == torch.strided
             and not tensor.is_nested
         )
@@ -208,10 +207,11 @@ class LoadedKernel:
     def __init__(self, template: KernelTemplate, shared: _SharedTensors, trainable: bool) -> None:
         self.template = template
         self.trainable = trainable
+        self.uses_host = template.graph.uses_host
+        """Whether the graph reads the site's own linear output."""
         self.module = KernelModule(template, shared.tensors, trainable)
-        """The graph with this use's parameters: `module(x)`, or `module(x, host)` where `graph.uses_host`."""
+        """The graph with this use's parameters: `module(x)`, or `module(x, host)` where `uses_host`."""
         self._shared = shared  # keeps the device's weights for the next seed that asks for them
-        self._device = shared.device
         self._executor: AttachedKernel | None = None
 
     @classmethod
@@ -240,30 +240,25 @@ class LoadedKernel:
 
     @property
     def device(self) -> torch.device:
-        """Where this use was placed."""
-        return self._device
+        """Where the parameters are now; where this use was placed, if the kernel has none."""
+        return next((parameter.device for parameter in self.module.parameters(recurse=False)), self._shared.device)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """In the order of the graph's tensors; `requires_grad` where trainable and floating point."""
+        """In the order of the graph's tensors; `requires_grad` where trainable."""
         return tuple(self.module.parameters(recurse=False))
-
-    @property
-    def uses_host(self) -> bool:
-        """Whether the graph reads the site's own linear output."""
-        return self.template.graph.uses_host
 
     def seed_graph(self, isolate: bool) -> SeedGraph:
         """What `esper_passes.InlineKernels` takes; its parameters are in the order of `parameters`."""
         template = self.template
-        return SeedGraph(template.fx_graph, template.placeholder_names, self.uses_host, isolate)
+        return SeedGraph(template.fx_graph, template.graph.parameter_names, self.uses_host, isolate)
 
     @property
     def attached(self) -> bool:
         """Whether this artifact has a compiled attachment on this device."""
         return self.template.attachment(self.device) is not None
 
-    def attach(self, attachment: Attachment) -> None:
+    def attach(self, attachment: CompiledAttachment) -> None:
         """Give the artifact a compiled attachment for this device: every use there has it in its `executor`."""
         self.template.attach(self.device, attachment)
 
@@ -273,12 +268,14 @@ class LoadedKernel:
 
         An executor never changes: one that was taken before `attach` goes on running the graph.
         """
-        attachment = self.template.attachment(self.device)
+        device = self.device
+        attachment = self.template.attachment(device)
         if attachment is None:
             return self.module
-        if self._executor is None or self._executor.attachment is not attachment:
-            self._executor = AttachedKernel(self.module, self.graph, attachment, self.device)
-        return self._executor
+        executor = self._executor
+        if executor is None or executor.attachment is not attachment or executor.device != device:
+            executor = self._executor = AttachedKernel(self.module, self.graph, attachment, device)
+        return executor
 
     def check_fits(self, in_features: int, out_features: int, dtype: torch.dtype, layer: str) -> None:
         """Raise `KernelMismatchError` unless the kernel can stand at a linear layer of these features and dtype."""
@@ -301,3 +298,9 @@ class LoadedKernel:
         return (
             f"LoadedKernel({self.artifact_id[:12]}, {graph.in_features} -> {graph.out_features}, {how}, {self.device})"
         )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`[*, features]` as contiguous `[n, features]`."""
+    flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return flat.contiguous()

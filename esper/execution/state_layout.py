@@ -31,7 +31,15 @@ from esper.execution.lifecycle import (
 )
 from esper.execution.state_storage import FIELDS, StateStorage
 
-__all__ = ["AlphaError", "FIELDS", "HEALTH_WEIGHT", "KasminaStateLayout", "StateDictError", "checked_alpha", "kernel_number"]
+__all__ = [
+    "FIELDS",
+    "HEALTH_WEIGHT",
+    "AlphaError",
+    "KasminaStateLayout",
+    "StateDictError",
+    "checked_alpha",
+    "kernel_number",
+]
 
 HEALTH_WEIGHT = 0.1
 """Weight of the newest score in `health_accumulator`, an exponential moving average."""

@@ -1,0 +1,88 @@
+"""The entries that all views of a kernel cache share, their budgets, and the lock under which they change."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+
+from esper.errors import EsperError
+from esper.execution.loaded_kernel import LoadedKernel
+
+__all__ = ["MB", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
+
+MB = 1024 * 1024
+_CONCURRENT_FETCHES = 4
+_FAILURES_KEPT = 128
+
+
+class KernelCacheError(EsperError, RuntimeError):
+    """The cache could not keep, pin or fetch a kernel."""
+
+
+class KernelTooLargeError(KernelCacheError):
+    """An artifact that is larger than the whole cache. Nothing was evicted for it."""
+
+
+class KernelCacheFullError(KernelCacheError):
+    """A kernel for which there is no room beside those in use. Nothing was evicted for it."""
+
+
+class KernelPool:
+    """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly."""
+
+    def __init__(self, max_bytes: int, max_entries: int) -> None:
+        self.max_bytes = max_bytes
+        self.max_entries = max_entries
+        self.lock = threading.Lock()
+        self.kernels: OrderedDict[str, LoadedKernel] = OrderedDict()  # least recently used first
+        self.bytes = 0
+        self.evictions = 0
+        self.pins: dict[str, int] = {}
+        self.in_flight: dict[str, Future[LoadedKernel]] = {}
+        self.failures: OrderedDict[str, str] = OrderedDict()
+        self.fetch_slots = threading.BoundedSemaphore(_CONCURRENT_FETCHES)
+
+    def find(self, artifact_id: str) -> LoadedKernel | None:
+        """The cached kernel, now the most recently used; None if there is none or somebody wrote to its weights."""
+        kernel = self.kernels.get(artifact_id)
+        if kernel is None:
+            return None
+        if not kernel.template.intact:
+            self.remove(artifact_id)
+            return None
+        self.kernels.move_to_end(artifact_id)
+        return kernel
+
+    def remove(self, artifact_id: str) -> None:
+        self.bytes -= self.kernels.pop(artifact_id).size_bytes
+
+    def insert(self, kernel: LoadedKernel) -> None:
+        """Make room and add; or raise and change nothing."""
+        if kernel.artifact_id in self.kernels:
+            self.remove(kernel.artifact_id)
+        size, count = self.bytes + kernel.size_bytes, len(self.kernels) + 1
+        victims = []
+        for artifact_id, other in self.kernels.items():
+            if size <= self.max_bytes and count <= self.max_entries:
+                break
+            if artifact_id not in self.pins:
+                victims.append(artifact_id)
+                size, count = size - other.size_bytes, count - 1
+        if size > self.max_bytes or count > self.max_entries:
+            raise KernelCacheFullError(
+                f"no room for kernel {kernel.artifact_id[:12]} ({kernel.size_bytes / MB:.2f} MB): {len(self.pins)} "
+                f"kernels in use leave too little of {self.max_bytes / MB:g} MB and {self.max_entries} entries; "
+                "unload one, or make the cache larger (cache_size_mb, max_entries)."
+            )
+        for artifact_id in victims:
+            self.remove(artifact_id)
+        self.evictions += len(victims)
+        self.kernels[kernel.artifact_id] = kernel
+        self.bytes += kernel.size_bytes
+
+    def note_failure(self, reference: str, error: BaseException) -> None:
+        self.failures[reference] = f"{type(error).__name__}: {error}"  # text: an exception would keep frames alive
+        self.failures.move_to_end(reference)
+        if len(self.failures) > _FAILURES_KEPT:
+            self.failures.popitem(last=False)

@@ -1,0 +1,404 @@
+"""Kernels placed on a device: whose weights they have, what they compute, and when compiled code is used."""
+
+import copy
+import gc
+import io
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esper.artifacts import Blueprint, build_artifact
+from esper.errors import EsperError
+from esper.execution.loaded_kernel import KernelMismatchError, KernelTemplate, LoadedKernel
+from tests.execution.kernel_sources import make_artifact
+
+IN, OUT, RANK = 6, 4, 3
+
+
+def bottleneck(start="kaiming", dtype="float32"):
+    return build_artifact(Blueprint.bottleneck(IN, OUT, RANK, start=start, dtype=dtype, seed=3))
+
+
+@pytest.fixture(scope="module")
+def artifact():
+    return bottleneck()
+
+
+@pytest.fixture(scope="module")
+def host_artifact():
+    artifact = bottleneck(start="identity")
+    assert artifact.graph.uses_host
+    return artifact
+
+
+def reference(artifact, x, host=None):
+    """The artifact's own module in float64."""
+    tensors = {name: tensor.double() for name, tensor in artifact.tensors.items()}
+    module = artifact.graph.to_module(tensors)
+    return module(x.double()) if host is None else module(x.double(), host.double())
+
+
+class Compiled:
+    """Stands for compiled code: computes the kernel from what it is handed, and notes what that was."""
+
+    def __init__(self, artifact):
+        self.graph, self.calls = artifact.graph, []
+
+    def __call__(self, *inputs):
+        count = 2 if self.graph.uses_host else 1
+        self.calls.append([tuple(each.shape) for each in inputs[:count]])
+        assert all(each.is_contiguous() for each in inputs[:count])
+        module = self.graph.to_module(dict(zip(self.graph.tensor_names, inputs[count:], strict=True)))
+        return module(*inputs[:count])
+
+
+# ---- what it computes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (0,), (2, 0, 3)])
+def test_the_module_computes_the_artifacts_graph(artifact, lead):
+    x = torch.randn(*lead, IN)
+    y = LoadedKernel.from_artifact(artifact).module(x)
+    assert y.shape == (*lead, OUT)
+    assert torch.allclose(y.double(), reference(artifact, x), atol=1e-6)
+
+
+def test_a_kernel_that_reads_the_host_gets_it_and_says_so_when_it_does_not(host_artifact):
+    kernel = LoadedKernel.from_artifact(host_artifact)
+    x, host = torch.randn(5, IN), torch.randn(5, OUT)
+    assert kernel.uses_host
+    assert torch.equal(kernel.module(x, host), host)  # identity start
+    with pytest.raises(TypeError, match=r"kernel\(x, host\)"):
+        kernel.module(x)
+
+
+def test_a_host_that_is_not_read_may_be_passed_all_the_same(artifact):
+    kernel = LoadedKernel.from_artifact(artifact)
+    x = torch.randn(5, IN)
+    assert not kernel.uses_host
+    assert torch.equal(kernel.module(x, torch.randn(5, OUT)), kernel.module(x))
+
+
+@pytest.mark.parametrize("start", ["kaiming", "identity"])
+def test_dynamo_traces_it_whole_forward_and_backward(start):
+    kernel = LoadedKernel.from_artifact(bottleneck(start), trainable=True)
+    x, host = torch.randn(5, IN, requires_grad=True), torch.randn(5, OUT)
+    traced = torch.compile(kernel.module, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (kernel.module, traced):
+        grads.append(torch.autograd.grad(run(x, host).square().sum(), [x, *kernel.parameters], allow_unused=True))
+    for eager, compiled in zip(*grads, strict=True):
+        assert (eager is None) == (compiled is None)
+        assert eager is None or torch.allclose(eager, compiled)
+
+
+def test_the_seed_graph_lines_up_with_the_parameters(host_artifact):
+    kernel = LoadedKernel.from_artifact(host_artifact, trainable=True)
+    seed = kernel.seed_graph(isolate=True)
+    assert (seed.uses_host, seed.isolate) == (True, True)
+    assert not kernel.seed_graph(isolate=False).isolate
+    placeholders = [node.name for node in seed.graph.nodes if node.op == "placeholder"]
+    assert placeholders == ["x", "host", *seed.parameters]
+    assert len(seed.parameters) == len(kernel.parameters)
+    run = torch.fx.GraphModule(nn.Module(), seed.graph)
+    x, host = torch.randn(5, IN), torch.randn(5, OUT)
+    assert torch.equal(run(x, host, *kernel.parameters), kernel.module(x, host))
+
+
+# ---- whose weights -------------------------------------------------------------------------------------------------
+
+
+def test_parameters_come_in_the_order_of_the_graphs_tensors(artifact):
+    kernel = LoadedKernel.from_artifact(artifact, trainable=True)
+    assert len(kernel.parameters) == len(artifact.graph.tensors) > 2
+    for parameter, spec in zip(kernel.parameters, artifact.graph.tensors, strict=True):
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.requires_grad
+        assert torch.equal(parameter, artifact.tensors[spec.name])
+    assert list(kernel.module.parameters()) == list(kernel.parameters)
+
+
+def test_trainable_uses_have_weights_of_their_own(artifact):
+    template = KernelTemplate.from_artifact(artifact)
+    first, second = template.place(trainable=True), template.place(trainable=True)
+    x = torch.randn(5, IN)
+    before = second.module(x).detach()
+    optimizer = torch.optim.SGD(first.parameters, lr=1.0)
+    first.module(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(first.module(x), before)
+    assert torch.equal(second.module(x), before)
+    assert torch.equal(template.place().module(x), before)
+    assert template.intact
+
+
+def test_frozen_uses_share_memory_but_no_parameter_objects(artifact):
+    template = KernelTemplate.from_artifact(artifact)
+    first, second = template.place(), template.place()
+    for one, other in zip(first.parameters, second.parameters, strict=True):
+        assert one.data_ptr() == other.data_ptr()
+        assert one is not other
+        assert not one.requires_grad
+    first.module.double()  # as `.to()` of the model that holds it does
+    assert {parameter.dtype for parameter in second.parameters} == {torch.float32}
+
+
+def test_loading_a_checkpoint_into_one_frozen_use_leaves_the_others(artifact):
+    template = KernelTemplate.from_artifact(artifact)
+    first, second = template.place(), template.place()
+    parameters = first.parameters
+    first.module.load_state_dict({name: tensor + 1 for name, tensor in first.module.state_dict().items()})
+    assert all(a is b for a, b in zip(first.parameters, parameters, strict=True))
+    for one, other, spec in zip(first.parameters, second.parameters, artifact.graph.tensors, strict=True):
+        assert torch.equal(one, artifact.tensors[spec.name] + 1)
+        assert torch.equal(other, artifact.tensors[spec.name])
+    for fresh, spec in zip(template.place().parameters, artifact.graph.tensors, strict=True):
+        assert torch.equal(fresh, artifact.tensors[spec.name])
+
+
+def test_writing_to_shared_weights_is_noticed():
+    template = KernelTemplate.from_artifact(make_artifact())
+    kernel = template.place()
+    assert template.intact
+    for parameter in kernel.module.requires_grad_(True).parameters():
+        with torch.no_grad():
+            parameter.add_(1)
+    assert not template.intact
+
+
+def test_another_device_has_one_copy_for_all_frozen_uses_and_lets_it_go(artifact):
+    template = KernelTemplate.from_artifact(artifact)
+    first, second = template.place("meta"), template.place("meta")
+    assert first.device == torch.device("meta")
+    assert first.module(torch.empty(5, IN, device="meta")).shape == (5, OUT)
+    shared = weakref.ref(first._shared)  # whether it is kept alive has no public face
+    assert second._shared is shared()
+    del first, second
+    gc.collect()
+    assert shared() is None
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_made_under_inference_mode_it_still_takes_part_in_a_backward(trainable):
+    with torch.inference_mode():
+        kernel = LoadedKernel.from_artifact(make_artifact(), trainable=trainable)
+    x = torch.randn(5, 8, requires_grad=True)
+    kernel.module(x).sum().backward()
+    assert x.grad is not None
+    assert all((parameter.grad is not None) == trainable for parameter in kernel.parameters)
+
+
+def test_a_kernel_follows_its_module(artifact):
+    kernel = LoadedKernel.from_artifact(artifact)
+    kernel.module.to("meta")
+    assert kernel.device == torch.device("meta")
+    assert kernel.place("cpu").device == torch.device("cpu")
+
+
+def test_copies_and_pickles_compute_the_same_and_stand_alone(artifact):
+    kernel = LoadedKernel.from_artifact(artifact, trainable=True)
+    x = torch.randn(5, IN)
+    stored = io.BytesIO()
+    torch.save(kernel.module, stored)
+    stored.seek(0)
+    for twin in (copy.deepcopy(kernel.module), torch.load(stored, weights_only=False)):
+        assert torch.equal(twin(x), kernel.module(x))
+        with torch.no_grad():
+            next(twin.parameters()).add_(1)
+        assert not torch.equal(twin(x), kernel.module(x))
+
+
+def test_it_names_itself(artifact):
+    kernel = LoadedKernel.from_artifact(artifact)
+    assert repr(kernel) == f"LoadedKernel({artifact.id[:12]}, 6 -> 4, frozen, cpu)"
+    assert (kernel.artifact_id, kernel.graph, kernel.size_bytes) == (artifact.id, artifact.graph, len(artifact.data))
+    assert repr(kernel.module) == f"KernelModule({artifact.id[:12]}, in_features=6, out_features=4)"
+
+
+# ---- does it fit ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("site", "message"),
+    [
+        ((7, OUT, torch.float32), r"maps 6 to 4 features, but layer 'fc1' maps 7 to 4.*in_features=7, out_features=4"),
+        ((IN, 5, torch.float32), r"maps 6 to 4 features, but layer 'fc1' maps 6 to 5.*out_features=5"),
+        ((IN, OUT, torch.bfloat16), r"computes in float32, but layer 'fc1' has weights in bfloat16.*dtype='bfloat16'"),
+    ],
+)
+def test_a_kernel_that_does_not_fit_says_what_would(artifact, site, message):
+    kernel = LoadedKernel.from_artifact(artifact)
+    kernel.check_fits(IN, OUT, torch.float32, "fc1")
+    with pytest.raises(KernelMismatchError, match=message) as caught:
+        kernel.check_fits(*site, "fc1")
+    assert isinstance(caught.value, EsperError)
+    assert isinstance(caught.value, ValueError)
+    assert artifact.id[:12] in str(caught.value)
+
+
+# ---- compiled attachments ------------------------------------------------------------------------------------------
+
+
+def test_without_an_attachment_the_module_is_executed(artifact):
+    kernel = LoadedKernel.from_artifact(artifact)
+    assert not kernel.attached
+    assert kernel.executor is kernel.module
+
+
+@pytest.mark.parametrize("lead", [(2,), (5,), (2, 3), (1, 2), (2, 1, 3)])
+@pytest.mark.parametrize("start", ["kaiming", "identity"])
+def test_an_attachment_gets_rows_and_its_result_gets_its_shape_back(lead, start):
+    artifact = bottleneck(start)
+    kernel, compiled = LoadedKernel.from_artifact(artifact, trainable=True), Compiled(artifact)
+    kernel.attach(compiled)
+    x, host = torch.randn(*lead, IN, requires_grad=True), torch.randn(*lead, OUT)
+    y = kernel.executor(x, host)
+    rows = x.numel() // IN
+    assert compiled.calls == [[(rows, IN), (rows, OUT)] if kernel.uses_host else [(rows, IN)]]
+    assert y.shape == (*lead, OUT)
+    assert torch.allclose(y.double(), reference(artifact, x, host if kernel.uses_host else None), atol=1e-6)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in kernel.parameters)
+
+
+def test_inputs_that_are_not_contiguous_arrive_contiguous(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    for x in (torch.randn(IN, 5).T, torch.randn(3, IN, 2).transpose(1, 2), torch.randn(5, 2 * IN)[:, ::2]):
+        assert torch.allclose(kernel.executor(x).double(), reference(artifact, x), atol=1e-6)
+    assert len(compiled.calls) == 3
+
+
+def test_an_attachment_is_for_every_use_of_the_artifact_on_that_device(artifact):
+    template, compiled = KernelTemplate.from_artifact(artifact), Compiled(artifact)
+    early, elsewhere = template.place(), template.place("meta")
+    taken = early.executor
+    early.attach(compiled)
+    late = template.place(trainable=True)
+    assert (early.attached, late.attached, elsewhere.attached) == (True, True, False)
+    assert late.executor is late.executor
+    x = torch.randn(5, IN)
+    early.executor(x), late.executor(x)
+    assert len(compiled.calls) == 2
+    taken(x)
+    assert len(compiled.calls) == 2  # an executor in use never changes
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class CountingMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _under(context, x=None):
+    def call(execute):
+        with context():
+            execute(torch.randn(5, IN) if x is None else x)
+
+    return call
+
+
+def _jvp(execute):
+    torch.func.jvp(execute, (torch.randn(5, IN),), (torch.randn(5, IN),))
+
+
+def _forward_ad(execute):
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(5, IN), torch.randn(5, IN))
+        assert torch.autograd.forward_ad.unpack_dual(execute(x)).tangent is not None
+
+
+GRAPH_INSTEAD = {
+    "no rows": lambda execute: execute(torch.randn(0, IN)),
+    "one row": lambda execute: execute(torch.randn(1, IN)),
+    "a vector": lambda execute: execute(torch.randn(IN)),
+    "autocast": _under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "compile": lambda execute: torch.compile(lambda x: execute(x), backend="eager", fullgraph=True)(torch.randn(5, IN)),
+    "vmap": lambda execute: torch.func.vmap(execute)(torch.randn(4, 5, IN)),
+    "grad": lambda execute: torch.func.grad(lambda x: execute(x).sum())(torch.randn(5, IN)),
+    "jvp": _jvp,
+    "forward AD": _forward_ad,
+    "jit": lambda execute: torch.jit.trace(lambda x: execute(x), torch.randn(5, IN), check_trace=False),
+    "a dispatch mode": _under(CountingMode),
+    "a function mode": _under(torch.overrides.BaseTorchFunctionMode),
+    "a subclass": lambda execute: execute(torch.randn(5, IN).as_subclass(Subclass)),
+    "a nested tensor": lambda execute: execute(torch.nested.nested_tensor([torch.randn(2, IN), torch.randn(3, IN)])),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:.*nested tensors")
+@pytest.mark.parametrize("situation", GRAPH_INSTEAD)
+def test_the_graph_runs_where_compiled_code_does_not_apply(artifact, situation):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    GRAPH_INSTEAD[situation](kernel.executor)
+    assert compiled.calls == []
+    kernel.executor(torch.randn(5, IN))
+    assert len(compiled.calls) == 1
+
+
+def test_a_fake_input_is_propagated_through_the_graph(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernel.executor(torch.empty(5, IN)).shape == (5, OUT)
+    assert compiled.calls == []
+
+
+def test_the_attachment_is_still_used_with_a_default_device_set_and_without_gradients(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    with torch.device("cpu"):
+        kernel.executor(torch.randn(5, IN))
+    with torch.no_grad():
+        kernel.executor(torch.randn(5, IN))
+    assert len(compiled.calls) == 2
+
+
+def test_parameters_that_were_cast_or_moved_are_not_handed_to_compiled_code(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    execute = kernel.executor
+    kernel.module.double()
+    assert execute(torch.randn(5, IN, dtype=torch.float64)).dtype == torch.float64
+    kernel.module.to("meta")
+    assert execute(torch.empty(5, IN, device="meta", dtype=torch.float64)).shape == (5, OUT)
+    assert compiled.calls == []
+    assert kernel.executor is kernel.module  # nothing is attached for the device it is on now
+
+
+def test_an_input_or_host_that_does_not_fit_gets_the_error_of_the_graph(host_artifact):
+    kernel, compiled = LoadedKernel.from_artifact(host_artifact), Compiled(host_artifact)
+    kernel.attach(compiled)
+    with pytest.raises(RuntimeError, match=r"shapes|size"):
+        kernel.executor(torch.randn(6, IN + 1), torch.randn(6, OUT))
+    with pytest.raises(RuntimeError, match="size"):
+        kernel.executor(torch.randn(6, IN), torch.randn(3, OUT))
+    with pytest.raises(TypeError, match=r"kernel\(x, host\)"):
+        kernel.executor(torch.randn(6, IN))
+    assert compiled.calls == []
+
+
+def test_templates_are_placed_from_several_threads(artifact):
+    template = KernelTemplate.from_artifact(artifact)
+    x, results = torch.randn(5, IN), []
+
+    def work():
+        for _ in range(20):
+            results.append(template.place(trainable=True).module(x))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80
+    assert all(torch.equal(result, results[0]) for result in results)
