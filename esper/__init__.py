@@ -1,3 +1,70 @@
-"""Esper: PyTorch models that grow while they train."""
+"""Esper: PyTorch models that grow while they train.
+
+`wrap` plants dormant seeds at a model's linear layers, `torch.compile(model, backend="esper")` compiles them away, and
+kernels, compiled from blueprints by a :class:`Platform`, are loaded into the running, training model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from esper.artifacts import Blueprint
+from esper.compiler.attachment import attach_from
+from esper.core.model_wrapper import MorphableModel, unwrap, wrap
+from esper.errors import EsperError
+from esper.execution.alpha import CosineRamp, LinearRamp
+from esper.execution.defaults import KernelSource, TelemetrySink, set_defaults
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.lifecycle import SeedLifecycleState, Transition
+from esper.execution.state_layout import KasminaStateLayout
+
+if TYPE_CHECKING:
+    from esper.configs import EsperConfig, load_config
+    from esper.platform import Platform
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Blueprint",
+    "CosineRamp",
+    "EsperConfig",
+    "EsperError",
+    "KasminaLayer",
+    "KasminaStateLayout",
+    "KernelCache",
+    "LinearRamp",
+    "MorphableModel",
+    "Platform",
+    "SeedLifecycleState",
+    "Transition",
+    "load_config",
+    "unwrap",
+    "wrap",
+]
+
+_LATER = {"Platform": "esper.platform", "EsperConfig": "esper.configs", "load_config": "esper.configs"}
+
+
+def __getattr__(name: str) -> Any:
+    """The platform brings a database along, which a process that only compiles does not need."""
+    if name in _LATER:
+        import importlib
+
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'esper' has no attribute {name!r}")
+
+
+def _default_source() -> KernelSource:
+    from esper.platform import default_platform
+
+    return default_platform().kernel_source
+
+
+def _default_sink() -> TelemetrySink:
+    from esper.platform import default_platform
+
+    return default_platform().oona
+
+
+set_defaults(_default_source, _default_sink, attach_from)

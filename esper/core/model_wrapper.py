@@ -1,0 +1,146 @@
+"""`wrap` and `unwrap`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from esper.compiler.attachment import attach_from
+from esper.core.eager import EagerExecutor
+from esper.core.errors import WrapError
+from esper.core.morphable_model import MorphableModel
+from esper.core.shadow import plant
+from esper.core.targets import select_targets
+from esper.execution import defaults
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.runtime import CommitMode, Runtime
+from esper.execution.staging import Stager
+from esper.execution.state_layout import KasminaStateLayout
+from esper.execution.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from esper.configs import EsperConfig
+    from esper.platform import Platform
+
+__all__ = ["MorphableModel", "Target", "unwrap", "wrap"]
+
+Target = str | type[nn.Module]
+Mode = Literal["fx", "module"]
+
+
+def wrap(
+    model: nn.Module,
+    target_layers: Target | Iterable[Target] | None = None,
+    seeds_per_layer: int = 4,
+    cache_size_mb: float = 128,
+    telemetry_enabled: bool = True,
+    *,
+    mode: Mode = "fx",
+    commit: CommitMode = "auto",
+    platform: Platform | None = None,
+    config: EsperConfig | None = None,
+) -> MorphableModel:
+    """Plant dormant seeds at `model`'s linear layers and return the wrapped model.
+
+    The wrapped model shares the host's parameters and buffers under their names, computes what the host computes until
+    a kernel is loaded, and leaves `model` itself as it was.
+
+    - `target_layers`: types, exact dotted names and glob patterns, one or several; None means every `nn.Linear`.
+    - `seeds_per_layer`: kernels that one layer can hold at once.
+    - `cache_size_mb`: budget for cached kernels, per layer and pooled over the model.
+    - `mode`: "fx" runs code generated from traces of the model where it can be traced; "module" only replaces the
+      target modules.
+    - `commit`: "auto" puts staged changes in force where a forward begins; "manual" waits for `commit()`.
+    - `platform`: where kernels come from and telemetry goes; the embedded one in the user's data folder by default.
+
+    Raises :class:`WrapError` for what is no module, is compiled or wrapped already, and :class:`TargetError` for a
+    target that names nothing in the model.
+    """
+    _check(model, seeds_per_layer, cache_size_mb, mode)
+    selection = select_targets(model, target_layers)
+    targets = selection.targets
+    device = next((linear.weight.device for linear in targets.values()), torch.device("cpu"))
+    runtime = Runtime(KasminaStateLayout(len(targets) * seeds_per_layer, device), commit)
+    source = defaults.kernel_source() if platform is None else platform.kernel_source
+    sink = _sink(platform) if telemetry_enabled else None
+    cache = KernelCache(cache_size_mb * max(len(targets), 1), max(128, len(targets) * seeds_per_layer), source=source)
+    stager = Stager(runtime, cache, attach_from, sink)
+    sites = dict(zip(targets, runtime.reserve_sites(len(targets)), strict=True))
+    layers: dict[str, KasminaLayer] = {}
+
+    def replace(name: str, linear: nn.Linear) -> KasminaLayer:
+        first = len(layers) * seeds_per_layer
+        layers[name] = KasminaLayer.at_site(
+            linear,
+            layer_id=name,
+            site=sites[name],
+            first_seed=first,
+            runtime=runtime,
+            stager=stager,
+            cache=cache.view(name),
+            state=runtime.state.view(first, first + seeds_per_layer, label=f"layer {name!r}"),
+        )
+        return layers[name]
+
+    root = plant(model, selection, replace)
+    if telemetry_enabled:
+        runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, device, sink)
+        runtime.telemetry.start()
+    eager = EagerExecutor(root, runtime, layers)
+    options = {
+        "target_layers": list(targets),
+        "seeds_per_layer": seeds_per_layer,
+        "cache_size_mb": cache_size_mb,
+        "telemetry_enabled": telemetry_enabled,
+        "mode": mode,
+        "commit": commit,
+        "platform": platform,
+        "config": config,
+    }
+    mappings = {name: type(linear).__name__ for name, linear in targets.items()}
+    return MorphableModel(model, root, runtime, {name: layers[name] for name in targets}, eager, mappings, options)
+
+
+def unwrap(morphable: MorphableModel) -> nn.Module:
+    """The host: the very module that was wrapped, with the parameters as they are now.
+
+    Kernels in force are not part of it. Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    """
+    if not isinstance(morphable, MorphableModel):
+        raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {_described(morphable)}")
+    return morphable._host
+
+
+def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise WrapError(f"esper.wrap takes an nn.Module, not {_described(model)}")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise WrapError(
+            "the model is a ScriptModule, whose layers cannot be replaced: wrap the model before scripting it"
+        )
+    for name, module in model.named_modules():
+        where = f" (its submodule {name!r})" if name else ""
+        if isinstance(module, (MorphableModel, KasminaLayer)):
+            raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise WrapError(
+                f'the model is compiled already{where}: wrap first, then torch.compile(esper.wrap(model), backend="esper")'
+            )
+    if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:
+        raise ValueError(f"seeds_per_layer must be a whole number of at least 1, not {seeds_per_layer!r}")
+    if not isinstance(cache_size_mb, (int, float)) or not cache_size_mb > 0:
+        raise ValueError(f"cache_size_mb must be a number of megabytes above 0, not {cache_size_mb!r}")
+    if mode not in get_args(Mode):
+        raise ValueError(f'mode must be "fx" or "module", not {mode!r}')
+
+
+def _described(value: Any) -> str:
+    return f"the type {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _sink(platform: Platform | None) -> Any:
+    return defaults.telemetry_sink() if platform is None else platform.oona

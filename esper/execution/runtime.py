@@ -1,0 +1,266 @@
+"""What one wrapped model has in common: the plan in force, what is staged, and the moment at which one becomes the other.
+
+Threads. `plan` is read by anyone. :meth:`Runtime.commit` runs on the thread that runs the model, between two forwards;
+:meth:`publish` on any thread. The one lock is held for pointer changes only, never while something is fetched, hashed,
+traced or compiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from esper import torch_internals
+from esper.errors import EsperError
+from esper.execution import registry
+from esper.execution.alpha import AlphaSchedule
+from esper.execution.lifecycle import Transition
+from esper.execution.plan import DORMANT, Plan
+from esper.execution.state_layout import KasminaStateLayout, checked_alpha
+from esper.execution.telemetry import Telemetry
+
+__all__ = ["Change", "CommitError", "CommitMode", "Executor", "Runtime"]
+
+_LOG = logging.getLogger("esper.execution")
+
+CommitMode = Literal["auto", "manual"]
+
+
+class CommitError(EsperError, RuntimeError):
+    """A commit was asked for at a moment at which the plan must not change."""
+
+
+class Executor(Protocol):
+    """Something that executes (a part of) the model and is specialised for a plan."""
+
+    def prepare(self, plan: Plan) -> None:
+        """Make ready to follow `plan`. On a background thread; may be slow, may raise."""
+
+    def follow(self, plan: Plan) -> None:
+        """Switch to `plan`. On the thread that runs the model, at a commit; a pointer change, must not raise."""
+
+    def arm(self) -> None:
+        """From now on, call :meth:`Runtime.boundary` where a forward begins. On any thread."""
+
+    def disarm(self) -> None:
+        """Stop calling it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force."""
+
+    edit: Callable[[Plan], Plan]
+    applied: Callable[[], Transition]
+
+
+@dataclass(slots=True)
+class _Schedule:
+    alpha: AlphaSchedule
+    step: int = 0
+
+
+class Runtime:
+    """The plan of one model and everything that follows it. `state` holds all of the model's seeds."""
+
+    def __init__(self, state: KasminaStateLayout, commit: CommitMode = "auto") -> None:
+        if commit not in ("auto", "manual"):
+            raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
+        self.id = registry.register_runtime(self)
+        self.state = state
+        self.commit_mode: CommitMode = commit
+        self.is_training: Callable[[], bool] = lambda: True
+        self.on_commit: Callable[[Plan], None] = lambda plan: None
+        self.telemetry: Telemetry | None = None
+        self.version = 0
+        self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
+        self._plan = DORMANT
+        self._target = DORMANT
+        self._staged: list[Change] = []
+        self._schedules: dict[int, _Schedule] = {}
+        self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._lock = threading.RLock()  # a change that is applied under it may drop a schedule
+        self._thread = threading.get_ident()
+        self._sites: frozenset[int] = frozenset()
+
+    def reserve_sites(self, count: int) -> range:
+        """Numbers for this model's sites."""
+        sites = registry.reserve_sites(self, count)
+        self._sites = self._sites | frozenset(sites)
+        return sites
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._plan
+
+    @property
+    def target(self) -> Plan:
+        """The plan that will be in force once everything staged is committed."""
+        return self._target
+
+    def add_executor(self, executor: Executor) -> None:
+        """Have `executor` follow this runtime's plan for as long as it lives."""
+        with self._lock:
+            self._executors.add(executor)
+            if self._needs_boundary():
+                executor.arm()
+
+    def executors(self) -> list[Any]:
+        """Those alive now."""
+        with self._lock:
+            return list(self._executors)
+
+    # -- staging ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, plan: Plan) -> None:
+        """Have every executor make ready for `plan`. On a background thread; raises what they raise."""
+        for executor in self.executors():
+            executor.prepare(plan)
+
+    def publish(self, change: Change, valid: Callable[[], bool] = lambda: True) -> bool:
+        """Stage `change` for the next commit, unless `valid` says, under the lock, that nobody wants it any more."""
+        with self._lock:
+            if not valid():
+                return False
+            self._target = change.edit(self._target)
+            self._staged.append(change)
+            if self.commit_mode == "auto":
+                self.pending = True
+                self._arm()
+        return True
+
+    # -- committing ------------------------------------------------------------------------------------------------
+
+    def boundary(self) -> None:
+        """A forward begins on this thread: commit what is staged, move the scheduled alphas.
+
+        A forward that begins inside a backward is an activation recomputation, and has to see the plan of the forward
+        that it repeats: nothing happens then.
+        """
+        if torch_internals.inside_backward():
+            return
+        self._thread = threading.get_ident()
+        if self._staged and self.commit_mode == "auto":
+            self._flip()
+        if self._schedules and torch.is_grad_enabled() and self.is_training():
+            self._advance_schedules()
+        with self._lock:
+            if not self._needs_boundary():
+                for executor in self._executors:
+                    executor.disarm()
+
+    def commit(self) -> list[Transition]:
+        """Put everything staged in force at once, between two forwards, and return what changed.
+
+        Raises :class:`CommitError` inside a backward, where an activation recomputation may be under way.
+        """
+        if torch_internals.inside_backward():
+            raise CommitError("commit() was called during a backward pass: call it between two training steps")
+        transitions = self._flip()
+        with self._lock:
+            if not self._needs_boundary():
+                for executor in self._executors:
+                    executor.disarm()
+        return transitions
+
+    def commit_if_idle(self) -> None:
+        """Commit at once when the calling thread is the one that runs the model and no backward is under way."""
+        if (
+            self.commit_mode == "auto"
+            and threading.get_ident() == self._thread
+            and not torch_internals.inside_backward()
+        ):
+            self.commit()
+
+    def refresh(self) -> None:
+        """Have every executor follow the plan anew: its tensors have moved."""
+        for executor in self.executors():
+            executor.follow(self._plan)
+
+    def _flip(self) -> list[Transition]:
+        with self._lock:
+            changes, self._staged = self._staged, []
+            self.pending = False
+            if not changes:
+                return []
+            self._plan = self._target
+            self.version += 1
+            executors = list(self._executors)
+            transitions = [change.applied() for change in changes]
+        for executor in executors:
+            executor.follow(self._plan)
+        self.on_commit(self._plan)
+        for transition in transitions:
+            _LOG.info("%s", transition)
+        return transitions
+
+    def _needs_boundary(self) -> bool:
+        return bool(self._schedules) or (bool(self._staged) and self.commit_mode == "auto")
+
+    def _arm(self) -> None:
+        for executor in self._executors:
+            executor.arm()
+
+    # -- alpha -----------------------------------------------------------------------------------------------------
+
+    def alpha_reader(self, plan: Plan) -> Callable[[], torch.Tensor]:
+        """A function that reads the alphas of `plan`'s seeds at this runtime's sites, in the plan's order.
+
+        It returns a new float32 tensor `[active seeds]` on the model's device, so that a later change of an alpha
+        does not reach into a backward that still needs the old one.
+        """
+        own = [seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds]
+        state = self.state
+        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64, device=state.device)
+
+        def read() -> torch.Tensor:
+            return state.alpha_blend.index_select(0, index).float()
+
+        return read
+
+    def set_alpha(self, alpha_index: int, alpha: float | AlphaSchedule) -> None:
+        """Set a seed's alpha, or let a schedule move it at every training forward from the next one on."""
+        if not callable(alpha):
+            self.state.set_alpha(alpha_index, alpha)
+            with self._lock:
+                self._schedules.pop(alpha_index, None)
+            return
+        self.state.set_alpha(alpha_index, checked_alpha(alpha(0)))
+        with self._lock:
+            self._schedules[alpha_index] = _Schedule(alpha)
+            self._arm()
+
+    def forget_schedules(self, alpha_indices: Iterable[int]) -> None:
+        """Stop moving these alphas."""
+        with self._lock:
+            for index in alpha_indices:
+                self._schedules.pop(index, None)
+
+    def _advance_schedules(self) -> None:
+        for index, schedule in list(self._schedules.items()):
+            try:
+                self.state.set_alpha(index, schedule.alpha(schedule.step))
+            except Exception as error:  # noqa: BLE001  # a user's schedule must not end a user's training
+                _LOG.error(
+                    "the alpha schedule of seed %d raised at step %d; alpha stays: %r", index, schedule.step, error
+                )
+                self.state.record_error(index)
+                self.forget_schedules([index])
+                continue
+            last = getattr(schedule.alpha, "steps", None)
+            if last is not None and schedule.step >= last:
+                self.forget_schedules([index])
+            schedule.step += 1
+
+
+def now() -> float:
+    """Seconds since the epoch, for transitions."""
+    return time.time()

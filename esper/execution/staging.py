@@ -1,0 +1,228 @@
+"""Loading a kernel into a seed: everything between the request and the moment at which it is staged.
+
+Requests are checked on the caller's thread (which layer, which seed, which alpha), carried out on one background
+thread, and end in a change published to the runtime. Whatever fails leaves the model as it was: the seed goes to
+`ERROR_RECOVERY`, or stays active if its old kernel still is, and keeps the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.contracts.messages import SeedReport, TopicNames
+from esper.errors import EsperError
+from esper.execution.alpha import AlphaSchedule
+from esper.execution.background import BackgroundThread
+from esper.execution.defaults import AttachKernel, TelemetrySink
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transition
+from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.plan import Plan, SeedPlan
+from esper.execution.runtime import Change, Runtime, now
+from esper.execution.state_layout import checked_alpha
+
+if TYPE_CHECKING:
+    from esper.execution.kasmina_layer import KasminaLayer
+
+__all__ = ["Stager"]
+
+_LOG = logging.getLogger("esper.execution")
+_State = SeedLifecycleState
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    layer: KasminaLayer
+    seed: int
+    reference: str
+    alpha: float | AlphaSchedule
+    trainable: bool
+    isolate: bool
+    ticket: int
+
+
+class Stager:
+    """Carries out the requests of one model's seeds. Requests may come from any thread."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        cache: KernelCache,
+        attach: AttachKernel | None = None,
+        sink: TelemetrySink | None = None,
+    ) -> None:
+        self._runtime = runtime
+        self._cache = cache
+        self._attach = attach
+        self._sink = sink
+        self._thread = BackgroundThread("esper-staging")
+        self._tickets: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+
+    def load(
+        self,
+        layer: KasminaLayer,
+        seed: int,
+        reference: str,
+        *,
+        alpha: float | AlphaSchedule,
+        trainable: bool,
+        isolate: bool,
+    ) -> Future[bool]:
+        """Stage kernel `reference` for `seed`; the future tells whether it is staged.
+
+        A request for a seed that is already loading replaces the earlier one, whose future becomes False. Raises
+        `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
+        """
+        checked_alpha(alpha(0) if callable(alpha) else alpha)
+        if layer.state.lifecycle(seed) is not _State.LOADING:
+            layer.state.set_lifecycle(seed, _State.LOADING)
+        ticket = self._take_ticket(layer, seed)
+        request = _Load(layer, seed, reference, alpha, trainable, isolate, ticket)
+        return self._thread.submit(lambda: self._carry_out(request))
+
+    def unload(self, layer: KasminaLayer, seed: int) -> bool:
+        """Stage the return of `seed` to dormancy; a load under way is called off. False if there is nothing to unload.
+
+        Raises `LifecycleError` for a fossilized seed.
+        """
+        state = layer.state.lifecycle(seed)
+        if state is _State.FOSSILIZED:
+            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED, which is for good")
+        self._take_ticket(layer, seed)
+        active = self._runtime.target.seed(layer.site, seed) is not None
+        if state is _State.LOADING and not active:
+            layer.state.cancel_load(seed)
+            self._report(layer, seed, "load called off")
+            return True
+        if state is _State.DORMANT:
+            return False
+        if not active:  # ERROR_RECOVERY
+            layer.state.set_lifecycle(seed, _State.DORMANT)
+            layer.seed_errors.pop(seed, None)
+            return True
+
+        def applied() -> Transition:
+            return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
+
+        self._runtime.forget_schedules([layer.first_seed + seed])
+        return self._runtime.publish(Change(lambda plan: plan.without_seed(layer.site, seed), applied))
+
+    def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
+        """Stage making `seed`'s kernel permanent, at the alpha it has then. False unless it is active."""
+        if layer.state.lifecycle(seed) is not _State.ACTIVE:
+            return False
+        kernel = self._runtime.target.seed(layer.site, seed)
+        identity = kernel.kernel.artifact_id if kernel else None
+
+        def applied() -> Transition:
+            self._runtime.forget_schedules([layer.first_seed + seed])
+            return self._enter(layer, seed, _State.FOSSILIZED, "fossilized", identity)
+
+        return self._runtime.publish(Change(lambda plan: plan, applied))
+
+    def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
+        """Set or schedule the alpha of `seed`. Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized."""
+        if layer.state.lifecycle(seed) is _State.FOSSILIZED:
+            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED: its alpha is fixed")
+        self._runtime.set_alpha(layer.first_seed + seed, alpha)
+
+    # -- on the background thread ----------------------------------------------------------------------------------
+
+    def _carry_out(self, request: _Load) -> bool:
+        layer, seed = request.layer, request.seed
+        if not self._wanted(request):
+            return False
+        try:
+            kernel = self._kernel(request)
+        except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
+            self._failed(request, error)
+            return False
+        try:
+            index = layer.first_seed + seed
+            planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
+
+            def edit(plan: Plan) -> Plan:
+                return plan.with_seed(layer.site, planned)
+
+            def applied() -> Transition:
+                self._runtime.state.set_alpha(index, request.alpha(0) if callable(request.alpha) else request.alpha)
+                layer.seed_errors.pop(seed, None)
+                return self._enter(layer, seed, _State.ACTIVE, "committed", kernel.artifact_id)
+
+            self._runtime.prepare(edit(self._runtime.target))
+        except Exception as error:  # noqa: BLE001  # as above
+            layer.kernel_cache.unpin(kernel.artifact_id)
+            self._failed(request, error)
+            return False
+        published = self._runtime.publish(Change(edit, applied), valid=lambda: self._wanted(request))
+        if not published:
+            layer.kernel_cache.unpin(kernel.artifact_id)
+        if published and callable(request.alpha):
+            self._runtime.set_alpha(index, request.alpha)
+        return published
+
+    def _kernel(self, request: _Load) -> LoadedKernel:
+        layer = request.layer
+        cached = layer.kernel_cache.fetch(request.reference, pin=True)
+        try:
+            weight = layer.weight
+            cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_id)
+            kernel = cached.place(weight.device, trainable=request.trainable)
+            source = layer.kernel_cache.source
+            if self._attach is not None and source is not None:
+                self._attach(source, kernel)
+        except BaseException:
+            layer.kernel_cache.unpin(cached.artifact_id)
+            raise
+        return kernel
+
+    def _failed(self, request: _Load, error: Exception) -> None:
+        if not self._wanted(request):
+            return
+        layer, seed = request.layer, request.seed
+        if not isinstance(error, EsperError):
+            _LOG.error("loading %s failed with an error that is not Esper's own", request.reference, exc_info=error)
+        reason = f"{type(error).__name__}: {error}"
+        layer.seed_errors[seed] = reason
+        layer.state.fail_load(seed)
+        _LOG.warning("kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason)
+        self._report(layer, seed, reason)
+
+    # -- bookkeeping -----------------------------------------------------------------------------------------------
+
+    def _take_ticket(self, layer: KasminaLayer, seed: int) -> int:
+        key = (layer.site, seed)
+        with self._lock:
+            self._tickets[key] = self._tickets.get(key, 0) + 1
+            return self._tickets[key]
+
+    def _wanted(self, request: _Load) -> bool:
+        return self._tickets[request.layer.site, request.seed] == request.ticket
+
+    def _enter(
+        self, layer: KasminaLayer, seed: int, new: SeedLifecycleState, reason: str, kernel_id: str | None
+    ) -> Transition:
+        if new is _State.ACTIVE and layer.state.lifecycle(seed) is not _State.LOADING:
+            layer.state.set_lifecycle(seed, _State.LOADING)  # an earlier load of the same seed was committed first
+        old = layer.state.set_lifecycle(seed, new, kernel_id if new is _State.ACTIVE else None)
+        layer.state.touch_epoch(seed, self._runtime.version)
+        if new is not _State.FOSSILIZED:
+            layer.pin(seed, kernel_id)
+        self._report(layer, seed, reason)
+        return Transition(layer.layer_id, seed, old, new, now(), reason, kernel_id)
+
+    def _report(self, layer: KasminaLayer, seed: int, reason: str) -> None:
+        if self._sink is not None:
+            report = SeedReport(
+                layer_id=layer.layer_id,
+                seed_idx=seed,
+                state=layer.state.lifecycle(seed).name,
+                error_count=layer.state.errors(seed),
+                reason=reason,
+            )
+            self._sink.publish(TopicNames.INNOVATION_FIELD_REPORTS, report)

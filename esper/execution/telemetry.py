@@ -1,0 +1,194 @@
+"""Execution counts and latencies, without a counter or a timer at any site.
+
+What runs a model counts its own calls (one C call each, whatever the number of sites), and knows how often each site
+runs in one of them. A thread looks at these counts a few times a second. Whenever a layer has run another 100 times it
+sends a health signal and asks for one *sampled* forward, in which every site is timed; on CUDA by events that are read
+later, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from esper.contracts.messages import HealthSignal, TopicNames
+from esper.execution.call_counter import CallCounter
+from esper.execution.defaults import TelemetrySink
+
+if TYPE_CHECKING:
+    from esper.execution.kasmina_layer import KasminaLayer
+
+__all__ = ["SIGNAL_EVERY", "Metered", "Stopwatch", "Telemetry"]
+
+SIGNAL_EVERY = 100
+"""Executions of a layer between two health signals."""
+
+_LOOK_EVERY = 0.1  # seconds
+_KEPT_SAMPLES = 32  # the reported average is over the last so many sampled executions
+
+
+class Metered(Protocol):
+    """Something that runs sites, counts its calls and can time one."""
+
+    counter: CallCounter
+
+    def sample(self, telemetry: Telemetry) -> None:
+        """Time one of the next calls and :meth:`Telemetry.record` what was found. On any thread; must not block."""
+
+
+class Stopwatch:
+    """Times the work that is given to a device between construction and `stop()`, without waiting for the device."""
+
+    __slots__ = ("_end", "_start")
+
+    def __init__(self, device: torch.device) -> None:
+        self._end: float | torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._start: float | torch.cuda.Event = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        if isinstance(self._start, float):
+            self._end = time.perf_counter()
+        else:
+            self._end = torch.cuda.Event(enable_timing=True)
+            self._end.record()
+
+    def microseconds(self) -> float | None:
+        """The time between, or None if the device has not come so far."""
+        if isinstance(self._start, float):
+            return (self._end - self._start) * 1e6 if isinstance(self._end, float) else None
+        if not isinstance(self._end, torch.cuda.Event) or not self._end.query():
+            return None
+        elapsed: float = self._start.elapsed_time(self._end)
+        return elapsed * 1e3
+
+
+class Telemetry:
+    """The meters of one model's layers.
+
+    `record` and `look` may be called from any thread; the questions are answered without waiting.
+    """
+
+    def __init__(self, layers: Mapping[int, KasminaLayer], device: torch.device, sink: TelemetrySink | None) -> None:
+        self._layers = weakref.WeakValueDictionary(layers)
+        self._device = device
+        self._sink = sink
+        self._counts: list[tuple[CallCounter, collections.Counter[int]]] = []
+        self._metered: weakref.WeakSet[Metered] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._running: collections.deque[tuple[int, Stopwatch]] = collections.deque(maxlen=4096)
+        self._samples: dict[int, collections.deque[float]] = {}
+        self._signalled: dict[int, int] = {}
+        self._stop = threading.Event()
+
+    # -- counting --------------------------------------------------------------------------------------------------
+
+    def watch(self, metered: Metered, site_calls: Iterable[int]) -> None:
+        """Count what `metered` runs: one call of it runs `site_calls`, each site as often as it occurs there.
+
+        Given again, `site_calls` replaces what was known, for the calls counted before as well.
+        """
+        with self._lock:
+            known = [entry for entry in self._counts if entry[0] is not metered.counter]
+            self._counts = [*known, (metered.counter, collections.Counter(site_calls))]
+            self._metered.add(metered)
+
+    def executions(self, site: int) -> int:
+        """How often `site` has run."""
+        with self._lock:
+            return sum(counts[site] * counter.value for counter, counts in self._counts if site in counts)
+
+    def knows(self, site: int) -> bool:
+        """Whether `site` is one of this model's."""
+        return site in self._layers
+
+    # -- timing ----------------------------------------------------------------------------------------------------
+
+    def stopwatch(self) -> Stopwatch:
+        """A stopwatch for the model's device, running."""
+        return Stopwatch(self._device)
+
+    def record(self, site: int, watch: Stopwatch) -> None:
+        """`watch` has stopped and timed one execution of `site`."""
+        self._running.append((site, watch))
+
+    def latency_μs(self, site: int) -> float:
+        """Mean time of the last sampled executions of `site`, in microseconds; 0.0 before the first."""
+        self._collect()
+        samples = self._samples.get(site)
+        return sum(samples) / len(samples) if samples else 0.0
+
+    def _collect(self) -> None:
+        with self._lock:
+            for _ in range(len(self._running)):
+                site, watch = self._running.popleft()
+                elapsed = watch.microseconds()
+                if elapsed is None:
+                    self._running.append((site, watch))
+                else:
+                    self._samples.setdefault(site, collections.deque(maxlen=_KEPT_SAMPLES)).append(elapsed)
+
+    # -- reporting -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to look, on a daemon thread that ends with :meth:`stop` or when this object is collected."""
+        thread = threading.Thread(
+            target=_look_regularly, args=(weakref.ref(self), self._stop), name="esper-telemetry", daemon=True
+        )
+        thread.start()
+
+    def stop(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+
+    def look(self) -> None:
+        """Send the health signals that are due and ask for a sample from whatever ran."""
+        due = []
+        for site, layer in list(self._layers.items()):
+            count = self.executions(site)
+            if count // SIGNAL_EVERY > self._signalled.get(site, 0) // SIGNAL_EVERY:
+                self._signalled[site] = count
+                due.append((site, layer))
+        if not due:
+            return
+        with self._lock:
+            metered = list(self._metered)
+        for each in metered:
+            each.sample(self)
+        if self._sink is not None:
+            for site, layer in due:
+                self._sink.publish(TopicNames.TELEMETRY_SEED_HEALTH, self._signal(site, layer))
+
+    def _signal(self, site: int, layer: KasminaLayer) -> HealthSignal:
+        cache = layer.kernel_cache.get_cache_stats()
+        state = layer.state
+        return HealthSignal.model_validate(
+            {
+                "layer_id": layer.layer_id,
+                "seed_count": state.num_seeds,
+                "active_seed_count": len(state.active_seeds()),
+                "avg_execution_latency_μs": self.latency_μs(site),
+                "cache_hit_rate": cache["cache_hit_rate"],
+                "error_count": int(state.mirror("error_count").sum()),
+                "memory_usage_mb": layer.memory_bytes() / 2**20,
+            }
+        )
+
+
+def _look_regularly(reference: weakref.ref[Telemetry], stop: threading.Event) -> None:
+    wait: Callable[[float], bool] = stop.wait
+    while not wait(_LOOK_EVERY):
+        telemetry = reference()
+        if telemetry is None:
+            return
+        telemetry.look()
+        del telemetry
