@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from esper.core.explain import Explanation
+from esper.core.explain import Explanation, LinearRow
+from esper.core.targets import Selection
 from esper.execution.call_counter import CallCounter
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plan import Plan
@@ -31,11 +32,14 @@ _Run = Callable[..., Any]
 class EagerExecutor:
     """Owns `model._run`: an executor of the model's runtime."""
 
-    def __init__(self, root: nn.Module, runtime: Runtime, layers: Mapping[str, KasminaLayer]) -> None:
+    def __init__(
+        self, root: nn.Module, runtime: Runtime, layers: Mapping[str, KasminaLayer], selection: Selection
+    ) -> None:
         self.counter = CallCounter()
         self._root = root
         self._runtime = runtime
         self._layers = dict(layers)
+        self._selection = selection
         self._model: weakref.ref[MorphableModel] | None = None
         self._armed = False
         self._current: _Run = self._tree
@@ -109,4 +113,6 @@ class EagerExecutor:
 
     def explain(self) -> Explanation:
         """What was traced, what not, and why."""
-        raise NotImplementedError
+        sites = [LinearRow(name, True, "module tree", "") for name in self._selection.targets]
+        others = [LinearRow(name, False, "", reason) for name, reason in self._selection.skipped.items()]
+        return Explanation((*sites, *others), (), {})

@@ -13,7 +13,7 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.shadow import plant
-from esper.core.targets import select_targets
+from esper.core.targets import Target, select_targets
 from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MorphableModel", "Target", "unwrap", "wrap"]
 
-Target = str | type[nn.Module]
 Mode = Literal["fx", "module"]
 
 
@@ -86,11 +85,11 @@ def wrap(
         )
         return layers[name]
 
-    root = plant(model, selection, replace)
+    root = plant(model, targets, replace)
     if telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, device, sink)
         runtime.telemetry.start()
-    eager = EagerExecutor(root, runtime, layers)
+    eager = EagerExecutor(root, runtime, layers, selection)
     options = {
         "target_layers": list(targets),
         "seeds_per_layer": seeds_per_layer,

@@ -29,7 +29,9 @@ def _load(model: esper.MorphableModel, layer: str, seed: int, kernel: str, **opt
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_output_and_gradients_follow_the_formula(inner: str, count: int, shelf: KernelShelf, fresh_dynamo: None) -> None:
+def test_output_and_gradients_follow_the_formula(
+    inner: str, count: int, shelf: KernelShelf, fresh_dynamo: None
+) -> None:
     host = nn.Linear(8, 6)
     model = esper.wrap(nn.Sequential(host), platform=shelf.platform)
     alphas, isolates = [0.3, 1.0, 0.0, 0.75], [False, True, False, True]

@@ -75,7 +75,9 @@ def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(mode:
 
     (plain_graph,), (our_graph,) = plain.graphs, ours.graphs
     assert shape_of(our_graph) == shape_of(plain_graph)
-    assert all(node.meta.get("example_value") is not None for node in our_graph.graph.nodes if node.op == "call_function")
+    assert all(
+        node.meta.get("example_value") is not None for node in our_graph.graph.nodes if node.op == "call_function"
+    )
 
 
 @pytest.mark.parametrize("mode", ["fx", "module"])
@@ -104,4 +106,5 @@ def test_a_plain_model_compiles_as_under_the_inner_compiler_and_is_told_so(
     torch._dynamo.reset()
     assert torch.equal(torch.compile(host, backend="esper", options={"inner": recorder})(x), host(x))
     assert len(recorder.graphs) == 2
-    assert [record.message for record in caplog.records if "no sites" in record.message] == [caplog.records[0].message]
+    said = [record for record in caplog.records if record.name.startswith("esper") and "no sites" in record.message]
+    assert len(said) == 1

@@ -1,0 +1,94 @@
+"""What an eager host gains by running a kernel's compiled attachment instead of its graph.
+
+Every kernel is compiled by the platform, as a user's would be, and loaded; the alternatives are its executor (the
+attachment) and its module (the graph) on the same input, forward alone and forward with backward.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+
+import torch
+from matplotlib.axes import Axes
+
+import esper
+from benchmarks.harness import arguments, paired, ratio, report
+from esper import Blueprint
+from esper.execution.kernel_cache import KernelCache
+
+BLUEPRINTS: dict[str, Callable[[int], Blueprint]] = {
+    "low rank 16": lambda width: Blueprint.low_rank(width, width, rank=16, start="kaiming"),
+    "bottleneck 64": lambda width: Blueprint.bottleneck(width, width, rank=64, start="kaiming"),
+    "gated MLP": lambda width: Blueprint.gated_mlp(width, width, hidden=2 * width, start="kaiming"),
+    "residual MLP": lambda width: Blueprint.residual_mlp(width, width, hidden=width, start="kaiming"),
+}
+WIDTHS = (64, 512)
+ROWS = (8, 128, 2048)
+
+
+def with_backward(kernel: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
+    """Forward and backward to the inputs that need a gradient."""
+
+    def run() -> object:
+        return torch.autograd.grad(kernel(*inputs).sum(), [each for each in inputs if each.requires_grad])
+
+    return run
+
+
+def without_gradient(kernel: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
+    """Forward alone."""
+
+    def run() -> object:
+        with torch.no_grad():
+            return kernel(*inputs)
+
+    return run
+
+
+def main() -> None:
+    options = arguments(__doc__ or "")
+    rows = []
+    details = {}
+    with tempfile.TemporaryDirectory() as folder, esper.Platform.embedded(folder) as platform:
+        cache = KernelCache(source=platform.kernel_source)
+        for name, build in BLUEPRINTS.items():
+            for width in WIDTHS:
+                artifact = platform.compile_sync(build(width))
+                kernel = cache.fetch(artifact.id).place(options.device, trainable=True)
+                esper.attach_from(platform.kernel_source, kernel)
+                if not kernel.attached:
+                    raise SystemExit(f"{name}: the platform made no attachment for this machine")
+                for count in ROWS:
+                    x = torch.randn(count, width, device=options.device, requires_grad=True)
+                    inputs = (x, torch.randn_like(x)) if kernel.uses_host else (x,)
+                    for kind, prepare in (("forward", without_gradient), ("both", with_backward)):
+                        pair = {
+                            "graph": prepare(kernel.module, *inputs),
+                            "attachment": prepare(kernel.executor, *inputs),
+                        }
+                        figures = paired(pair, options.rounds, seconds=0.02)
+                        case = f"{name}, {width} wide, {count} rows, {kind}"
+                        details[case] = figures
+                        times = {each: sorted(values)[len(values) // 2] * 1e6 for each, values in figures.items()}
+                        rows.append((case, times["graph"], times["attachment"], ratio(figures, "attachment", "graph")))
+
+    def plot(axes: Axes) -> None:
+        axes.barh([row[0] for row in rows][::-1], [row[3] for row in rows][::-1])
+        axes.axvline(1.0, color="black", linewidth=1)
+        axes.set_xlabel("attachment / graph, median of paired rounds")
+        axes.tick_params(axis="y", labelsize=5)
+
+    report(
+        "kernel_execution",
+        "A kernel's compiled attachment against its graph, eager host",
+        ("case", "graph, μs", "attachment, μs", "ratio"),
+        rows,
+        details,
+        plot,
+        options.device,
+    )
+
+
+if __name__ == "__main__":
+    main()
