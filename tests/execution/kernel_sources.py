@@ -55,7 +55,7 @@ class FolderOfArtifacts:
             raise UnknownKernelError(f"no kernel {artifact_id!r}")
         return FetchedKernel(self.data[artifact_id], self.signatures.get(artifact_id))
 
-    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:  # noqa: ARG002  # there are none
+    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         return None
 
     def trust(self) -> TrustStore | None:

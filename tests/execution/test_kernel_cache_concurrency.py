@@ -86,6 +86,31 @@ async def test_cancelling_one_waiter_leaves_the_others(source, artifacts):
     assert cache.clear_cache() == (1, 0)  # the one who was cancelled left no pin
 
 
+async def test_a_kernel_evicted_before_its_waiter_could_pin_it_is_put_back(source, artifacts):
+    cache = KernelCache(512, 1, source=source)
+    waiting = asyncio.ensure_future(cache.load_kernel(artifacts[0].id, pin=True))
+    await asyncio.sleep(0)
+    wait_until(lambda: artifacts[0].id in cache)  # without giving the waiter a turn
+    cache.fetch(artifacts[1].id)
+    assert artifacts[0].id not in cache
+    assert (await waiting).artifact_id == artifacts[0].id
+    assert cache.clear_cache() == (0, 1)
+    assert source.fetches[artifacts[0].id] == 1
+
+
+async def test_without_a_thread_for_it_a_fetch_fails_and_the_next_one_works(source, artifacts, monkeypatch):
+    cache = KernelCache(source=source)
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await cache.load_kernel(artifacts[0].id)
+    assert (await cache.load_kernel(artifacts[0].id)).artifact_id == artifacts[0].id
+
+
 def test_an_event_loop_that_ends_in_the_middle_leaves_the_fetch_to_others(source, artifacts):
     cache = KernelCache(source=source)
     source.open.clear()

@@ -1,0 +1,191 @@
+"""When compiled code is used for a kernel, and when its graph."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esper.artifacts import Blueprint, build_artifact
+from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
+
+IN, OUT, RANK = 6, 4, 3
+
+
+def bottleneck(start="kaiming", dtype="float32"):
+    return build_artifact(Blueprint.bottleneck(IN, OUT, RANK, start=start, dtype=dtype, seed=3))
+
+
+@pytest.fixture(scope="module")
+def artifact():
+    return bottleneck()
+
+
+@pytest.fixture(scope="module")
+def host_artifact():
+    artifact = bottleneck(start="identity")
+    assert artifact.graph.uses_host
+    return artifact
+
+
+def reference(artifact, x, host=None):
+    """The artifact's own module in float64."""
+    tensors = {name: tensor.double() for name, tensor in artifact.tensors.items()}
+    module = artifact.graph.to_module(tensors)
+    return module(x.double()) if host is None else module(x.double(), host.double())
+
+
+class Compiled:
+    """Stands for compiled code: computes the kernel from what it is handed, and notes what that was."""
+
+    def __init__(self, artifact):
+        self.graph, self.calls = artifact.graph, []
+
+    def __call__(self, *inputs):
+        count = 2 if self.graph.uses_host else 1
+        self.calls.append([tuple(each.shape) for each in inputs[:count]])
+        assert all(each.is_contiguous() for each in inputs[:count])
+        module = self.graph.to_module(dict(zip(self.graph.tensor_names, inputs[count:], strict=True)))
+        return module(*inputs[:count])
+
+
+def test_without_an_attachment_the_module_is_executed(artifact):
+    kernel = LoadedKernel.from_artifact(artifact)
+    assert not kernel.attached
+    assert kernel.executor is kernel.module
+
+
+@pytest.mark.parametrize("lead", [(2,), (5,), (2, 3), (1, 2), (2, 1, 3)])
+@pytest.mark.parametrize("start", ["kaiming", "identity"])
+def test_an_attachment_gets_rows_and_its_result_gets_its_shape_back(lead, start):
+    artifact = bottleneck(start)
+    kernel, compiled = LoadedKernel.from_artifact(artifact, trainable=True), Compiled(artifact)
+    kernel.attach(compiled)
+    x, host = torch.randn(*lead, IN, requires_grad=True), torch.randn(*lead, OUT)
+    y = kernel.executor(x, host)
+    rows = x.numel() // IN
+    assert compiled.calls == [[(rows, IN), (rows, OUT)] if kernel.uses_host else [(rows, IN)]]
+    assert y.shape == (*lead, OUT)
+    assert torch.allclose(y.double(), reference(artifact, x, host if kernel.uses_host else None), atol=1e-6)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in kernel.parameters)
+
+
+def test_inputs_that_are_not_contiguous_arrive_contiguous(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    for x in (torch.randn(IN, 5).T, torch.randn(3, IN, 2).transpose(1, 2), torch.randn(5, 2 * IN)[:, ::2]):
+        assert torch.allclose(kernel.executor(x).double(), reference(artifact, x), atol=1e-6)
+    assert len(compiled.calls) == 3
+
+
+def test_an_attachment_is_for_every_use_of_the_artifact_on_that_device(artifact):
+    template, compiled = KernelTemplate.from_artifact(artifact), Compiled(artifact)
+    early, elsewhere = template.place(), template.place("meta")
+    taken = early.executor
+    early.attach(compiled)
+    late = template.place(trainable=True)
+    assert (early.attached, late.attached, elsewhere.attached) == (True, True, False)
+    assert late.executor is late.executor
+    x = torch.randn(5, IN)
+    early.executor(x), late.executor(x)
+    assert len(compiled.calls) == 2
+    taken(x)
+    assert len(compiled.calls) == 2  # an executor in use never changes
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class CountingMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def _under(context, x=None):
+    def call(execute):
+        with context():
+            execute(torch.randn(5, IN) if x is None else x)
+
+    return call
+
+
+def _jvp(execute):
+    torch.func.jvp(execute, (torch.randn(5, IN),), (torch.randn(5, IN),))
+
+
+def _forward_ad(execute):
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.randn(5, IN), torch.randn(5, IN))
+        assert torch.autograd.forward_ad.unpack_dual(execute(x)).tangent is not None
+
+
+GRAPH_INSTEAD = {
+    "no rows": lambda execute: execute(torch.randn(0, IN)),
+    "one row": lambda execute: execute(torch.randn(1, IN)),
+    "a vector": lambda execute: execute(torch.randn(IN)),
+    "autocast": _under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "compile": lambda execute: torch.compile(lambda x: execute(x), backend="eager", fullgraph=True)(torch.randn(5, IN)),
+    "vmap": lambda execute: torch.func.vmap(execute)(torch.randn(4, 5, IN)),
+    "grad": lambda execute: torch.func.grad(lambda x: execute(x).sum())(torch.randn(5, IN)),
+    "jvp": _jvp,
+    "forward AD": _forward_ad,
+    "jit": lambda execute: torch.jit.trace(lambda x: execute(x), torch.randn(5, IN), check_trace=False),
+    "a dispatch mode": _under(CountingMode),
+    "a function mode": _under(torch.overrides.BaseTorchFunctionMode),
+    "a subclass": lambda execute: execute(torch.randn(5, IN).as_subclass(Subclass)),
+    "a nested tensor": lambda execute: execute(torch.nested.nested_tensor([torch.randn(2, IN), torch.randn(3, IN)])),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:.*nested tensors")
+@pytest.mark.parametrize("situation", GRAPH_INSTEAD)
+def test_the_graph_runs_where_compiled_code_does_not_apply(artifact, situation):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    GRAPH_INSTEAD[situation](kernel.executor)
+    assert compiled.calls == []
+    kernel.executor(torch.randn(5, IN))
+    assert len(compiled.calls) == 1
+
+
+def test_a_fake_input_is_propagated_through_the_graph(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernel.executor(torch.empty(5, IN)).shape == (5, OUT)
+    assert compiled.calls == []
+
+
+def test_the_attachment_is_still_used_with_a_default_device_set_and_without_gradients(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    with torch.device("cpu"):
+        kernel.executor(torch.randn(5, IN))
+    with torch.no_grad():
+        kernel.executor(torch.randn(5, IN))
+    assert len(compiled.calls) == 2
+
+
+def test_parameters_that_were_cast_or_moved_are_not_handed_to_compiled_code(artifact):
+    kernel, compiled = LoadedKernel.from_artifact(artifact), Compiled(artifact)
+    kernel.attach(compiled)
+    execute = kernel.executor
+    kernel.module.double()
+    assert execute(torch.randn(5, IN, dtype=torch.float64)).dtype == torch.float64
+    kernel.module.to("meta")
+    assert execute(torch.empty(5, IN, device="meta", dtype=torch.float64)).shape == (5, OUT)
+    assert compiled.calls == []
+    assert kernel.executor is kernel.module  # nothing is attached for the device it is on now
+
+
+def test_an_input_or_host_that_does_not_fit_gets_the_error_of_the_graph(host_artifact):
+    kernel, compiled = LoadedKernel.from_artifact(host_artifact), Compiled(host_artifact)
+    kernel.attach(compiled)
+    with pytest.raises(RuntimeError, match=r"shapes|size"):
+        kernel.executor(torch.randn(6, IN + 1), torch.randn(6, OUT))
+    with pytest.raises(RuntimeError, match="size"):
+        kernel.executor(torch.randn(6, IN), torch.randn(3, OUT))
+    with pytest.raises(TypeError, match=r"kernel\(x, host\)"):
+        kernel.executor(torch.randn(6, IN))
+    assert compiled.calls == []
