@@ -1,0 +1,1 @@
+"""Urza stores, Tezzeret compiles, Oona carries messages."""

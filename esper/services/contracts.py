@@ -1,0 +1,146 @@
+"""What the services say about blueprints and kernels: the documents of Urza's interface."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from esper.contracts.validation import (
+    AttachmentReport,
+    LatencyMeasurement,
+    ValidationCheck,
+    ValidationReport,
+)
+
+__all__ = [
+    "AttachmentReport",
+    "BlueprintRecord",
+    "BlueprintStatus",
+    "Claim",
+    "CompiledKernelArtifact",
+    "KernelMetadata",
+    "KernelQuery",
+    "KernelStatus",
+    "LatencyMeasurement",
+    "StoreStats",
+    "ValidationCheck",
+    "ValidationReport",
+]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlueprintStatus(StrEnum):
+    """`unvalidated -> compiling -> validated | invalid`; the last two are final."""
+
+    UNVALIDATED = "unvalidated"
+    COMPILING = "compiling"
+    VALIDATED = "validated"
+    INVALID = "invalid"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (BlueprintStatus.VALIDATED, BlueprintStatus.INVALID)
+
+
+class KernelStatus(StrEnum):
+    """Only kernels that passed validation are stored. A retired one is found by its full id only."""
+
+    VALIDATED = "validated"
+    RETIRED = "retired"
+
+
+class KernelMetadata(_Document):
+    """What a kernel is, read off its graph."""
+
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    dtype: str
+    uses_host: bool
+    """Whether the kernel reads the site's own linear output."""
+    parameter_count: int = Field(ge=0)
+    node_count: int = Field(ge=1)
+    graph_digest: str
+    """`KernelGraph.digest`: equal for kernels that differ in weights only."""
+
+
+class BlueprintRecord(_Document):
+    """A blueprint as the store knows it."""
+
+    id: str
+    names: tuple[str, ...] = ()
+    status: BlueprintStatus
+    reason: str = ""
+    """Why it is invalid."""
+    report: ValidationReport | None = None
+    artifact_id: str | None = None
+    """The kernel, once validated."""
+    attempts: int = Field(default=0, ge=0)
+    """How often a worker has claimed it."""
+    lease_expires_at: AwareDatetime | None = None
+    """While compiling: when another worker may claim it."""
+    submitted_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
+class Claim(_Document):
+    """A worker's hold on one blueprint. Whoever shows `token` may renew, finish or release it until it runs out."""
+
+    blueprint_id: str
+    token: str
+    worker: str
+    attempt: int = Field(ge=1)
+    expires_at: AwareDatetime
+
+
+class CompiledKernelArtifact(_Document):
+    """A kernel in the store. `id` is the artifact id, the SHA-256 of its file."""
+
+    id: str
+    blueprint_id: str
+    name: str | None = None
+    """One of the names under which the blueprint was submitted: the first."""
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    dtype: str
+    size_bytes: int = Field(ge=1)
+    status: KernelStatus
+    created_at: AwareDatetime
+    metadata: KernelMetadata
+    report: ValidationReport
+    latency_us: float | None = None
+    """Median microseconds of one forward at the smallest number of rows of at least 32 that was measured (or at the
+    largest): the attachment's if there is one, else the graph's."""
+    attachments: tuple[str, ...] = ()
+    """Target keys for which compiled code is stored."""
+
+
+class KernelQuery(_Document):
+    """Conditions that must all hold; None asks for nothing."""
+
+    in_features: int | None = Field(default=None, ge=1)
+    out_features: int | None = Field(default=None, ge=1)
+    dtype: str | None = None
+    blueprint_id: str | None = None
+    graph_digest: str | None = None
+    uses_host: bool | None = None
+    max_size_bytes: int | None = Field(default=None, ge=1)
+    max_latency_us: float | None = Field(default=None, gt=0)
+    target_key: str | None = None
+    """Only kernels with an attachment for this target."""
+    status: KernelStatus | None = KernelStatus.VALIDATED
+    limit: int = Field(default=100, ge=1, le=1000)
+
+
+class StoreStats(_Document):
+    """What the store holds."""
+
+    schema_version: str
+    blueprints: dict[BlueprintStatus, int]
+    kernels: int
+    attachments: int
+    artifact_bytes: int
+    attachment_bytes: int

@@ -1,0 +1,51 @@
+"""What a transport for messages must do. Called on threads of their own, never on one that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from esper.contracts.messages import OonaMessage
+
+__all__ = ["Bus", "BusSubscription"]
+
+
+class BusSubscription(Protocol):
+    """Messages of some topics, from the moment of subscription on, each once."""
+
+    def receive(self, timeout: float | None = None, limit: int = 512) -> Sequence[OonaMessage]:
+        """The next messages, at least one, in the order of sending; waits for them up to `timeout` seconds.
+
+        Empty when the time is over or the subscription was closed. Those received before count as handled.
+        """
+        ...
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called, here or by closing the bus."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """Messages that this subscription never saw, because it fell too far behind."""
+        ...
+
+    def close(self) -> None:
+        """Stop receiving; wakes whoever waits in :meth:`receive`."""
+        ...
+
+
+class Bus(Protocol):
+    """A transport."""
+
+    def send(self, messages: Sequence[OonaMessage]) -> None:
+        """Hand over messages, in order. May block."""
+        ...
+
+    def subscribe(self, topics: Iterable[str], *, group: str | None = None) -> BusSubscription:
+        """Receive `topics`. Members of one `group`, which must name the same topics, share each message out."""
+        ...
+
+    def close(self) -> None:
+        """Close all subscriptions."""
+        ...

@@ -1,0 +1,340 @@
+"""Publishing that a training loop may call: it never waits and never raises. And subscribing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pydantic import BaseModel
+
+from esper.contracts.messages import OonaMessage
+from esper.services.forking import reset_after_fork
+from esper.services.oona.bus import Bus, BusSubscription
+from esper.services.oona.memory import InMemoryBus
+
+__all__ = ["MessageStream", "OonaClient", "OonaStats", "Subscription"]
+
+_log = logging.getLogger(__name__)
+_REPORT_EVERY = 30.0  # seconds between two warnings about dropped messages
+
+
+@dataclass(frozen=True, slots=True)
+class OonaStats:
+    """Counts since the client was made: every published message is sent, dropped, failed or still queued."""
+
+    published: int
+    sent: int
+    dropped: int
+    """Pushed out of the full queue by later ones, or published after closing."""
+    failed: int
+    """Could not be written as JSON, or refused by the bus; the log has the reason."""
+    queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    topic: str
+    payload: BaseModel
+    trace_id: str | None
+    timestamp: datetime
+
+
+class OonaClient:
+    """Publishes through a bounded queue and a sender thread, which starts with the first message.
+
+    Safe for threads, signal handlers and finalisers. A forked child starts with an empty queue and its own thread.
+    """
+
+    def __init__(
+        self, bus: Bus | None = None, *, sender_id: str | None = None, queue_size: int = 2048, batch_size: int = 512
+    ) -> None:
+        """`bus` defaults to a new :class:`InMemoryBus`; `sender_id` to one that names host and process."""
+        if queue_size < 1 or batch_size < 1:
+            raise ValueError(f"queue_size is {queue_size} and batch_size {batch_size}; both must be at least 1")
+        self.bus: Bus = bus if bus is not None else InMemoryBus()
+        self._sender_name = sender_id
+        self._queue_size = queue_size
+        self._batch_size = batch_size
+        self._subscriptions: list[Subscription] = []
+        self._reset()
+        reset_after_fork(self)
+
+    def _reset(self) -> None:
+        self.sender_id = self._sender_name or f"{socket.gethostname()}:{os.getpid()}"
+        self._queue: queue.SimpleQueue[_Draft | threading.Event] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._published = _Counter()
+        self._dropped = _Counter()
+        self._sent = self._failed = 0  # written by the sender thread only
+        self._reported, self._reported_at = 0, -_REPORT_EVERY
+
+    def after_fork(self) -> None:
+        """Begin afresh; see `esper.services.forking`."""
+        self._subscriptions = []
+        self._reset()
+
+    def publish(self, topic: str, payload: BaseModel, *, trace_id: str | None = None) -> None:
+        """Queue `payload` for `topic`. Never blocks, never raises; what cannot be kept is counted in :meth:`stats`.
+
+        `payload` is written as JSON later, on the sender thread, so it must not change: give a frozen model.
+        """
+        self._published.add()
+        if self._closed:
+            self._dropped.add()
+            return
+        self._queue.put(_Draft(str(topic), payload, trace_id, datetime.now(UTC)))
+        while self._queue.qsize() > self._queue_size:
+            self._drop_oldest()
+        if self._thread is None:
+            self._start()
+
+    def subscribe(
+        self, topics: str | Iterable[str], callback: Callable[[OonaMessage], object], *, group: str | None = None
+    ) -> Subscription:
+        """Call `callback` for every later message of `topics`, on a thread of the subscription's own.
+
+        An exception from `callback` is logged and counted, and the next message follows.
+        """
+        wanted = [topics] if isinstance(topics, str) else list(topics)
+        subscription = Subscription(self.bus.subscribe(wanted, group=group), callback, ",".join(wanted))
+        self._subscriptions = [each for each in self._subscriptions if not each.closed] + [subscription]
+        return subscription
+
+    def messages(self, topics: str | Iterable[str], *, group: str | None = None, size: int = 10_000) -> MessageStream:
+        """Later messages of `topics` as an async iterator. Call within a running event loop.
+
+        At most `size` messages wait for the loop; then the oldest are dropped and counted in the stream's `dropped`.
+        """
+        stream = MessageStream(size)
+        stream.subscription = self.subscribe(topics, stream.receive, group=group)
+        return stream
+
+    def stats(self) -> OonaStats:
+        """Counts since the client was made."""
+        return OonaStats(
+            self._published.value, self._sent, self._dropped.value, self._failed, max(0, self._queue.qsize())
+        )
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until what was published before has been handed to the bus; False if `timeout` seconds do not do."""
+        if self._thread is None:
+            return True
+        marker = threading.Event()
+        self._queue.put(marker)
+        return marker.wait(timeout)
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Send what is queued, for at most `timeout` seconds, and end the threads. The rest counts as dropped."""
+        self._closed = True
+        self.flush(timeout)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+        while self._drop_oldest():
+            pass
+        self._report_drops(at_once=True)
+        for subscription in self._subscriptions:
+            subscription.close()
+        self._subscriptions = []
+
+    # -- the sender thread -------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if not self._starting.acquire(blocking=False):
+            return  # another thread, or the code that this signal handler interrupted, is starting it
+        try:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="esper-oona-sender", daemon=True)
+                thread.start()
+                self._thread = thread
+        except RuntimeError as error:  # no thread can be had, for instance while the interpreter ends
+            _log.warning("messages are queued but not sent: %s", error)
+        finally:
+            self._starting.release()
+
+    def _run(self) -> None:
+        while not (self._closed and self._queue.empty()):
+            batch: list[_Draft] = []
+            markers: list[threading.Event] = []
+            for item in self._next_items():
+                if isinstance(item, threading.Event):
+                    markers.append(item)
+                else:
+                    batch.append(item)
+            self._send(batch)
+            for marker in markers:
+                marker.set()
+            self._report_drops()
+
+    def _next_items(self) -> list[_Draft | threading.Event]:
+        items = [self._queue.get()]
+        try:
+            while len(items) < self._batch_size:
+                items.append(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        return items
+
+    def _send(self, drafts: list[_Draft]) -> None:
+        messages = [message for draft in drafts if (message := self._message(draft)) is not None]
+        if not messages:
+            return
+        try:
+            self.bus.send(messages)
+        except Exception:  # noqa: BLE001  # whatever a transport raises, the thread goes on; it is counted and logged
+            self._failed += len(messages)
+            _log.exception("the bus refused %d messages", len(messages))
+        else:
+            self._sent += len(messages)
+
+    def _message(self, draft: _Draft) -> OonaMessage | None:
+        try:
+            payload = draft.payload.model_dump(mode="json")
+            fields = {} if draft.trace_id is None else {"trace_id": draft.trace_id}
+            return OonaMessage(
+                sender_id=self.sender_id, timestamp=draft.timestamp, topic=draft.topic, payload=payload, **fields
+            )
+        except Exception:  # noqa: BLE001  # a payload's own serialiser may raise anything; it is counted and logged
+            self._failed += 1
+            _log.exception("a message for %s cannot be written as JSON", draft.topic)
+            return None
+
+    def _drop_oldest(self) -> bool:
+        try:
+            item = self._queue.get_nowait()
+        except queue.Empty:
+            return False
+        if isinstance(item, threading.Event):
+            item.set()  # nothing that came before it is left
+        else:
+            self._dropped.add()
+        return True
+
+    def _report_drops(self, *, at_once: bool = False) -> None:
+        dropped, now = self._dropped.value, time.monotonic()
+        if dropped > self._reported and (at_once or now - self._reported_at >= _REPORT_EVERY):
+            _log.warning(
+                "%d messages were dropped because the queue was full; %d so far", dropped - self._reported, dropped
+            )
+            self._reported, self._reported_at = dropped, now
+
+
+class _Counter:
+    """A count that may be raised from anywhere, in a signal handler too, since `next` on a counter is one step."""
+
+    def __init__(self) -> None:
+        self._steps = itertools.count()
+        self._reads = 0
+        self._reading = threading.Lock()
+
+    def add(self) -> None:
+        next(self._steps)
+
+    @property
+    def value(self) -> int:
+        with self._reading:  # looking takes a step too, which is taken off again
+            self._reads += 1
+            return next(self._steps) - self._reads + 1
+
+
+class Subscription:
+    """A callback that is being called. :meth:`close` ends it; also a context manager."""
+
+    def __init__(self, source: BusSubscription, callback: Callable[[OonaMessage], object], name: str) -> None:
+        self._source = source
+        self._callback = callback
+        self.errors = 0
+        """How often the callback raised."""
+        self._thread = threading.Thread(target=self._run, name=f"esper-oona-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._source.closed
+
+    @property
+    def dropped(self) -> int:
+        """Messages that came faster than the callback took them."""
+        return self._source.dropped
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Stop calling; waits up to `timeout` seconds for a call in progress, unless called from it."""
+        self._source.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._source.closed:
+            for message in self._source.receive():
+                try:
+                    self._callback(message)
+                except Exception:  # noqa: BLE001  # a subscriber's error must not end the subscription; counted, logged
+                    self.errors += 1
+                    _log.exception("a subscriber to %s raised", message.topic)
+
+
+class MessageStream:
+    """An async iterator over messages. `async with` it, or call :meth:`close`; iteration then ends."""
+
+    subscription: Subscription
+
+    def __init__(self, size: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[OonaMessage | None] = asyncio.Queue()
+        self._size = size
+        self.dropped = 0
+        """Messages that came faster than the loop took them."""
+
+    def receive(self, message: OonaMessage) -> None:
+        """Take a message on the subscription's thread."""
+        self._hand_over(message)
+
+    def __aiter__(self) -> MessageStream:
+        return self
+
+    async def __anext__(self) -> OonaMessage:
+        message = await self._queue.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+    async def __aenter__(self) -> MessageStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop receiving, and end the iteration after what has arrived."""
+        self.subscription.close(timeout=0.0)
+        self._hand_over(None)
+
+    def _hand_over(self, message: OonaMessage | None) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._put, message)
+        except RuntimeError:  # the loop was closed, and nobody is left to read
+            self.subscription.close()
+
+    def _put(self, message: OonaMessage | None) -> None:
+        if message is not None and self._queue.qsize() >= self._size:
+            self._queue.get_nowait()
+            self.dropped += 1
+        self._queue.put_nowait(message)

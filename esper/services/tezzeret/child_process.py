@@ -1,0 +1,216 @@
+"""A child process that compiles, watched by the thread that started it."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import site
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import psutil  # type: ignore[import-untyped]  # psutil ships no types
+
+from esper.services.errors import ServiceError
+from esper.services.tezzeret.limits import ChildLimits
+from esper.services.tezzeret.protocol import LOG, ChildRequest
+
+__all__ = ["LOOK_EVERY", "ChildExit", "StopSignal", "run_child"]
+
+_log = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.25
+"""Seconds between two looks at the child's memory. Its exit and a stop are noticed at once."""
+
+_MODULE = "esper.services.tezzeret.child"
+_LOG_TAIL = 4096
+Kill = Literal["time", "memory", "stopped"]
+
+
+class StopSignal:
+    """Set once, from any thread, to end what runs: whatever is attached is called then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set = False
+        self._actions: list[Callable[[], None]] = []
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        with self._lock:
+            self._set = True
+            actions = list(self._actions)
+        for action in actions:
+            action()
+
+    @contextmanager
+    def attached(self, action: Callable[[], None]) -> Iterator[None]:
+        """Have `action` called on :meth:`set`, or now if that has been; until the block is left."""
+        with self._lock:
+            self._actions.append(action)
+            already = self._set
+        if already:
+            action()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._actions.remove(action)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildExit:
+    """How a child ended."""
+
+    returncode: int
+    killed: Kill | None
+    """Why it was killed, if we did it."""
+    seconds: float
+    peak_bytes: int
+    log_tail: str
+
+    def __str__(self) -> str:
+        """What happened to the process, for people."""
+        if self.returncode >= 0:
+            return f"ended with exit status {self.returncode}"
+        with suppress(ValueError):
+            return f"was killed by {signal.Signals(-self.returncode).name}"
+        return f"was killed by signal {-self.returncode}"
+
+
+def run_child(
+    request: ChildRequest, limits: ChildLimits, stop: StopSignal, look: Callable[[], None] | None = None
+) -> ChildExit:
+    """Start the child for `request`, wait for it, and kill it with all that it started if it exceeds `limits`.
+
+    `look` is called every :data:`LOOK_EVERY` seconds; an exception from it ends the child and is passed on. Raises
+    ``ServiceError`` if no process can be started.
+    """
+    log_path = Path(request.folder) / LOG
+    with open(log_path, "wb") as log:
+        process = _start(log)
+    child = _Child(process)
+    try:
+        with stop.attached(lambda: child.kill("stopped")):
+            child.send(request)
+            while not child.exited.wait(LOOK_EVERY):
+                child.check(limits)
+                if look is not None:
+                    look()
+    finally:
+        child.kill("stopped")
+        child.exited.wait()
+        child.hang_up()
+    with open(log_path, "rb") as log:
+        log.seek(max(0, log_path.stat().st_size - _LOG_TAIL))
+        tail = log.read().decode(errors="replace")
+    return ChildExit(process.returncode, child.killed, child.age(), child.peak_bytes, tail.strip())
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self.killed: Kill | None = None
+        self.peak_bytes = 0
+        self.exited = threading.Event()
+        threading.Thread(target=self._wait, name="esper-tezzeret-child", daemon=True).start()
+
+    def _wait(self) -> None:
+        self._process.wait()
+        self.exited.set()
+
+    def age(self) -> float:
+        return time.monotonic() - self._started
+
+    def send(self, request: ChildRequest) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, which its exit will tell
+            self._process.stdin.write(request.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+
+    def hang_up(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def check(self, limits: ChildLimits) -> None:
+        used = sum(_resident(each) for each in self._family())
+        self.peak_bytes = max(self.peak_bytes, used)
+        if used > limits.memory_bytes:
+            self.kill("memory")
+        elif self.age() > limits.wall_seconds:
+            self.kill("time")
+
+    def kill(self, reason: Kill) -> None:
+        """Kill the child and its descendants, unless it has ended. From any thread."""
+        with self._lock:
+            if self.killed is not None or self._process.poll() is not None:
+                return
+            self.killed = reason
+            family = self._family()
+            if os.name == "posix":
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)  # the child leads a group of its own
+            for each in family:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            child = psutil.Process(self._process.pid)
+            return [child, *child.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
+    if not sys.executable:
+        raise ServiceError("kernels are compiled by a new Python process, but sys.executable is not set; set it")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", _MODULE],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is for the worker, and a group can be killed whole
+        )
+    except OSError as cause:
+        raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause
+
+
+def _environment() -> dict[str, str]:
+    """One thread each, for PyTorch and its compiler; and this process's `esper`, wherever it was imported from."""
+    environment = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        environment[name] = "1"
+    installed = {os.path.realpath(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    roots = []
+    for package in ("esper", "esper_passes"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec is not None else None) or ():
+            root = os.path.realpath(os.path.dirname(folder))
+            if root not in installed and root not in roots:
+                roots.append(root)
+    if roots:
+        environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment

@@ -1,0 +1,83 @@
+"""How long, how large and how thorough one compilation may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from esper.configs import TezzeretConfig
+
+__all__ = ["PIPELINES", "ChildLimits", "Pipeline"]
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What one pipeline does. All check the same properties; the slower ones on more inputs, and measure for longer."""
+
+    name: str
+    wall_seconds: float
+    leading: tuple[tuple[int, ...], ...]
+    """Leading dimensions of the inputs that the kernel's graph is run on."""
+    rows: tuple[int, ...]
+    """Numbers of rows on which graph and attachment are compared."""
+    latency_rows: tuple[int, ...]
+    latency_seconds: float
+    """Time for each measurement of a latency."""
+
+
+_FAST = Pipeline(
+    name="fast",
+    wall_seconds=60.0,
+    leading=((), (1,), (5,), (2, 3)),
+    rows=(2, 37),
+    latency_rows=(1, 32),
+    latency_seconds=0.05,
+)
+_STANDARD = Pipeline(
+    name="standard",
+    wall_seconds=300.0,
+    leading=((), (1,), (5,), (2, 3), (2, 1, 4)),
+    rows=(2, 5, 37, 128),
+    latency_rows=(1, 32, 256),
+    latency_seconds=0.2,
+)
+_AGGRESSIVE = Pipeline(
+    name="aggressive",
+    wall_seconds=1200.0,
+    leading=((), (1,), (2,), (5,), (2, 3), (2, 1, 4), (2, 3, 2, 2)),
+    rows=(2, 3, 5, 8, 37, 128, 511),
+    latency_rows=(1, 2, 8, 32, 128, 512, 2048),
+    latency_seconds=1.0,
+)
+PIPELINES: Mapping[str, Pipeline] = MappingProxyType({each.name: each for each in (_FAST, _STANDARD, _AGGRESSIVE)})
+
+
+@dataclass(frozen=True, slots=True)
+class ChildLimits:
+    """Beyond these the child and its own children are killed."""
+
+    wall_seconds: float
+    memory_bytes: int
+    """Of resident memory, added up over the child and its descendants."""
+
+    @classmethod
+    def of(cls, config: TezzeretConfig) -> ChildLimits:
+        """The configured limits, or the pipeline's."""
+        wall = config.wall_seconds if config.wall_seconds is not None else PIPELINES[config.pipeline].wall_seconds
+        return cls(wall, config.memory_mb * _MIB)
+
+    @property
+    def data_bytes(self) -> int:
+        """A cap for the kernel to enforce (RLIMIT_DATA), for an allocation too sudden to be seen by looking.
+
+        Far above the real limit, since it counts what is reserved and not what is used.
+        """
+        return 2 * self.memory_bytes + 4 * 2**30
+
+    @property
+    def cpu_seconds(self) -> int:
+        """A cap on processor time (RLIMIT_CPU), for a child that nobody watches any more."""
+        return int(self.wall_seconds * 2) + 60

@@ -1,0 +1,5 @@
+"""Urza stores blueprints and artifacts: tables in a database, content in a blob store."""
+
+from esper.services.urza.store import UrzaStore
+
+__all__ = ["UrzaStore"]

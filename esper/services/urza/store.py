@@ -1,0 +1,79 @@
+"""Urza: the single source of truth about blueprints and kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from sqlalchemy import URL, func, select
+
+from esper.services.contracts import BlueprintStatus, StoreStats
+from esper.services.urza.blobs import BlobStore
+from esper.services.urza.blueprints import BlueprintRecords
+from esper.services.urza.database import Database
+from esper.services.urza.kernels import KernelRecords
+from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow
+from esper.services.urza.schema import prepare
+
+__all__ = ["UrzaStore"]
+
+
+class UrzaStore:
+    """A database and a blob store. Blocking; safe for threads, for several processes at once, and after a fork.
+
+    SQLite files must lie on a local disk: write-ahead mode does not work over network file systems. Every method raises
+    :class:`~esper.services.errors.StoreError` or a subclass.
+    """
+
+    def __init__(self, database_url: str | URL, blob_url: str | Path, *, busy_seconds: float = 30.0) -> None:
+        """`database_url` is SQLAlchemy's, `blob_url` fsspec's, or a folder. Missing tables are made.
+
+        Raises ``StoreSchemaError`` (newer schema), ``StoreReadOnlyError``, ``StoreFullError``, ``StoreCorruptError``.
+        """
+        self._database = Database(database_url, busy_seconds=busy_seconds)
+        try:
+            self.schema_version = prepare(self._database)
+        except BaseException:
+            self._database.close()
+            raise
+        blobs = BlobStore(blob_url)
+        self.blueprints = BlueprintRecords(self._database, blobs)
+        self.kernels = KernelRecords(self._database, blobs)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> UrzaStore:
+        """The store in `folder`: `esper.db`, an SQLite database, and `blobs`. Made if missing."""
+        folder = folder.absolute()
+        return cls(URL.create("sqlite", database=str(folder / "esper.db")), folder / "blobs")
+
+    def __enter__(self) -> UrzaStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close idle connections. Using the store again opens new ones."""
+        self._database.close()
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes."""
+        with self._database.reading() as session:
+            by_status = session.execute(select(BlueprintRow.status, func.count()).group_by(BlueprintRow.status))
+            counts = {BlueprintStatus(status): count for status, count in by_status.tuples()}
+            kernels, artifact_bytes = session.execute(
+                select(func.count(), func.coalesce(func.sum(KernelRow.size_bytes), 0))
+            ).one()
+            attachments, attachment_bytes = session.execute(
+                select(func.count(), func.coalesce(func.sum(AttachmentRow.size_bytes), 0))
+            ).one()
+        return StoreStats(
+            schema_version=self.schema_version,
+            blueprints={status: counts.get(status, 0) for status in BlueprintStatus},
+            kernels=kernels,
+            attachments=attachments,
+            artifact_bytes=int(artifact_bytes),
+            attachment_bytes=int(attachment_bytes),
+        )
