@@ -3,7 +3,9 @@
 from esper_passes.base import GraphPass, PassError, PassResult
 from esper_passes.call_kernels import CallKernels, SeedCall
 from esper_passes.elide_dormant import ElideDormant
+from esper_passes.expand_modules import ExpandModules
 from esper_passes.inline_kernels import InlineKernels, KernelInput, SeedGraph, inputs
+from esper_passes.lower_functional import LowerFunctional
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Pipeline, Timings, chain, verify
 from esper_passes.rewrite_sites import RewriteSites
 from esper_passes.site_op import (
@@ -26,9 +28,11 @@ __all__ = [
     "Callback",
     "DumpGraphs",
     "ElideDormant",
+    "ExpandModules",
     "GraphPass",
     "InlineKernels",
     "KernelInput",
+    "LowerFunctional",
     "PassError",
     "PassEvent",
     "PassResult",

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from esper_passes._hooks import hooks_of
 from esper_passes.base import PassResult
 from esper_passes.site_op import SITE
 
 __all__ = ["RewriteSites"]
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class RewriteSites:
     def _mark(self, owner: fx.GraphModule, node: fx.Node) -> None:
         path = str(node.target)
         module: nn.Module = owner.get_submodule(path)
-        hooked = next((kind for kind in _HOOKS if getattr(module, kind)), None)
-        if hooked is not None:
-            raise ValueError(f"module {path!r} has {hooked.strip('_').replace('_', ' ')}, which a site would not run")
+        hooks = hooks_of(module)
+        if hooks is not None:
+            raise ValueError(f"module {path!r} has {hooks}, which a site would not run")
         graph = node.graph
         (x,) = (*node.args, *node.kwargs.values())
         with graph.inserting_before(node):
