@@ -13,10 +13,11 @@ from esper.compiler.attachment import attach_from
 from esper.core.model_wrapper import MorphableModel, unwrap, wrap
 from esper.errors import EsperError
 from esper.execution.alpha import CosineRamp, LinearRamp
-from esper.execution.defaults import KernelSource, TelemetrySink, set_defaults
+from esper.execution.defaults import TelemetrySink, set_defaults
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState, Transition
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -16,6 +16,7 @@ from torch import fx
 __all__ = [
     "backend_being_traced",
     "compile_with_inductor",
+    "constant_while_tracing",
     "copy_for_recompile",
     "deserialise_compiled",
     "fake_inputs",
@@ -26,6 +27,9 @@ __all__ = [
     "recompile_context",
     "serialise_compiled",
 ]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
@@ -48,6 +52,12 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
     return False
 
 
+def constant_while_tracing(function: _Function) -> _Function:
+    """`torch.compiler.assume_constant_result`, typed: Dynamo calls `function` while it traces and keeps the result."""
+    marked: _Function = torch.compiler.assume_constant_result(function)
+    return marked
+
+
 def inside_backward() -> bool:
     """Whether this thread is executing a backward pass (activation recomputation included)."""
     return bool(torch._C._current_graph_task_id() != -1)
@@ -59,8 +69,8 @@ def compile_with_inductor(
     """Compile a Dynamo graph exactly as `backend="inductor"` would, forward and backward."""
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(module, list(inputs), config_patches=dict(config_patches or {}))
-    return compiled
+    compiled: Any = compile_fx(module, list(inputs), config_patches=dict(config_patches or {}))
+    return compiled  # type: ignore[no-any-return]  # its declared type has the results of other modes too
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
@@ -82,7 +92,7 @@ def copy_for_recompile(module: fx.GraphModule) -> fx.GraphModule:
     for old, new in mapping.items():
         new.meta.pop("grapharg", None)
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # set by Dynamo on placeholders
+            new._dynamo_source = old._dynamo_source  # set by Dynamo on placeholders
     copied = fx.GraphModule(module, graph)
     copied.meta.update(module.meta)
     if hasattr(module, "_param_name_to_source"):
@@ -139,7 +149,7 @@ def serialise_compiled(module: fx.GraphModule, inputs: Sequence[torch.Tensor], d
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = []
+    fakes: list[Any] = []
     for position, tensor in enumerate(inputs):
         if position in dynamic:
             sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (tensor.dim() - 1)
