@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import fx
 
 __all__ = ["bodies", "copy_body", "rewrite_bodies", "subgraphs"]
@@ -24,11 +25,17 @@ def bodies(module: fx.GraphModule) -> dict[str, fx.GraphModule]:
 
 
 def subgraphs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
-    """The bodies that the call `node` is given, each with the `get_attr` node that names it."""
-    owner = node.graph.owning_module
-    if node.op != "call_function" or owner is None:
+    """The bodies that the call `node` is given, each with the `get_attr` node that names it.
+
+    Raises `ValueError` if there may be such bodies but the graph belongs to no module, or to several.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return
-    for argument in node.all_input_nodes:
+    named = [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
+    owner = node.graph.owning_module
+    if named and owner is None:
+        raise ValueError(f"cannot look into {node.target}: its graph is not owned by exactly one graph module")
+    for argument in named:
         body = _body(owner, argument)
         if body is not None:
             yield argument, body

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,8 @@ class InlineKernels:
     After the existing placeholders come those that :func:`inputs` lists, and last `esper_alphas`, a 1-D tensor with one
     entry for each active seed, of any float dtype: sites ascending, seeds in order. They are there for every seed that
     is given, even at a site that this graph does not call. A site that is called twice uses its placeholders twice.
-    What the arithmetic is, `_blend.py` says.
+    What the arithmetic is, `_blend.py` says. The module is changed in place: while Dynamo still works with a graph,
+    which it does until its backend has returned, give this pass a copy.
 
     Raises `ValueError` for a site with seeds inside the body of a higher-order operator that cannot be given further
     operands (everything but activation checkpoints, `wrap` and `invoke_subgraph`).
@@ -90,6 +91,7 @@ class InlineKernels:
         seeds = {site: self.seeds[site] for site in sorted(self.seeds) if self.seeds[site]}
         if not seeds:
             return PassResult(graph_module, False)
+        _check_reachable(graph_module.graph, seeds)
         _Inlining(seeds).into(graph_module, list(seeds))
         return PassResult(graph_module, True)
 
@@ -114,7 +116,7 @@ class _Inlining:
                 target = str(reference.target)
                 if target not in rewritten:
                     rewritten[target] = self._into_body(module, target, body)
-                self._pass_operands(node, [added[key] for key in rewritten[target]])
+                node.args = (*node.args, *(added[key] for key in rewritten[target]))
         module.recompile()
         return list(added)
 
@@ -145,14 +147,18 @@ class _Inlining:
 
         return emit
 
-    def _pass_operands(self, call: fx.Node, operands: list[fx.Node]) -> None:
-        if not operands:
-            return
-        if call.target not in _FLAT_OPERANDS:
-            raise ValueError(
-                f"a site with active seeds lies inside {call.target}, whose body cannot be given kernel parameters"
-            )
-        call.args = (*call.args, *operands)
+
+def _check_reachable(graph: fx.Graph, seeds: Container[int]) -> None:
+    """Raise `ValueError` if a site with seeds lies where no kernel parameter can be passed to."""
+    for node in graph.nodes:
+        for _, body in subgraphs(node):
+            inside = [site for site in sites_in(body.graph) if site in seeds]
+            if inside and node.target not in _FLAT_OPERANDS:
+                names = f"site{'s' if len(inside) > 1 else ''} {', '.join(map(str, inside))}"
+                raise ValueError(
+                    f"{names} with active seeds inside {node.target}, whose body cannot be given kernel parameters"
+                )
+            _check_reachable(body.graph, seeds)
 
 
 def _key(site: int, position: int, name: str) -> str:

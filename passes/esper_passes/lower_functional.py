@@ -108,8 +108,6 @@ _LOWERINGS: Mapping[Any, _Lowering] = {
     functional.hardswish: _unary(torch._C._nn.hardswish),
     functional.selu: _unary(torch.selu),
     functional.celu: _unary(torch.celu, "alpha"),
-    functional.tanh: _unary(torch.tanh),
-    functional.sigmoid: _unary(torch.sigmoid),
     functional.leaky_relu: _unary(torch._C._nn.leaky_relu, "negative_slope"),
     functional.elu: _unary(torch._C._nn.elu, "alpha"),
     functional.hardtanh: _hardtanh,

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import fx
 
 from esper_passes._agreement import check_metadata
+from esper_passes._subgraphs import bodies
 from esper_passes.base import GraphPass, PassError, PassResult
 
 __all__ = ["Callback", "DumpGraphs", "PassEvent", "Pipeline", "Timings", "chain", "verify"]
@@ -68,12 +69,18 @@ class Pipeline:
 
 
 def verify(event: PassEvent) -> None:
-    """Check the graph that a pass left: `graph.lint()`, and that recorded fake values are those that the nodes compute.
+    """Check the graph that a pass left: `graph.lint()`, nested graphs included, and that recorded fake values are those that the nodes compute.
 
     For tests and debugging: it runs the graph on fake tensors. Raises what `lint` raises, or `ValueError`.
     """
-    event.graph_module.graph.lint()
+    _lint(event.graph_module)
     check_metadata(event.graph_module)
+
+
+def _lint(module: fx.GraphModule) -> None:
+    module.graph.lint()
+    for body in bodies(module).values():
+        _lint(body)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""Graphs for the tests of passes: how they are captured, how they are shown, and what they ought to compute."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from esper_passes import SITE, SeedGraph
+
+__all__ = [
+    "MLP",
+    "MarkedLinear",
+    "ReferenceSeed",
+    "capture",
+    "capture_with_inputs",
+    "code",
+    "copied",
+    "low_rank",
+    "low_rank_values",
+    "reference",
+    "run_low_rank",
+]
+
+
+class MarkedLinear(nn.Linear):
+    """A linear layer that calls the site marker instead."""
+
+    def __init__(self, in_features: int, out_features: int, site: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked: Tensor = SITE(x, self.weight, self.bias, self.site)
+        return marked
+
+
+class MLP(nn.Module):
+    """Two linear layers, the second without bias; as markers 3 and 5 if `marked`, in a model that is runtime 7."""
+
+    def __init__(self, marked: bool = True) -> None:
+        super().__init__()
+        self.up: nn.Linear = MarkedLinear(4, 6, 3) if marked else nn.Linear(4, 6)
+        self.down: nn.Linear = MarkedLinear(6, 4, 5, bias=False) if marked else nn.Linear(6, 4, bias=False)
+        self.marked = marked
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.marked:
+            torch.ops.esper.enter(7)
+        return self.down(self.up(x).relu())
+
+
+def capture_with_inputs(
+    model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None
+) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph that Dynamo captures of `model`, and the inputs that it gives it."""
+    captured: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        captured.append((module, example_inputs))
+
+        def run(*arguments: Any) -> Any:
+            captured[-1] = (module, list(arguments))
+            raise _CapturedError
+
+        return run
+
+    torch._dynamo.reset()
+    with contextlib.suppress(_CapturedError):
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
+    (result,) = captured
+    return result
+
+
+def capture(model: Callable[..., Any], *inputs: Any, dynamic: bool | None = None) -> fx.GraphModule:
+    """The one graph that Dynamo captures of `model`."""
+    return capture_with_inputs(model, *inputs, dynamic=dynamic)[0]
+
+
+class _CapturedError(Exception):
+    """Stops a run once its graph is known."""
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with a graph of its own: Dynamo goes on using the placeholders of the one that it hands out."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def code(module: fx.GraphModule) -> str:
+    """The generated code of `module` and of the graphs nested in it, short enough to read.
+
+    Left out are type annotations, the `x = None` that free memory, and what Dynamo puts around names.
+    """
+    text = module.graph.python_code("self").src
+    lines = []
+    for line in text.splitlines():
+        line = re.sub(r"\s*;\s*\w+( = \w+)* = None.*$", "", line)
+        if line.startswith("def "):
+            line = re.sub(r" ?: ?[\w.\[\], ]+?(?=[,)] ?)", "", line)
+            line = re.sub(r"\) -> [^:]+:", "):", line)
+        line = re.sub(r"[Ll]_(?:self_modules_|self_|)(\w+?)_(?=\W|$)", r"\1", line)
+        line = re.sub(r"(\w+)_parameters_(\w+)", r"\1_\2", line)
+        if line.strip() and not re.fullmatch(r"\s*(\w+) = \1", line):
+            lines += textwrap.wrap(line, 110, subsequent_indent=" " * 8, break_long_words=False)
+    for name, body in module.named_children():
+        if isinstance(body, fx.GraphModule):
+            lines += ["", f"# {name}", code(body)]
+    return "\n".join(lines)
+
+
+def low_rank(uses_host: bool = False, isolate: bool = False) -> SeedGraph:
+    """A kernel `gelu(x A^T) B^T + c`, plus the host's output if `uses_host`."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    host = graph.placeholder("host") if uses_host else None
+    a, b, c = (graph.placeholder(name) for name in ("a", "b", "c"))
+    hidden = graph.call_function(functional.gelu, (graph.call_function(functional.linear, (x, a)),))
+    output = graph.call_function(functional.linear, (hidden, b, c))
+    if host is not None:
+        output = graph.call_function(torch.add, (host, output))
+    graph.output(output)
+    return SeedGraph(graph, ("a", "b", "c"), uses_host, isolate)
+
+
+def low_rank_values(
+    in_features: int, out_features: int, rank: int = 2, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Random values for the parameters of :func:`low_rank`, in order; leaves that require grad."""
+    shapes = ((rank, in_features), (out_features, rank), (out_features,))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def run_low_rank(parameters: Sequence[Tensor], x: Tensor, host: Tensor | None = None) -> Tensor:
+    """What :func:`low_rank` computes, in plain PyTorch."""
+    a, b, c = parameters
+    output = functional.gelu(x @ a.T) @ b.T + c
+    return output if host is None else host + output
+
+
+@dataclass(frozen=True)
+class ReferenceSeed:
+    """A :func:`low_rank` kernel at a site, as the reference takes it."""
+
+    parameters: Sequence[Tensor]
+    alpha: float
+    uses_host: bool = False
+    isolate: bool = False
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Sequence[ReferenceSeed]) -> Tensor:
+    """`y = x W^T + b`, then for each seed `y = a K(x) + (1 - a) y`. For float64 tensors."""
+    y = x @ weight.T if bias is None else x @ weight.T + bias
+    host = y
+    for seed in seeds:
+        given = [x, host] if seed.uses_host else [x]
+        if seed.isolate:
+            given = [value.detach() for value in given]
+        y = seed.alpha * run_low_rank(seed.parameters, *given) + (1 - seed.alpha) * y
+    return y
