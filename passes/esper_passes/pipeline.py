@@ -72,7 +72,8 @@ def verify(event: PassEvent) -> None:
     """Check the graph that a pass left.
 
     It passes `graph.lint()`, as do the graphs nested in it, and the fake values recorded at its nodes are those that
-    they compute. For tests and debugging: it runs the graph on fake tensors. Raises what `lint` raises, or `ValueError`.
+    they compute. For tests and debugging: it runs the graph on fake tensors. Raises what `lint` raises, or
+    `ValueError`.
     """
     _lint(event.graph_module)
     check_metadata(event.graph_module)
