@@ -9,7 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.artifacts.document import Json, JsonReader, canonical_json, near_misses, parse_json
 from esper.artifacts.errors import ArtifactError, BlueprintError
@@ -18,7 +18,7 @@ from esper.artifacts.graph import KernelGraph
 from esper.artifacts.initialisation import INITS, Init, initialise
 from esper.artifacts.limits import Limits
 from esper.artifacts.shapes import LEADING, check_shapes
-from esper.artifacts.weights import check_finite, decode_base64, encode_base64
+from esper.artifacts.weights import check_finite, decode_base64, encode_base64, ordinary_tensors
 
 __all__ = ["Blueprint"]
 
@@ -41,6 +41,7 @@ class Blueprint:
     limits: InitVar[Limits | None] = None
     graph: KernelGraph = field(init=False, repr=False)
 
+    @ordinary_tensors()
     def __post_init__(self, limits: Limits | None) -> None:
         limits = limits or Limits()
         reader = JsonReader(self.options, "blueprint", BlueprintError)
@@ -110,6 +111,7 @@ class Blueprint:
         """The dtype of weights and computation, e.g. ``"float32"``."""
         return self.graph.dtype
 
+    @ordinary_tensors()
     def build(self) -> tuple[KernelGraph, dict[str, Tensor]]:
         """The graph and its initial weights on the CPU: bit-identical in every process, whatever torch's own seed."""
         seed = self.options["seed"]
@@ -197,6 +199,22 @@ class Blueprint:
     ) -> Blueprint:
         """``x @ weight.T + bias``."""
         return cls("affine", {name: value for name, value in locals().items() if name != "cls"})
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, in_features: int, *, dtype: str | None = None, limits: Limits | None = None
+    ) -> Blueprint:
+        """A blueprint of what `module` computes in its present mode for ``[*, in_features]``, with its weights.
+
+        `dtype` defaults to the parameters' own. The module goes through ``torch.export`` and must return one tensor
+        ``[*, out_features]``, each leading position on its own. Buffers and constants become weights, single numbers
+        stay numbers. Raises :class:`BlueprintError` naming the operation that is not in the table. Exporting
+        traces, which torch cannot do while another thread runs a model.
+        """
+        from esper.artifacts.module_translation import translate_module  # imports torch.export, which takes a second
+
+        graph, tensors = translate_module(module, in_features, dtype)
+        return cls.from_graph(graph, tensors, limits=limits)
 
     @classmethod
     def from_graph(

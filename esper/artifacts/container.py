@@ -20,7 +20,7 @@ from esper.artifacts.document import Json, canonical_json
 from esper.artifacts.graph import KernelGraph
 from esper.artifacts.limits import Limits
 from esper.artifacts.shapes import LEADING, check_shapes
-from esper.artifacts.weights import check_finite
+from esper.artifacts.weights import check_finite, ordinary_tensors
 
 __all__ = ["ID_PATTERN", "MANIFEST_KEY", "SCHEMA", "Artifact", "artifact_id", "build_artifact"]
 
@@ -68,6 +68,7 @@ def artifact_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@ordinary_tensors()
 def build_artifact(
     blueprint: Blueprint,
     *,

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ class _Required:
 
 REQUIRED = _Required()
 _MAX_INTEGER_DIGITS = 20
+_MAX_ITEMS = 2**18
 
 
 def canonical_json(value: Json) -> str:
@@ -35,8 +37,7 @@ def parse_json(text: str | bytes, what: str, error: type[ArtifactError]) -> obje
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
         result = dict(items)
         if len(result) != len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            twice = Counter(key for key, _ in items).most_common(1)[0][0]
             raise error(f"{what} has the key {_show(twice)} twice in one object; keep one of them")
         return result
 
@@ -56,6 +57,8 @@ def parse_json(text: str | bytes, what: str, error: type[ArtifactError]) -> obje
 
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
+        if sum(map(decoded.count, "{[,")) > _MAX_ITEMS:  # small values are large objects: 3 bytes can become 64
+            raise error(f"{what} holds more than {_MAX_ITEMS} values; none needs that many")
         result: object = json.loads(
             decoded, object_pairs_hook=pairs, parse_int=integer, parse_float=number, parse_constant=constant
         )

@@ -123,6 +123,11 @@ class KernelGraph:
                 raise ArtifactGraphError(
                     f"tensor {spec.name!r} is {spec.dtype} in a {self.dtype} kernel; use one dtype throughout"
                 )
+        largest = torch.finfo(DTYPES[self.dtype]).max
+        for node in self.nodes:
+            for key, value in node.attributes.items():
+                if isinstance(value, float) and abs(value) > largest:
+                    raise ArtifactGraphError(f"node {node.name!r}: {key} is {value}, more than a {self.dtype} can hold")
         _check_edges(self)
 
     @property

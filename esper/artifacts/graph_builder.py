@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from esper.artifacts.document import Json
 from esper.artifacts.graph import KernelGraph, Node, TensorSpec
 from esper.artifacts.initialisation import Init
@@ -17,6 +19,11 @@ class GraphBuilder:
         self.initialisations: dict[str, Init] = {}
         self._tensors: dict[str, TensorSpec] = {}
         self._nodes: list[Node] = []
+
+    @property
+    def tensor_names(self) -> Collection[str]:
+        """Names of the weights declared so far."""
+        return self._tensors.keys()
 
     def tensor(self, name: str, shape: tuple[int, ...], init: Init = "zeros") -> str:
         """Declares a weight and how it starts; returns its name."""

@@ -32,9 +32,9 @@ def initialise(spec: TensorSpec, init: Init, seed: int) -> Tensor:
     """
     dtype = DTYPES[spec.dtype]
     if init == "zeros":
-        return torch.zeros(spec.shape, dtype=dtype)
+        return torch.zeros(spec.shape, dtype=dtype, device="cpu")
     if init == "ones":
-        return torch.ones(spec.shape, dtype=dtype)
+        return torch.ones(spec.shape, dtype=dtype, device="cpu")
     draw = _kaiming if init == "kaiming" else _orthogonal
     return draw(spec.shape, _generator(seed, spec.name)).to(dtype)
 
@@ -48,7 +48,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform on [-1, 1)."""
-    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2.0 - 1.0
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") * 2.0 - 1.0
 
 
 def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -61,25 +61,34 @@ def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _orthogonal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Unit vectors turned by layers of Givens rotations of random pairs.
 
-    A rotation's cosine and sine are (1 - t²)/(1 + t²) and 2t/(1 + t²): products and quotients are exact to the last bit
-    everywhere, which a QR decomposition is not. After 2 log2(n) + 4 layers every coordinate has mixed with every other.
+    The first layers turn by 45 degrees either way, which spreads each vector evenly (as a randomised Hadamard transform
+    does, but for any n); the last ones by random angles, cosine (1 - t²)/(1 + t²) and sine 2t/(1 + t²). Products, sums
+    and quotients are exact to the last bit everywhere, which a QR decomposition is not.
     """
     rows = shape[0] if shape else 1
     columns = 1
     for size in shape[1:]:
         columns *= size
     long, short = max(rows, columns), min(rows, columns)
-    matrix = torch.zeros(long, short, dtype=torch.float64)
-    start = torch.randperm(long, generator=generator)[:short]
-    matrix[start, torch.arange(short)] = torch.where(_uniform((short,), generator) < 0, -1.0, 1.0).double()
+    matrix = torch.zeros(long, short, dtype=torch.float64, device="cpu")
+    start = torch.randperm(long, generator=generator, device="cpu")[:short]
+    matrix[start, torch.arange(short, device="cpu")] = torch.where(
+        _uniform((short,), generator) < 0, -1.0, 1.0
+    ).double()
     half = long // 2
-    for _ in range(2 * long.bit_length() + 4 if half else 0):
-        order = torch.randperm(long, generator=generator)
-        first, second = order[:half], order[half : 2 * half]
+    for layer in range(long.bit_length() + 6 if half else 0):
         t = _uniform((half, 1), generator)
-        square = t * t
-        cosine, sine = (1.0 - square) / (1.0 + square), (t + t) / (1.0 + square)
-        a, b = matrix[first], matrix[second]
-        matrix[first] = a * cosine - b * sine
-        matrix[second] = a * sine + b * cosine
+        if layer < long.bit_length() + 3:
+            cosine = torch.full_like(t, math.sqrt(0.5))
+            sine = torch.where(t < 0, -cosine, cosine)
+        else:
+            square = t * t
+            cosine, sine = (1.0 - square) / (1.0 + square), (t + t) / (1.0 + square)
+        matrix = matrix.index_select(0, torch.randperm(long, generator=generator, device="cpu"))
+        a, b = matrix[:half], matrix[half : 2 * half]
+        turned = a * cosine
+        turned -= b * sine
+        b *= cosine
+        b += a * sine
+        a.copy_(turned)
     return (matrix if rows >= columns else matrix.T).reshape(shape)

@@ -7,7 +7,6 @@ else.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -19,13 +18,14 @@ from esper.artifacts.graph import KernelGraph
 from esper.artifacts.limits import Limits
 from esper.artifacts.shapes import LEADING, check_shapes
 from esper.artifacts.signing import Signature, TrustStore, artifact_message
-from esper.artifacts.weights import check_finite
+from esper.artifacts.weights import check_finite, ordinary_tensors
 
 __all__ = ["Limits", "load_artifact"]
 
 _MAX_TOOLS = 32
 
 
+@ordinary_tensors()
 def load_artifact(
     data: bytes,
     *,
@@ -43,7 +43,7 @@ def load_artifact(
     limits = limits or Limits()
     limits.check_count("the artifact's size in bytes", len(data), "max_bytes")
     identity = artifact_id(data)
-    if expected_id is not None and not hmac.compare_digest(identity.encode(), expected_id.encode()):
+    if expected_id is not None and identity != expected_id:
         raise ArtifactCorruptError(f"the artifact's bytes hash to {identity}, not to {expected_id}; fetch it again")
     if trust is not None:
         if signature is None:

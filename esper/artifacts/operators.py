@@ -80,6 +80,16 @@ def _number(default: float | None = None) -> Attribute:
     return Attribute("a number", lambda reader, key: reader.number(key, REQUIRED if default is None else default))
 
 
+def _positive(default: float) -> Attribute:
+    def read(reader: JsonReader, key: str) -> Json:
+        value = reader.number(key, default)
+        if value <= 0:
+            raise reader.refuse(key, "a number above 0", value)
+        return value
+
+    return Attribute("a number above 0", read)
+
+
 def _flag(default: bool) -> Attribute:
     return Attribute("true or false", lambda reader, key: reader.boolean(key, default))
 
@@ -107,10 +117,14 @@ class Operator:
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     layout: _Layout = _keywords
 
-    @property
-    def names_dimensions(self) -> bool:
-        """Whether an attribute names a dimension that the first input must have."""
-        return any(attribute.names_dimension for attribute in self.attributes.values())
+    def depth(self, attributes: Attributes) -> int:
+        """How many trailing dimensions the first input must have for the dimensions that `attributes` name."""
+        deepest = 0
+        for name, attribute in self.attributes.items():
+            value: Any = attributes[name]
+            if attribute.names_dimension:
+                deepest = max(deepest, *(-dim for dim in (value if isinstance(value, tuple) else (value,))))
+        return deepest
 
     def read_attributes(self, attributes: object, path: str) -> Mapping[str, Json]:
         """`attributes` checked, with defaults filled in; raises :class:`ArtifactGraphError` naming the path."""
@@ -204,6 +218,8 @@ _TABLE = (
     _unary("cos", torch.cos),
     _unary("erf", torch.erf),
     Operator("clamp", torch.clamp, (1, 1), {"min": _number(), "max": _number()}, _clamp),
+    _scalar("clamp_min", torch.clamp_min),
+    _scalar("clamp_max", torch.clamp_max),
     # Activations.
     _unary("relu", torch.relu),
     _unary("sigmoid", torch.sigmoid),
@@ -216,13 +232,13 @@ _TABLE = (
     _unary("selu", torch.selu),
     Operator("gelu", _nn.gelu, (1, 1), {"approximate": _choice("none", "tanh")}),
     Operator("leaky_relu", _nn.leaky_relu, (1, 1), {"negative_slope": _number(0.01)}, _positional("negative_slope")),
-    Operator("elu", _nn.elu, (1, 1), {"alpha": _number(1.0)}, _positional("alpha")),
-    Operator("celu", torch.celu, (1, 1), {"alpha": _number(1.0)}, _positional("alpha")),
+    Operator("elu", _nn.elu, (1, 1), {"alpha": _positive(1.0)}, _positional("alpha")),
+    Operator("celu", torch.celu, (1, 1), {"alpha": _positive(1.0)}, _positional("alpha")),
     Operator(
         "softplus",
         _nn.softplus,
         (1, 1),
-        {"beta": _number(1.0), "threshold": _number(20.0)},
+        {"beta": _positive(1.0), "threshold": _number(20.0)},
         _positional("beta", "threshold"),
     ),
     Operator(
@@ -233,8 +249,8 @@ _TABLE = (
         _positional("min_val", "max_val"),
     ),
     # Normalisation: inputs are x[, weight[, bias]] and x[, weight]; `shape` is the trailing shape.
-    Operator("layer_norm", torch.layer_norm, (1, 3), {"shape": _sizes(), "eps": _number(1e-5)}, _norm),
-    Operator("rms_norm", torch.rms_norm, (1, 2), {"shape": _sizes(), "eps": _number(1e-6)}, _rms_norm),
+    Operator("layer_norm", torch.layer_norm, (1, 3), {"shape": _sizes(), "eps": _positive(1e-5)}, _norm),
+    Operator("rms_norm", torch.rms_norm, (1, 2), {"shape": _sizes(), "eps": _positive(1e-6)}, _rms_norm),
     Operator("softmax", torch.softmax, (1, 1), {"dim": _dimension()}, _positional("dim")),
     Operator("log_softmax", torch.log_softmax, (1, 1), {"dim": _dimension()}, _positional("dim")),
     # Reductions over trailing dimensions.
@@ -244,6 +260,13 @@ _TABLE = (
     _reduction("amin", torch.amin),
     _reduction("logsumexp", torch.logsumexp),
     Operator("var", torch.var, (1, 1), {**_REDUCTION, "correction": _integer(0, 1, 1)}, _var),
+    Operator(
+        "vector_norm",
+        torch.linalg.vector_norm,
+        (1, 1),
+        {"ord": _positive(2.0), **_REDUCTION},
+        _positional("ord", "dims", "keepdim"),
+    ),
     Operator("cumsum", torch.cumsum, (1, 1), {"dim": _dimension()}, _positional("dim")),
     # Shapes. unflatten splits one dimension into `sizes`; flatten joins `start`..-1; repeat_interleave repeats each
     # entry of a dimension (of size 1: an expand); slice keeps `length` entries from `start`; permute orders the last

@@ -76,13 +76,16 @@ def _run(graph: KernelGraph, lead: tuple[int, ...], limits: Limits) -> Shapes:
 
 def _call(node: Node, inputs: tuple[Tensor, ...], lead: tuple[int, ...]) -> Tensor:
     operator = find_operator(node.op, f"node {node.name!r}")
-    if operator.names_dimensions and not lead and inputs[0].dim() == 0:
-        # torch lets a value without dimensions pass as one of a single dimension, which would be a leading one here
-        raise ArtifactGraphError(f"node {node.name!r}: {node.op} needs a trailing dimension, its input has none")
+    if not lead and operator.depth(node.attributes) > inputs[0].dim():
+        # torch's meta kernels do not all look, and treat a value without dimensions as if it had one
+        raise ArtifactGraphError(
+            f"node {node.name!r}: {node.op} names the last {operator.depth(node.attributes)} dimensions, its input has "
+            f"{inputs[0].dim()} trailing ones"
+        )
     args, kwargs = operator.call(inputs, node.attributes)
     try:
         result: object = operator.target(*args, **kwargs)
-    except (RuntimeError, IndexError, ValueError, TypeError) as cause:
+    except (RuntimeError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as cause:
         shapes = ", ".join(str(tuple(each.shape)) for each in inputs)
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise ArtifactGraphError(f"node {node.name!r}: {node.op} does not accept shapes {shapes}: {reason}") from cause

@@ -86,6 +86,10 @@ class Signature:
             value = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as cause:
             raise UntrustedArtifactError(f"signature.value is not base64: {cause}") from cause
+        if base64.b64encode(value).decode("ascii") != encoded:
+            raise UntrustedArtifactError(
+                "signature.value is not canonical base64; use the standard alphabet and padding"
+            )
         if len(value) != _SIGNATURE_BYTES:
             raise UntrustedArtifactError(f"signature.value has {len(value)} bytes; an Ed25519 signature has 64")
         return cls(signer, value)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,9 +22,21 @@ __all__ = [
     "decode_bytes",
     "encode_base64",
     "encode_bytes",
+    "ordinary_tensors",
 ]
 
 ITEM_SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Tensors made here can be trained, though the caller be in inference mode. Touches this thread only.
+
+    The caller's default device is kept out by naming the device in each call: torch's own switch for it is a global
+    that compiled code guards on, so flipping it here would make another thread recompile.
+    """
+    with torch.inference_mode(False):
+        yield
 
 
 def byte_length(spec: TensorSpec) -> int:
