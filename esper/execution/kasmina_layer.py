@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -16,7 +17,12 @@ from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.site_marker import commit_while_tracing, postponed_while_tracing, traced_by_esper
+from esper.execution.site_marker import (
+    commit_while_tracing,
+    enter_uncompiled,
+    postponed_while_tracing,
+    traced_by_esper,
+)
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
 from esper.execution.state_layout import KasminaStateLayout
@@ -129,7 +135,9 @@ class KasminaLayer(nn.Linear):
                     ENTER(self._runtime_id)
                 marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)
                 return marked
-            if self._stands_alone:
+            if self._stands_alone and self.runtime.scheduled:
+                enter_uncompiled(self._runtime_id)
+            elif self._stands_alone:
                 commit_while_tracing(self._runtime_id)
                 if self.runtime.pending:  # the guard that brings Dynamo here again when something is staged
                     postponed_while_tracing(self._runtime_id)
@@ -254,7 +262,7 @@ class KasminaLayer(nn.Linear):
         alpha: float | AlphaSchedule = 1.0,
         trainable: bool = False,
         isolate: bool = False,
-    ) -> Any:
+    ) -> Future[bool]:
         """Ask for a kernel and go on; the `concurrent.futures.Future[bool]` tells whether it is staged.
 
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
@@ -315,7 +323,7 @@ class KasminaLayer(nn.Linear):
             self.kernel_cache.unpin(before)
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
-        """The parameters of the kernel in force at a seed, in the order of its graph's tensors; none if it is dormant."""
+        """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""
         seed = next((each for each in self._seeds if each.seed == seed_idx), None)
         return seed.kernel.parameters if seed is not None else ()
 

@@ -1,4 +1,4 @@
-"""What one wrapped model has in common: the plan in force, what is staged, and the moment at which one becomes the other.
+"""What one wrapped model has in common: the plan in force, what is staged, and when one becomes the other.
 
 Threads. `plan` is read by anyone. :meth:`Runtime.commit` runs on the thread that runs the model, between two forwards;
 :meth:`publish` on any thread. The one lock is held for pointer changes only, never while something is fetched, hashed,
@@ -55,10 +55,13 @@ class Executor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force."""
+    """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force.
+
+    `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
+    """
 
     edit: Callable[[Plan], Plan]
-    applied: Callable[[], Transition]
+    applied: Callable[[], Transition | None]
 
 
 @dataclass(slots=True)
@@ -77,17 +80,20 @@ class Runtime:
         self.state = state
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
-        self.on_commit: Callable[[Plan], None] = lambda plan: None
+        self.on_commit: Callable[[Plan], None] = lambda _: None
         self.telemetry: Telemetry | None = None
         self.version = 0
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
+        self.scheduled = False  # as above, for schedules
         self._plan = DORMANT
         self._target = DORMANT
         self._staged: list[Change] = []
         self._schedules: dict[int, _Schedule] = {}
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self._lock = threading.RLock()  # a change that is applied under it may drop a schedule
-        self._thread = threading.get_ident()
+        self.lock = threading.RLock()
+        """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
+        self._thread = threading.get_ident()  # the one that runs the model, as far as is known
+        self._has_run = False  # the first forward says which thread that is
         self._sites: frozenset[int] = frozenset()
 
     def reserve_sites(self, count: int) -> range:
@@ -108,14 +114,14 @@ class Runtime:
 
     def add_executor(self, executor: Executor) -> None:
         """Have `executor` follow this runtime's plan for as long as it lives."""
-        with self._lock:
+        with self.lock:
             self._executors.add(executor)
             if self._needs_boundary():
                 executor.arm()
 
     def executors(self) -> list[Any]:
         """Those alive now."""
-        with self._lock:
+        with self.lock:
             return list(self._executors)
 
     # -- staging ---------------------------------------------------------------------------------------------------
@@ -125,13 +131,17 @@ class Runtime:
         for executor in self.executors():
             executor.prepare(plan)
 
-    def publish(self, change: Change, valid: Callable[[], bool] = lambda: True) -> bool:
-        """Stage `change` for the next commit, unless `valid` says, under the lock, that nobody wants it any more."""
-        with self._lock:
+    def publish(self, *changes: Change, valid: Callable[[], bool] = lambda: True) -> bool:
+        """Stage `changes` for the next commit, unless `valid` says, under the lock, that nobody wants them any more.
+
+        Changes that are staged together come into force together.
+        """
+        with self.lock:
             if not valid():
                 return False
-            self._target = change.edit(self._target)
-            self._staged.append(change)
+            for change in changes:
+                self._target = change.edit(self._target)
+                self._staged.append(change)
             if self.commit_mode == "auto":
                 self.pending = True
                 self._arm()
@@ -147,12 +157,12 @@ class Runtime:
         """
         if torch_internals.inside_backward():
             return
-        self._thread = threading.get_ident()
+        self._thread, self._has_run = threading.get_ident(), True
         if self._staged and self.commit_mode == "auto":
             self._flip()
         if self._schedules and torch.is_grad_enabled() and self.is_training():
             self._advance_schedules()
-        with self._lock:
+        with self.lock:
             if not self._needs_boundary():
                 for executor in self._executors:
                     executor.disarm()
@@ -165,7 +175,7 @@ class Runtime:
         if torch_internals.inside_backward():
             raise CommitError("commit() was called during a backward pass: call it between two training steps")
         transitions = self._flip()
-        with self._lock:
+        with self.lock:
             if not self._needs_boundary():
                 for executor in self._executors:
                     executor.disarm()
@@ -186,7 +196,7 @@ class Runtime:
             executor.follow(self._plan)
 
     def _flip(self) -> list[Transition]:
-        with self._lock:
+        with self.lock:
             changes, self._staged = self._staged, []
             self.pending = False
             if not changes:
@@ -194,16 +204,17 @@ class Runtime:
             self._plan = self._target
             self.version += 1
             executors = list(self._executors)
-            transitions = [change.applied() for change in changes]
+            applied = [change.applied() for change in changes]
         for executor in executors:
             executor.follow(self._plan)
         self.on_commit(self._plan)
+        transitions = [transition for transition in applied if transition is not None]
         for transition in transitions:
             _LOG.info("%s", transition)
         return transitions
 
     def _needs_boundary(self) -> bool:
-        return bool(self._schedules) or (bool(self._staged) and self.commit_mode == "auto")
+        return not self._has_run or bool(self._schedules) or (bool(self._staged) and self.commit_mode == "auto")
 
     def _arm(self) -> None:
         for executor in self._executors:
@@ -228,21 +239,24 @@ class Runtime:
 
     def set_alpha(self, alpha_index: int, alpha: float | AlphaSchedule) -> None:
         """Set a seed's alpha, or let a schedule move it at every training forward from the next one on."""
-        if not callable(alpha):
-            self.state.set_alpha(alpha_index, alpha)
-            with self._lock:
-                self._schedules.pop(alpha_index, None)
-            return
-        self.state.set_alpha(alpha_index, checked_alpha(alpha(0)))
-        with self._lock:
-            self._schedules[alpha_index] = _Schedule(alpha)
-            self._arm()
+        self.start_alpha(alpha_index, alpha, checked_alpha(alpha(0) if callable(alpha) else alpha))
+
+    def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float) -> None:
+        """As :meth:`set_alpha`, with the first value, already checked, in `first`: the schedule is not called."""
+        with self.lock:
+            self.state.set_alpha(alpha_index, first)
+            self._schedules.pop(alpha_index, None)
+            if callable(alpha):
+                self._schedules[alpha_index] = _Schedule(alpha)
+                self._arm()
+            self.scheduled = bool(self._schedules)
 
     def forget_schedules(self, alpha_indices: Iterable[int]) -> None:
         """Stop moving these alphas."""
-        with self._lock:
+        with self.lock:
             for index in alpha_indices:
                 self._schedules.pop(index, None)
+            self.scheduled = bool(self._schedules)
 
     def _advance_schedules(self) -> None:
         for index, schedule in list(self._schedules.items()):

@@ -11,7 +11,7 @@ import torch
 from esper import torch_internals
 from esper.execution import registry
 
-__all__ = ["commit_while_tracing", "mark_as_backend", "postponed_while_tracing", "traced_by_esper"]
+__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "postponed_while_tracing", "traced_by_esper"]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -29,7 +29,7 @@ def _is_esper(backend: object) -> bool:
     return getattr(backend, _MARK, False) is True
 
 
-@torch.compiler.assume_constant_result
+@torch_internals.constant_while_tracing
 def traced_by_esper() -> bool:
     """Whether the tracing in progress is for `backend="esper"`, so that a marker op will be rewritten.
 
@@ -38,13 +38,19 @@ def traced_by_esper() -> bool:
     return torch_internals.backend_being_traced(_is_esper)
 
 
-@torch.compiler.assume_constant_result
+@torch_internals.constant_while_tracing
 def commit_while_tracing(runtime_id: int) -> None:
     """Commit what is staged, at the beginning of a forward that Dynamo is tracing for another backend."""
     registry.runtime_by_id(runtime_id).boundary()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def enter_uncompiled(runtime_id: int) -> None:
+    """Begin a forward under another backend outside of its graphs: an alpha schedule is Python that runs every time."""
+    registry.runtime_by_id(runtime_id).boundary()
+
+
+@torch_internals.constant_while_tracing
 def postponed_while_tracing(runtime_id: int) -> None:
     """Say that what is staged waits: this forward repeats an earlier one inside a backward."""
     _LOG.debug("model %d: a staged change waits for the end of a backward pass", runtime_id)

@@ -8,7 +8,6 @@ thread, and end in a change published to the runtime. Whatever fails leaves the 
 from __future__ import annotations
 
 import logging
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,13 +39,22 @@ class _Load:
     seed: int
     reference: str
     alpha: float | AlphaSchedule
+    first_alpha: float
     trainable: bool
     isolate: bool
     ticket: int
 
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.layer.site, self.seed
+
 
 class Stager:
-    """Carries out the requests of one model's seeds. Requests may come from any thread."""
+    """Carries out the requests of one model's seeds. Requests may come from any thread.
+
+    What is known about requests changes under the runtime's lock. A seed is `LOADING` while a load is under way or
+    staged, whatever else is committed meanwhile.
+    """
 
     def __init__(
         self,
@@ -60,8 +68,9 @@ class Stager:
         self._attach = attach
         self._sink = sink
         self._thread = BackgroundThread("esper-staging")
-        self._tickets: dict[tuple[int, int], int] = {}
-        self._lock = threading.Lock()
+        self._tickets: dict[tuple[int, int], int] = {}  # the number of each seed's latest request
+        self._under_way: dict[tuple[int, int], int] = {}  # the ticket of a load that has not ended
+        self._fossilizing: set[tuple[int, int]] = set()  # staged, not yet committed
 
     def load(
         self,
@@ -78,62 +87,79 @@ class Stager:
         A request for a seed that is already loading replaces the earlier one, whose future becomes False. Raises
         `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
-        checked_alpha(alpha(0) if callable(alpha) else alpha)
-        if layer.state.lifecycle(seed) is not _State.LOADING:
-            layer.state.set_lifecycle(seed, _State.LOADING)
-        ticket = self._take_ticket(layer, seed)
-        request = _Load(layer, seed, reference, alpha, trainable, isolate, ticket)
+        first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        with self._runtime.lock:
+            self._refuse_fossil(layer, seed)
+            if layer.state.lifecycle(seed) is not _State.LOADING:
+                layer.state.set_lifecycle(seed, _State.LOADING)
+            ticket = self._take_ticket(layer, seed)
+            self._under_way[layer.site, seed] = ticket
+        request = _Load(layer, seed, reference, alpha, first, trainable, isolate, ticket)
         return self._thread.submit(lambda: self._carry_out(request))
 
     def unload(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage the return of `seed` to dormancy; a load under way is called off. False if there is nothing to unload.
 
-        Raises `LifecycleError` for a fossilized seed.
+        Raises `IndexError` for a seed that does not exist and `LifecycleError` for a fossilized seed.
         """
-        state = layer.state.lifecycle(seed)
-        if state is _State.FOSSILIZED:
-            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED, which is for good")
-        self._take_ticket(layer, seed)
-        active = self._runtime.target.seed(layer.site, seed) is not None
-        if state is _State.LOADING and not active:
-            layer.state.cancel_load(seed)
-            self._report(layer, seed, "load called off")
-            return True
-        if state is _State.DORMANT:
-            return False
-        if not active:  # ERROR_RECOVERY
-            layer.state.set_lifecycle(seed, _State.DORMANT)
-            layer.seed_errors.pop(seed, None)
-            return True
+        with self._runtime.lock:
+            self._refuse_fossil(layer, seed)
+            state = layer.state.lifecycle(seed)
+            self._take_ticket(layer, seed)
+            called_off = self._under_way.pop((layer.site, seed), None) is not None
+            if self._runtime.target.seed(layer.site, seed) is None:
+                if called_off:
+                    layer.state.cancel_load(seed)
+                    self._report(layer, seed, "load called off")
+                elif state is _State.ERROR_RECOVERY:
+                    layer.state.set_lifecycle(seed, _State.DORMANT)
+                    layer.seed_errors.pop(seed, None)
+                return called_off or state is _State.ERROR_RECOVERY
+            if called_off and layer.state.in_force(seed):
+                layer.state.cancel_load(seed)
 
-        def applied() -> Transition:
-            return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
+            def applied() -> Transition:
+                self._runtime.forget_schedules([layer.first_seed + seed])
+                return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
 
-        self._runtime.forget_schedules([layer.first_seed + seed])
-        return self._runtime.publish(Change(lambda plan: plan.without_seed(layer.site, seed), applied))
+            return self._runtime.publish(Change(lambda plan: plan.without_seed(layer.site, seed), applied))
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage making `seed`'s kernel permanent, at the alpha it has then. False unless it is active."""
-        if layer.state.lifecycle(seed) is not _State.ACTIVE:
-            return False
-        kernel = self._runtime.target.seed(layer.site, seed)
-        identity = kernel.kernel.artifact_id if kernel else None
+        key = layer.site, seed
+        with self._runtime.lock:
+            active = layer.state.lifecycle(seed) is _State.ACTIVE
+            planned = self._runtime.target.seed(*key)
+            if not active or planned is None or key in self._fossilizing:
+                return False
+            self._fossilizing.add(key)
+            identity = planned.kernel.artifact_id
 
-        def applied() -> Transition:
-            self._runtime.forget_schedules([layer.first_seed + seed])
-            return self._enter(layer, seed, _State.FOSSILIZED, "fossilized", identity)
+            def applied() -> Transition:
+                self._fossilizing.discard(key)
+                self._runtime.forget_schedules([layer.first_seed + seed])
+                return self._enter(layer, seed, _State.FOSSILIZED, "fossilized", identity)
 
-        return self._runtime.publish(Change(lambda plan: plan, applied))
+            return self._runtime.publish(Change(lambda plan: plan, applied))
 
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`. Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized."""
-        if layer.state.lifecycle(seed) is _State.FOSSILIZED:
-            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED: its alpha is fixed")
-        self._runtime.set_alpha(layer.first_seed + seed, alpha)
+        first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        with self._runtime.lock:
+            self._refuse_fossil(layer, seed)
+            self._runtime.start_alpha(layer.first_seed + seed, alpha, first)
 
     # -- on the background thread ----------------------------------------------------------------------------------
 
     def _carry_out(self, request: _Load) -> bool:
+        try:
+            return self._stage(request)
+        finally:
+            with self._runtime.lock:
+                if self._under_way.get(request.key) == request.ticket:
+                    del self._under_way[request.key]
+
+    def _stage(self, request: _Load) -> bool:
         layer, seed = request.layer, request.seed
         if not self._wanted(request):
             return False
@@ -150,7 +176,7 @@ class Stager:
                 return plan.with_seed(layer.site, planned)
 
             def applied() -> Transition:
-                self._runtime.state.set_alpha(index, request.alpha(0) if callable(request.alpha) else request.alpha)
+                self._runtime.start_alpha(index, request.alpha, request.first_alpha)
                 layer.seed_errors.pop(seed, None)
                 return self._enter(layer, seed, _State.ACTIVE, "committed", kernel.artifact_id)
 
@@ -162,8 +188,6 @@ class Stager:
         published = self._runtime.publish(Change(edit, applied), valid=lambda: self._wanted(request))
         if not published:
             layer.kernel_cache.unpin(kernel.artifact_id)
-        if published and callable(request.alpha):
-            self._runtime.set_alpha(index, request.alpha)
         return published
 
     def _kernel(self, request: _Load) -> LoadedKernel:
@@ -182,34 +206,41 @@ class Stager:
         return kernel
 
     def _failed(self, request: _Load, error: Exception) -> None:
-        if not self._wanted(request):
-            return
         layer, seed = request.layer, request.seed
         if not isinstance(error, EsperError):
             _LOG.error("loading %s failed with an error that is not Esper's own", request.reference, exc_info=error)
         reason = f"{type(error).__name__}: {error}"
-        layer.seed_errors[seed] = reason
-        layer.state.fail_load(seed)
+        with self._runtime.lock:
+            if not self._wanted(request):
+                return
+            layer.seed_errors[seed] = reason
+            layer.state.fail_load(seed)
         _LOG.warning("kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason)
         self._report(layer, seed, reason)
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
 
+    def _refuse_fossil(self, layer: KasminaLayer, seed: int) -> None:
+        if layer.state.lifecycle(seed) is _State.FOSSILIZED or (layer.site, seed) in self._fossilizing:
+            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED, which is for good")
+
     def _take_ticket(self, layer: KasminaLayer, seed: int) -> int:
         key = (layer.site, seed)
-        with self._lock:
-            self._tickets[key] = self._tickets.get(key, 0) + 1
-            return self._tickets[key]
+        self._tickets[key] = self._tickets.get(key, 0) + 1
+        return self._tickets[key]
 
     def _wanted(self, request: _Load) -> bool:
-        return self._tickets[request.layer.site, request.seed] == request.ticket
+        return self._tickets[request.key] == request.ticket
 
     def _enter(
         self, layer: KasminaLayer, seed: int, new: SeedLifecycleState, reason: str, kernel_id: str | None
     ) -> Transition:
-        if new is _State.ACTIVE and layer.state.lifecycle(seed) is not _State.LOADING:
-            layer.state.set_lifecycle(seed, _State.LOADING)  # an earlier load of the same seed was committed first
-        old = layer.state.set_lifecycle(seed, new, kernel_id if new is _State.ACTIVE else None)
+        old = layer.state.lifecycle(seed)
+        if new is _State.ACTIVE and old is not _State.LOADING:
+            layer.state.set_lifecycle(seed, _State.LOADING)  # an earlier change to the same seed was committed first
+        layer.state.set_lifecycle(seed, new, kernel_id if new is _State.ACTIVE else None)
+        if (layer.site, seed) in self._under_way:
+            layer.state.set_lifecycle(seed, _State.LOADING)
         layer.state.touch_epoch(seed, self._runtime.version)
         if new is not _State.FOSSILIZED:
             layer.pin(seed, kernel_id)

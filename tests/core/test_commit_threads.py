@@ -1,0 +1,137 @@
+"""Law 3 with several threads: control on one, training on another."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from tests.core.seeds import blueprint, load, outputs, states
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp
+
+
+class Twice(nn.Module):
+    """One layer that runs twice in a forward, so that a change of plan in between would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = self.layer(x).tanh()
+        return x
+
+
+@pytest.mark.parametrize("mode", ["fx", "module", "compiled"])
+def test_every_forward_sees_one_plan_while_another_thread_loads_and_unloads(
+    shelf: KernelShelf, mode: str, fresh_dynamo: None
+) -> None:
+    model = esper.wrap(Twice(), platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]
+    kernel, x = shelf.put(blueprint(8, 8)).id, torch.randn(5, 8)
+    run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
+    allowed = [outputs(run, x)]
+    load(model, "layer", 0, kernel, alpha=0.5)
+    allowed.append(outputs(run, x))
+    model.unload_kernel("layer", 0)
+    done, problems = threading.Event(), []
+
+    def control() -> None:
+        try:
+            for _ in range(20):
+                assert asyncio.run(model.load_kernel("layer", 0, kernel, alpha=0.5))
+                assert model.unload_kernel("layer", 0)
+        except BaseException as error:  # noqa: BLE001  # shown by the assertion below
+            problems.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=control)
+    thread.start()
+    seen = [outputs(run, x)]
+    while not done.is_set():
+        seen.append(outputs(run, x))
+    thread.join()
+    assert problems == []
+    kinds = {next((i for i, each in enumerate(allowed) if torch.equal(output, each)), None) for output in seen}
+    assert None not in kinds
+    outputs(run, x)
+    assert states(model)["layer"][0] == "DORMANT"
+
+
+def test_training_goes_on_while_another_thread_loads(shelf: KernelShelf) -> None:
+    model = esper.wrap(mlp(8, 6, 4), seeds_per_layer=2, platform=shelf.platform)
+    kernels = [shelf.put(blueprint(seed=seed)).id for seed in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    done, loaded = threading.Event(), []
+
+    def control() -> None:
+        for step in range(12):
+            future = model.request_kernel("0", step % 2, kernels[step % 3], alpha=0.5, trainable=True)
+            loaded.append(future.result(30))
+        done.set()
+
+    thread = threading.Thread(target=control)
+    thread.start()
+    steps = 0
+    while not done.is_set() or steps < 20:
+        x = torch.randn(16, 8)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+    thread.join()
+    assert loaded == [True] * 12
+    model(torch.randn(2, 8))
+    assert states(model)["0"] == ["ACTIVE", "ACTIVE"]
+    held = {seed.kernel.artifact_id for seed in model.runtime.plan.seeds()}
+    assert held == {kernels[10 % 3], kernels[11 % 3]}
+
+
+def test_a_load_awaited_beside_the_thread_that_runs_the_model_waits_for_its_next_forward(shelf: KernelShelf) -> None:
+    host = mlp(8, 6, 4)
+    inside, go_on = threading.Event(), threading.Event()
+    model = esper.wrap(host, platform=shelf.platform)
+    kernel, x, results = shelf.put(blueprint()).id, torch.randn(5, 8), []
+    model.get_submodule("0").register_forward_pre_hook(lambda *_: (inside.set(), go_on.wait(30))[:0] or None)
+
+    def train() -> None:
+        results.extend(model(x) for _ in range(2))
+
+    thread = threading.Thread(target=train)
+    thread.start()  # a notebook that trains in a thread: the model was made here, and runs there
+    assert inside.wait(30)
+    assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+    assert states(model)["0"][0] == "LOADING"
+    go_on.set()
+    thread.join()
+    assert torch.equal(results[0], host(x))
+    assert not torch.allclose(results[1], results[0])
+    assert states(model)["0"][0] == "ACTIVE"
+
+
+def test_loads_from_several_threads_at_once(shelf: KernelShelf) -> None:
+    model = esper.wrap(mlp(8, 6, 6, 6), seeds_per_layer=2, platform=shelf.platform)
+    first, later = shelf.put(blueprint(8, 6)).id, shelf.put(blueprint(6, 6)).id
+    x = torch.randn(5, 8)
+    model(x)
+    layers = {"0": first, "2": later, "4": later}
+    results: dict[tuple[str, int], bool] = {}
+
+    def request(layer: str, seed: int) -> None:
+        results[layer, seed] = asyncio.run(model.load_kernel(layer, seed, layers[layer], alpha=0.25))
+
+    threads = [threading.Thread(target=request, args=(layer, seed)) for layer in layers for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(results.values()) == [True] * 6
+    model(x)
+    assert states(model) == {layer: ["ACTIVE", "ACTIVE"] for layer in layers}
