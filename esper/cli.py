@@ -65,7 +65,7 @@ def demo(
                 if phase not in tasks:
                     tasks[phase] = bars.add_task(phase, total=total)
                 if done == total or done % 50 == 1:
-                    bars.update(tasks[phase], completed=done)  # type: ignore[arg-type]  # rich's task id
+                    bars.update(tasks[phase], completed=done, total=total)  # type: ignore[arg-type]  # rich's task id
 
             report = run_demo(platform, seed, progress)
         print_report(report, console)

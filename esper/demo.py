@@ -169,6 +169,8 @@ class Growth:
         while self.training.steps - first < steps if steps is not None else until is not None and not until.done():
             self.training.step()
             self.progress(phase, self.training.steps - first, steps)
+        done = self.training.steps - first
+        self.progress(phase, done, done)
         self.phases.append(Phase(phase, first, self.training.steps))
 
     def load(self, artifact_id: str) -> None:
@@ -187,6 +189,7 @@ class Growth:
 
 def run_demo(platform: esper.Platform, seed: int, progress: Callable[[str, int, int | None], None]) -> DemoReport:
     """Train, grow, train on; then train the control. Takes about a minute or two."""
+    torch.set_num_threads(1)  # a second one gains nothing at these sizes and would wait for the compiler's core
     digits = Digits.load(seed)
     host = build_host(seed)
     growth = Growth(Training(esper.wrap(host, platform=platform), digits, seed), platform, progress)

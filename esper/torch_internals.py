@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 __all__ = [
+    "assumptions_since",
     "backend_being_traced",
     "compile_with_inductor",
     "constant_while_tracing",
@@ -54,7 +55,7 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
 
 def constant_while_tracing(function: _Function) -> _Function:
     """`torch.compiler.assume_constant_result`, typed: Dynamo calls `function` while it traces and keeps the result."""
-    marked: _Function = torch.compiler.assume_constant_result(function)
+    marked: _Function = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]  # torch's own
     return marked
 
 
@@ -121,6 +122,36 @@ def guard_count(values: Sequence[Any]) -> int:
     """How many guards the shape environment of fake `values` has: a compilation that adds one assumed a shape."""
     mode = _fake_mode(values)
     return 0 if mode is None or mode.shape_env is None else len(mode.shape_env.guards)
+
+
+def assumptions_since(values: Sequence[Any], count: int) -> Callable[..., bool] | None:
+    """A check of what a compilation assumed about sizes: the guards beyond the first `count`; None if there are none.
+
+    `values` are the fake inputs of the graph. The check takes the real inputs, in their order, and says whether every
+    assumption holds for them. Dynamo hands each symbolic size over as an input of its own, and that is where it is
+    read; an assumption about anything else never holds.
+    """
+    import sympy
+
+    mode = _fake_mode(values)
+    if mode is None or mode.shape_env is None or len(mode.shape_env.guards) == count:
+        return None
+    expressions = [guard.expr for guard in mode.shape_env.guards[count:]]
+    symbols = {
+        value.node.expr: position
+        for position, value in enumerate(values)
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
+    }
+    needed = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
+    if not all(symbol in symbols for symbol in needed):
+        return lambda *_: False
+    positions = [symbols[symbol] for symbol in needed]
+    holds = sympy.lambdify(needed, sympy.And(*expressions), modules="math")
+
+    def check(*inputs: Any) -> bool:
+        return bool(holds(*[inputs[position] for position in positions]))
+
+    return check
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 # One cache of compiled code for all tests and worker processes, set before torch is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "inductor"))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores; a second thread would only wait for one
 
 import pytest
 import torch

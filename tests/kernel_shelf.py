@@ -1,44 +1,51 @@
-from types import SimpleNamespace
-from esper.artifacts import build_artifact
-from esper.execution.sources import FetchedKernel, UnknownKernelError
+"""Signed kernels in a real store, put there without Tezzeret: tests of execution need many, and no compiler."""
 
+from __future__ import annotations
 
-class _S:
-    def __init__(s):
-        s.d = {}
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-    def resolve(s, r):
-        return r
+from esper import Blueprint, Platform
+from esper.artifacts import Artifact, SigningKey, artifact_message, build_artifact
+from esper.contracts.validation import ValidationReport
+from esper.services.contracts import KernelMetadata
 
-    def fetch(s, i):
-        if i not in s.d:
-            raise UnknownKernelError(f"no kernel {i}")
-        return FetchedKernel(s.d[i], None)
-
-    def attachment(s, i, k):
-        return None
-
-    def trust(s):
-        return None
-
-
-class _Sink:
-    def publish(s, t, p):
-        pass
+__all__ = ["KernelShelf"]
 
 
 class KernelShelf:
-    def __init__(s, root):
-        s.src = _S()
-        s.platform = SimpleNamespace(kernel_source=s.src, oona=_Sink())
+    """An embedded platform in `root` and a way to put a blueprint's kernel into its store at once."""
 
-    def __enter__(s):
-        return s
+    def __init__(self, root: Path) -> None:
+        self.platform = Platform.embedded(root)
+        self._key = SigningKey.load_or_create(root / "signing.pem")  # the platform's own
 
-    def __exit__(s, *a):
-        pass
+    def __enter__(self) -> Self:
+        return self
 
-    def put(s, blueprint):
-        a = build_artifact(blueprint)
-        s.src.d[a.id] = a.data
-        return a
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.platform.close()
+
+    def put(self, blueprint: Blueprint) -> Artifact:
+        """Build, sign and store the kernel of `blueprint`; it can be loaded by the artifact's id."""
+        artifact = build_artifact(blueprint)
+        record = self.platform.store.blueprints.submit(blueprint)
+        self.platform.store.kernels.add(
+            artifact.data,
+            self._key.sign(artifact_message(artifact.id)),
+            blueprint_id=record.id,
+            metadata=KernelMetadata(
+                in_features=artifact.graph.in_features,
+                out_features=artifact.graph.out_features,
+                dtype=artifact.graph.dtype,
+                uses_host=artifact.graph.uses_host,
+                parameter_count=sum(tensor.numel() for tensor in artifact.tensors.values()),
+                node_count=max(len(artifact.graph.nodes), 1),
+                graph_digest=artifact.graph.digest,
+            ),
+            report=ValidationReport(blueprint_id=record.id, pipeline="fast", passed=True, artifact_id=artifact.id),
+        )
+        return artifact

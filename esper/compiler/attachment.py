@@ -67,7 +67,7 @@ def load_attachment(payload: bytes) -> CompiledKernel:
 def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     """Give `kernel` its compiled attachment, if `source` has one for this toolchain and hardware from a trusted signer.
 
-    An attachment by a stranger, or one that does not verify, is left alone with a warning: the kernel's graph runs then.
+    An attachment by a stranger, or one that does not verify, is left alone with a warning; the graph runs then.
     For background threads: it may fetch, and it loads machine code.
     """
     if kernel.attached:

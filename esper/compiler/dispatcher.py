@@ -10,7 +10,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from esper.execution.call_counter import CallCounter
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
-from esper_passes import ElideDormant, InlineKernels, Pipeline, sites_in
+from esper_passes import ElideDormant, InlineKernels, Pipeline, site_calls_in
 
 __all__ = ["Dispatcher"]
 
@@ -37,8 +37,8 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "__weakref__", "_armed", "_compiled", "_current", "_inner", "_inputs", "_marked", "_plan", "_tick", "counter",
-        "roots", "runtimes", "site_calls", "variant",
+        "__weakref__", "_armed", "_compiled", "_current", "_inner", "_inputs", "_known_guards", "_marked", "_plan",
+        "_tick", "counter", "roots", "runtimes", "site_calls", "variant",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +51,7 @@ class Dispatcher:
     ) -> None:
         self._marked = marked
         self._inputs = list(inputs)
+        self._known_guards = torch_internals.guard_count(self._inputs)
         self._inner = inner
         self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self._armed = False
@@ -58,7 +59,7 @@ class Dispatcher:
         self._tick = self.counter.tick
         self.runtimes = tuple(runtimes)
         self.roots = tuple(roots)
-        self.site_calls = sites_in(marked.graph)
+        self.site_calls = site_calls_in(marked.graph)
         self._plan = self._plan_in_force()
         self._current: Callable[..., Any] = self._resolve
         self.variant: Callable[..., Any] = self._resolve
@@ -116,6 +117,7 @@ class Dispatcher:
     def adopt(self, compiled: Callable[..., Any]) -> None:
         """Take `compiled` as the dormant variant: what the backend compiled while Dynamo was calling it."""
         self._compiled[Plan().structure] = compiled
+        self._known_guards = torch_internals.guard_count(self._inputs)  # Dynamo has yet to make its guards of these
         if self._plan.is_dormant:
             self._point_to(compiled)
 
@@ -180,15 +182,15 @@ class Dispatcher:
                 node.meta["example_value"] = fake
             inputs = [*inputs, *fakes]
         started = time.perf_counter()
-        guards = torch_internals.guard_count(inputs)
         try:
             with torch_internals.recompile_context(inputs, module):
                 compiled = self._inner(module, inputs)
         except Exception as error:  # noqa: BLE001  # whatever the inner compiler raises, the forward has to go on
             _LOG.warning("the inner compiler failed on a graph with seeds; it runs uncompiled", exc_info=error)
-            return module.forward
-        if torch_internals.guard_count(inputs) > guards:
-            _LOG.warning("compiling a graph with seeds made assumptions about its sizes; it runs uncompiled")
-            return module.forward
+            return cast(Callable[..., Any], module.forward)
+        holds = torch_internals.assumptions_since(inputs, self._known_guards)
         _LOG.info("compiled a variant with %d active seeds in %.2f s", len(seeds), time.perf_counter() - started)
-        return compiled
+        if holds is None:
+            return compiled
+        uncompiled = module.forward
+        return lambda *inputs: compiled(*inputs) if holds(*inputs) else uncompiled(*inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -45,13 +45,13 @@ def resolve_inner(mode: str | None, options: Mapping[str, Any] | None) -> InnerC
         named = ", ".join([*remaining, *([f"mode={mode!r}"] if mode else [])])
         raise BackendOptionError(f"{named} are Inductor's own options, and the inner compiler is {inner!r}: drop them")
     if callable(inner):
-        return inner
+        return cast(InnerCompiler, inner)
     if inner == "esper":
         raise BackendOptionError(
             'options={"inner": "esper"} would call itself: name another backend, such as "inductor"'
         )
     try:
-        found: InnerCompiler = torch._dynamo.lookup_backend(inner)
+        found = cast(InnerCompiler, torch._dynamo.lookup_backend(inner))
     except Exception as error:  # torch raises private types here; all mean "no such backend"
         known = ", ".join(torch._dynamo.list_backends())
         raise BackendOptionError(

@@ -1,0 +1,129 @@
+"""An eager host executes what Tezzeret compiled, if its signer is trusted and its target is this machine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from esper import Blueprint, Platform
+from esper.artifacts import Attachment, SigningKey, Target
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.loaded_kernel import AttachedKernel
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attachments")]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with Platform.embedded(tmp_path_factory.mktemp("platform")) as platform:
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def kernel(platform: Platform) -> str:
+    """A compiled kernel that reads its input and the host's output."""
+    blueprint = Blueprint.bottleneck(8, 6, rank=3, start="identity", seed=5)
+    return platform.compile_sync(blueprint, timeout=240).id
+
+
+def test_an_eager_host_runs_the_attachment_and_agrees_with_the_graph(
+    platform: Platform, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=platform)
+    assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5, trainable=True))
+    (seed,) = model.runtime.plan.seeds()
+    executor = seed.kernel.executor
+    assert isinstance(executor, AttachedKernel)
+    compiled, calls = executor.attachment, []
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(arguments[0].shape)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(executor, "attachment", counted)
+    for shape in ((5, 8), (2, 3, 8)):
+        x = torch.randn(shape, requires_grad=True)
+        with torch.no_grad():
+            for parameter in model.seed_parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        inputs = [x, *model.parameters()]
+        output = model(x)
+        gradients = torch.autograd.grad(output.square().sum(), inputs)
+        host = torch.nn.functional.linear(x, *model.kasmina_layers["0"]._parameters.values())  # type: ignore[arg-type]
+        expected = torch.lerp(host, seed.kernel.module(x, host), torch.tensor(0.5))
+        theirs = torch.autograd.grad(expected.square().sum(), inputs)
+        torch.testing.assert_close(output, expected)
+        for ours, other in zip(gradients, theirs, strict=True):
+            torch.testing.assert_close(ours, other)
+    assert calls == [(5, 8), (6, 8)]
+
+
+def _fresh_kernel(platform: Platform, kernel: str) -> esper.execution.loaded_kernel.LoadedKernel:
+    cache = KernelCache(source=platform.kernel_source)
+    loaded = cache.fetch(kernel).place()
+    esper.attach_from(platform.kernel_source, loaded)
+    return loaded
+
+
+def test_a_strangers_attachment_is_not_touched(
+    platform: Platform, kernel: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Target.current("cpu")
+    packed = platform.kernel_source.attachment(kernel, target.key)
+    assert packed is not None
+    own = Attachment.unpack(packed)
+    assert _fresh_kernel(platform, kernel).attached
+    try:
+        stranger = SigningKey.generate()
+        platform.store.kernels.add_attachment(Attachment.create(kernel, target, own.payload, stranger))
+        assert not _fresh_kernel(platform, kernel).attached
+        assert "is not used" in caplog.text
+        forged = Attachment.create(kernel, target, b"not what was signed", SigningKey.generate())
+        platform.store.kernels.add_attachment(forged)
+        assert not _fresh_kernel(platform, kernel).attached
+    finally:
+        platform.store.kernels.add_attachment(own)
+
+
+def test_another_toolchains_attachment_is_not_touched(
+    platform: Platform, kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Target.current("cpu")
+    monkeypatch.setattr(torch, "__version__", "1.0.0")
+    other = Target.current("cpu")
+    assert other.key != real.key
+    loaded = _fresh_kernel(platform, kernel)
+    assert not loaded.attached
+    assert loaded.executor is loaded.module
+
+
+def test_a_kernel_of_the_right_key_but_for_another_artifact_is_refused(
+    platform: Platform, kernel: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Target.current("cpu")
+    packed = platform.kernel_source.attachment(kernel, target.key)
+    assert packed is not None
+
+    class Swapped:
+        """A store that hands out the attachment of another kernel."""
+
+        resolve, fetch, trust = (
+            platform.kernel_source.resolve,
+            platform.kernel_source.fetch,
+            platform.kernel_source.trust,
+        )
+
+        def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
+            return packed
+
+    other = platform.compile_sync(Blueprint.low_rank(8, 6, rank=1, start="kaiming"), timeout=240).id
+    loaded = KernelCache(source=platform.kernel_source).fetch(other).place()
+    esper.attach_from(Swapped(), loaded)
+    assert not loaded.attached
+    assert "another kernel" in caplog.text
