@@ -1,66 +1,110 @@
-"""A copy of a module tree that shares every tensor with the original.
+"""The shadow tree: the host's modules once more, with other modules at the sites.
 
-Each container is a new object of the original's class. It has its own children, hooks and training flag, and shares the
-dictionaries of parameters and buffers, so that a parameter that is replaced or moved on one side is so on the other.
-The original stays as it was.
+A shadow has its module's class, attributes, parameters and buffers: the same dictionaries, so whatever moves, casts,
+loads or replaces a tensor through one is seen through the other. It has its own children, hooks and training flag. The
+host stays as it was.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-__all__ = ["plant"]
+from esper.core.module_references import References
+from esper.core.watched import HOOK_KINDS, ChangeSignal, WatchedDict, WatchedHooks
 
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+if TYPE_CHECKING:
+    from esper.core.targets import Selection
+
+__all__ = ["opaque_reason", "plant"]
+
+_SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
+_CALLED_HOOKS = frozenset(HOOK_KINDS)
 
 
-def plant(
-    model: nn.Module, targets: Mapping[str, nn.Linear], replace: Callable[[str, nn.Linear], nn.Module]
-) -> nn.Module:
-    """The shadow of `model`, in which `replace(name, linear)` stands for each of `targets`.
+def opaque_reason(module: nn.Module) -> str | None:
+    """Why nothing below `module` can be replaced, or None.
 
-    A module that occurs under several names has one shadow. Plain attributes that refer to modules of the tree, directly
-    or in lists, tuples and dicts, refer to their shadows.
+    Such a module stands in the shadow tree itself, as the host's own object.
     """
-    names = {id(linear): name for name, linear in targets.items()}
-    shadows: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if id(module) in names:
-            shadows[id(module)] = replace(names[id(module)], module)  # type: ignore[arg-type]  # targets are linear
-        else:
-            shadows[id(module)] = module.__class__.__new__(module.__class__)
-    for module in model.modules():
-        if id(module) not in names:
-            shadows[id(module)].__dict__.update(_contents(module, shadows))
-    return shadows[id(model)]
+    if isinstance(module, torch.jit.ScriptModule):
+        return "a ScriptModule, whose code is fixed"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, and the replacement calls the original module"
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return f"{type(module).__name__} runs the original module: wrap the module inside it"
+    return None
 
 
-def _contents(module: nn.Module, shadows: Mapping[int, nn.Module]) -> dict[str, Any]:
-    contents: dict[str, Any] = {}
-    for name, value in module.__dict__.items():
-        if name in _SHARED:
-            contents[name] = value
-        elif name == "_modules":
-            contents[name] = {key: None if child is None else shadows[id(child)] for key, child in value.items()}
-        elif "hooks" in name and isinstance(value, dict):
-            contents[name] = copy.copy(value)
-        else:
-            contents[name] = _redirected(value, shadows)
-    return contents
+def plant(model: nn.Module, selection: Selection, replace: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
+    """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
+
+    `replace` is called once for each of `selection.targets`, in order; what it returns must share the linear layer's
+    `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
+    shadow.
+    """
+    return _Planter(selection.targets, replace).plant(model)
 
 
-def _redirected(value: Any, shadows: Mapping[int, nn.Module]) -> Any:
-    """`value` with the modules in it replaced by their shadows; itself, if there are none."""
-    if isinstance(value, nn.Module):
-        return shadows.get(id(value), value)
-    if type(value) in (list, tuple):
-        items = [_redirected(item, shadows) for item in value]
-        return type(value)(items) if any(new is not old for new, old in zip(items, value, strict=True)) else value
-    if type(value) is dict:
-        entries = {key: _redirected(item, shadows) for key, item in value.items()}
-        return entries if any(entries[key] is not value[key] for key in value) else value
-    return value
+class _Planter:
+    def __init__(self, targets: Mapping[str, nn.Linear], replace: Callable[[str, nn.Linear], nn.Module]) -> None:
+        self._targets = {id(module): (name, module) for name, module in targets.items()}
+        self._replace = replace
+        self._signal = ChangeSignal()
+        self._shadows: dict[int, nn.Module] = {}
+        self._references = References(self._shadows)
+
+    def plant(self, model: nn.Module) -> nn.Module:
+        modules = list(_shadowed(model))
+        for name, linear in self._targets.values():
+            self._shadows[id(linear)] = self._replace(name, linear)
+        for module in modules:
+            if id(module) not in self._shadows:
+                self._shadows[id(module)] = _bare_copy(module)
+        for module in modules:
+            self._fill(module, self._shadows[id(module)])
+        return self._shadows.get(id(model), model)
+
+    def _fill(self, module: nn.Module, shadow: nn.Module) -> None:
+        own = shadow.__dict__
+        is_site = id(module) in self._targets
+        for name, value in module.__dict__.items():
+            if name == "_modules":
+                children = {key: self._shadows.get(id(child), child) for key, child in value.items()}
+                own[name] = WatchedDict({**children, **(shadow._modules if is_site else {})}, self._signal)
+            elif name in _SHARED:
+                own[name] = value
+            elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+                copy = OrderedDict((key, self._references.redirected_hook(hook)) for key, hook in value.items())
+                own[name] = WatchedHooks(copy, self._signal) if name in _CALLED_HOOKS else copy
+            elif not is_site:
+                own[name] = self._references.redirected(value)
+        own["training"] = module.training
+
+
+def _shadowed(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that get a shadow, each once: all but opaque ones and what stands below these alone."""
+    seen: set[int] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if id(module) in seen or opaque_reason(module) is not None:
+            continue
+        seen.add(id(module))
+        yield module
+        stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    kind = type(module)
+    shadow: nn.Module = object.__new__(kind)
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            if slot not in ("__dict__", "__weakref__") and hasattr(module, slot):
+                object.__setattr__(shadow, slot, getattr(module, slot))
+    return shadow

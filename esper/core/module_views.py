@@ -1,0 +1,97 @@
+"""Running a shadow tree with generated code in place of some of its modules.
+
+A view of a module is the module, except for its children, its `forward`, or both: it shares the module's attributes,
+parameters and training flag (the very same `__dict__`), and what one sees, the other sees. The user's tree, and what
+Dynamo traces, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from esper.core.watched import HOOK_KINDS
+
+__all__ = ["tree_view", "view_with_forward"]
+
+_SLOTS = ("_modules", *HOOK_KINDS)
+
+
+class _View:
+    """Mixed in before a module's class. The slots take precedence over entries of the shared `__dict__`."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the class's own `__init_subclass__` from hearing of views."""
+
+    def __getattr__(self, name: str) -> Any:
+        children: dict[str, Any] = self._modules
+        if name in children:
+            return children[name]
+        return super().__getattr__(name)  # type: ignore[misc]  # a mix-in
+
+
+class _Rebound:
+    """A hook that is told of the module itself rather than of a view."""
+
+    __slots__ = ("_hook", "_module")
+
+    def __init__(self, hook: Callable[..., Any], module: nn.Module) -> None:
+        self._hook = hook
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(self._module, *args[1:], **kwargs)
+
+
+_classes: WeakKeyDictionary[type, dict[tuple[str, ...], type]] = WeakKeyDictionary()
+
+
+def _class_for(kind: type, slots: tuple[str, ...]) -> type:
+    known = _classes.setdefault(kind, {})
+    if slots not in known:
+        namespace = {
+            "__slots__": slots,
+            "__module__": kind.__module__,
+            "__qualname__": kind.__qualname__,
+            "__class__": property(lambda _: kind),
+        }
+        known[slots] = type(kind)(kind.__name__, (_View, kind), namespace)
+    return known[slots]
+
+
+def tree_view(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
+    """`module` with `children` instead of its own."""
+    return _view(module, _SLOTS, dict(children))
+
+
+def view_with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """`module` with `forward` instead of its own. Its hooks run around it."""
+    view = _view(module, (*_SLOTS, "forward"), dict(module._modules))
+    object.__setattr__(view, "forward", forward)
+    return view
+
+
+def _view(module: nn.Module, slots: tuple[str, ...], children: dict[str, Any]) -> nn.Module:
+    kind = type(module)
+    view: nn.Module = object.__new__(_class_for(kind, slots))
+    object.__setattr__(view, "__dict__", module.__dict__)
+    object.__setattr__(view, "_modules", children)
+    for name in HOOK_KINDS:
+        hooks = getattr(module, name)
+        object.__setattr__(view, name, OrderedDict((key, _Rebound(hook, module)) for key, hook in hooks.items()))
+    for name in _own_slots(kind):
+        if hasattr(module, name):
+            object.__setattr__(view, name, getattr(module, name))
+    return view
+
+
+def _own_slots(kind: type) -> list[str]:
+    named = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
+    names = [name for slots in named for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
