@@ -171,7 +171,9 @@ class CodeAudit:
             if _below(name, _NEVER_TORCH):
                 self._refuse(f"it uses {name}.{code.co_qualname}")
             if caller is not None and caller.f_code in self._own_code and not _below(name, _FREE_TORCH):
-                self._refuse(f"it calls {name}.{code.co_qualname}")
+                wrapped = frame.f_locals.get("fn") if name == "torch._compile" else None
+                called = f"{name}.{code.co_qualname}" if wrapped is None else f"{wrapped.__module__}.{wrapped.__name__}"
+                self._refuse(f"it calls {called}")
             if code.co_name == "_wrapped_call_impl" and not is_stand_in(frame.f_locals.get("self")):
                 self._refuse("it calls a module that is not one of its submodules")
         elif top in sys.stdlib_module_names:

@@ -1,18 +1,20 @@
 """Running a wrapped model without a compiler.
 
-In `mode="fx"` the model runs as code generated for the plan in force (`esper.core.eager_regions`); in `mode="module"`,
-and where nothing can be traced, it runs as the host's module tree with a :class:`KasminaLayer` at each site. Either is
-one callable, `model._run`, and every change of plan is a change of that attribute.
+In `mode="fx"` the model runs as code generated for the plan in force (`esper.core.eager_regions`); in `mode="module"`
+it runs as the host's module tree with a :class:`KasminaLayer` at each site. Either is one callable, `model._run`, and
+every change of plan is a change of that attribute.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
+from esper.core.eager_regions import EagerRegions
 from esper.core.explain import Explanation, LinearRow
 from esper.core.targets import Selection
 from esper.execution.call_counter import CallCounter
@@ -20,6 +22,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
+from esper_passes import CallKernels, ElideDormant, SeedCall
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
@@ -27,22 +30,36 @@ if TYPE_CHECKING:
 __all__ = ["EagerExecutor"]
 
 _Run = Callable[..., Any]
+_KEPT_FUNCTIONS = 8
 
 
 class EagerExecutor:
-    """Owns `model._run`: an executor of the model's runtime."""
+    """Owns `model._run`: an executor of the model's runtime.
+
+    `regions` is None in `mode="module"`. Functions are built by :meth:`prepare`, on a background thread, or at the
+    first call that needs one; they are kept for a few plans and training states.
+    """
 
     def __init__(
-        self, root: nn.Module, runtime: Runtime, layers: Mapping[str, KasminaLayer], selection: Selection
+        self,
+        root: nn.Module,
+        runtime: Runtime,
+        layers: Mapping[str, KasminaLayer],
+        selection: Selection,
+        regions: EagerRegions | None,
     ) -> None:
         self.counter = CallCounter()
         self._root = root
         self._runtime = runtime
         self._layers = dict(layers)
         self._selection = selection
+        self._regions = regions
+        self._functions: OrderedDict[tuple[Hashable, ...], tuple[Plan, _Run]] = OrderedDict()
         self._model: weakref.ref[MorphableModel] | None = None
         self._armed = False
-        self._current: _Run = self._tree
+        self._current: _Run = self._tree if regions is None else self._first_call
+        if regions is not None:
+            regions.on_change = self._renew_at_next_call
 
     def attach_to(self, model: MorphableModel) -> None:
         """Begin to run `model`."""
@@ -66,13 +83,63 @@ class EagerExecutor:
         if not self._armed:
             self._set(run)
 
+    # -- generated code --------------------------------------------------------------------------------------------
+
+    def _function(self, regions: EagerRegions, plan: Plan) -> _Run:
+        """The function for `plan` and the regions as they are now; any thread."""
+        traces = regions.regions.traced.values()
+        key = (tuple(id(traced) for traced in traces), *(id(seed) for seed in plan.seeds()))
+        known = self._functions.get(key)
+        if known is not None and known[0] == plan:
+            return known[1]
+        function = regions.build(self._transform(plan), self.counter.tick)
+        self._functions[key] = (plan, function)
+        while len(self._functions) > _KEPT_FUNCTIONS:
+            self._functions.popitem(last=False)
+        return function
+
+    def _transform(self, plan: Plan) -> Callable[[fx.GraphModule], fx.GraphModule]:
+        if plan.is_dormant:
+            return lambda module: ElideDormant()(module).graph_module
+        calls = {
+            site: tuple(SeedCall(seed.kernel.executor, seed.uses_host, seed.isolate) for seed in seeds)
+            for site, seeds in plan.sites.items()
+        }
+        blend, elide = CallKernels(calls, self._runtime.alpha_reader(plan)), ElideDormant(frozenset(calls))
+        return lambda module: elide(blend(module).graph_module).graph_module
+
+    def _first_call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._regions is not None:
+            self._point_to(self._function(self._regions, self._runtime.plan))
+        return self._current(*args, **kwargs)
+
+    def _renewed_call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._regions is not None:
+            self._regions.refresh()
+        return self._first_call(*args, **kwargs)
+
+    def _renew_at_next_call(self) -> None:
+        self._functions.clear()
+        self._point_to(self._renewed_call)
+
+    def refresh(self) -> None:
+        """The model's training state or attributes may have changed: trace anew what depends on them."""
+        if self._regions is not None and self._regions.refresh():
+            self._point_to(self._first_call)
+
     # -- Executor --------------------------------------------------------------------------------------------------
 
     def prepare(self, plan: Plan) -> None:
         """Generate the code for `plan`."""
+        if self._regions is not None:
+            self._function(self._regions, plan)
 
     def follow(self, plan: Plan) -> None:
         """Switch to the code for `plan`; the site modules follow it by themselves."""
+        del plan  # in force by now; looked up at the next call, which is a dictionary look-up if it was prepared
+        if self._regions is not None and self._current != self._renewed_call:
+            self._regions.refresh()
+            self._point_to(self._first_call)
 
     def arm(self) -> None:
         self._armed = True
@@ -85,9 +152,6 @@ class EagerExecutor:
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
         self._runtime.boundary()
         return self._current(*args, **kwargs)
-
-    def refresh(self) -> None:
-        """The model's training state or attributes may have changed."""
 
     # -- Metered ---------------------------------------------------------------------------------------------------
 
@@ -113,6 +177,17 @@ class EagerExecutor:
 
     def explain(self) -> Explanation:
         """What was traced, what not, and why."""
-        sites = [LinearRow(name, True, "module tree", "") for name in self._selection.targets]
-        others = [LinearRow(name, False, "", reason) for name, reason in self._selection.skipped.items()]
-        return Explanation((*sites, *others), (), {})
+        regions = self._regions
+        runs_in: dict[nn.Module, str] = {}
+        untraced: dict[str, str] = {}
+        if regions is not None:
+            for module, traced in regions.regions.traced.items():
+                for inside in traced.modules.values():
+                    runs_in[inside] = regions.name_of(module)
+            untraced = {regions.name_of(module): reason for module, reason in regions.regions.untraced.items()}
+        sites = [
+            LinearRow(name, True, runs_in.get(layer), "" if layer in runs_in else "runs as a module")
+            for name, layer in self._layers.items()
+        ]
+        others = [LinearRow(name, False, None, reason) for name, reason in self._selection.refused.items()]
+        return Explanation((*sites, *others), tuple(dict.fromkeys(runs_in.values())), untraced)

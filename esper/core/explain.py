@@ -14,28 +14,38 @@ class LinearRow:
 
     name: str
     is_site: bool
-    region: str
-    """The traced part that runs it, "" for the model's own forward; or how else it runs."""
-    reason: str
-    """Why it is no site."""
+    region: str | None
+    """Dotted name of the traced part that runs the layer, "" for the whole model; None if none does."""
+    note: str
+    """Why the layer is no site, or how a site runs that is in no region."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`str()` is a table. `untraced` says for each module that could not be traced whole what stood in the way."""
+    """Which linear layers carry seeds and what runs them. `str()` is a table.
+
+    `regions` are the dotted names of the parts that were traced and run as generated code; `untraced` says for each
+    module that could not be traced whole what stood in the way. Both are empty in `mode="module"`.
+    """
 
     rows: tuple[LinearRow, ...]
     regions: tuple[str, ...]
     untraced: Mapping[str, str]
 
     def __str__(self) -> str:
-        width = max([len(row.name) for row in self.rows], default=5)
-        lines = [f"{'layer':<{width}}  site  runs in"]
+        width = max(len("layer"), *(len(row.name) for row in self.rows), 0)
+        lines = [f"{'layer':<{width}}  seeds  runs in"]
         for row in self.rows:
-            note = row.region if row.is_site else row.reason
-            lines.append(f"{row.name:<{width}}  {'yes ' if row.is_site else 'no  '}  {note}")
+            lines.append(f"{row.name:<{width}}  {'yes' if row.is_site else 'no':<5}  {_where(row)}".rstrip())
         if not self.rows:
-            lines.append("the model has no linear layers")
-        for name, reason in self.untraced.items():
-            lines.append(f"{name or 'the model'} is not traced whole: {reason}")
+            lines = ["the model has no linear layers"]
+        if self.untraced:
+            lines += ["", "not traced whole:"]
+            lines += [f"  {name or 'the model'}: {reason}" for name, reason in self.untraced.items()]
         return "\n".join(lines)
+
+
+def _where(row: LinearRow) -> str:
+    if row.region is None:
+        return row.note
+    return f"the region {row.region!r}" if row.region else "the model's generated code"

@@ -10,10 +10,11 @@ from torch import nn
 
 from esper.compiler.attachment import attach_from
 from esper.core.eager import EagerExecutor
+from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.shadow import plant
-from esper.core.targets import Target, select_targets
+from esper.core.targets import select_targets
 from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MorphableModel", "Target", "unwrap", "wrap"]
 
+Target = str | type[nn.Module]
 Mode = Literal["fx", "module"]
 
 
@@ -85,11 +87,12 @@ def wrap(
         )
         return layers[name]
 
-    root = plant(model, targets, replace)
+    root = plant(model, selection, replace)
     if telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, device, sink)
         runtime.telemetry.start()
-    eager = EagerExecutor(root, runtime, layers, selection)
+    regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if mode == "fx" else None
+    eager = EagerExecutor(root, runtime, layers, selection, regions)
     options = {
         "target_layers": list(targets),
         "seeds_per_layer": seeds_per_layer,
@@ -126,9 +129,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
         if isinstance(module, (MorphableModel, KasminaLayer)):
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
-            raise WrapError(
-                f'the model is compiled already{where}: wrap first, then torch.compile(esper.wrap(model), backend="esper")'
-            )
+            raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
     if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:
         raise ValueError(f"seeds_per_layer must be a whole number of at least 1, not {seeds_per_layer!r}")
     if not isinstance(cache_size_mb, (int, float)) or not cache_size_mb > 0:
