@@ -116,6 +116,16 @@ def families() -> str:
     return _left_table(("family", "computes", "its own options (defaults)"), rows)
 
 
+def options() -> str:
+    """What the options that several families share can be."""
+    from esper.artifacts.families import ACTIVATIONS, NORMS, STARTS
+    from esper.artifacts.graph import DTYPES
+
+    shared = {"activation": ACTIVATIONS, "norm": NORMS, "start": STARTS, "dtype": DTYPES}
+    rows = [(f"`{name}`", ", ".join(f"`{each}`" for each in values)) for name, values in shared.items()]
+    return "Every family also takes `start`, `seed` and `dtype`.\n\n" + _left_table(("option", "one of"), rows)
+
+
 def limits() -> str:
     """The limits and their defaults."""
     from esper.artifacts import Limits
@@ -170,7 +180,7 @@ def _rounded(value: object, how: str) -> str:
     if not isinstance(value, float):
         return str(value)
     places = Decimal("0.1") if abs(value) >= 100 else Decimal("0.01") if abs(value) >= 10 else Decimal("0.001")
-    return str(Decimal(value).quantize(places, rounding=how))
+    return str(Decimal(repr(value)).quantize(places, rounding=how))
 
 
 def _plain(document: dict[str, Any]) -> list[str]:
@@ -230,14 +240,19 @@ def _seed_scaling(document: dict[str, Any]) -> list[str]:
 
 
 def _kernel_cache(document: dict[str, Any]) -> list[str]:
-    hits = [
-        (hit["what"], *(_against_us(hit[key]) for key in ("median_us", "p99_us", "worst_us")))
-        for hit in document["hits"]
-    ]
+    hits = []
+    for hit in document["hits"]:
+        shown = _exact if hit["what"].startswith("peer:") else _against_us
+        hits.append((hit["what"], *(shown(hit[key]) for key in ("median_us", "p99_us", "worst_us"))))
     fetch = next(hit for hit in document["hits"] if hit["what"] == "fetch")
     verdict = "met" if fetch["median_us"] < document["goal_us"] else "missed"
     misses = [
-        tuple(map(_exact, (miss["size_mb"], miss["cache_ms"], miss["torch_load_ms"], miss["ratio"])))
+        (
+            _exact(miss["size_mb"]),
+            _against_us(miss["cache_ms"]),
+            _exact(miss["torch_load_ms"]),
+            _against_us(miss["ratio"]),
+        )
         for miss in document["misses"]
     ]
     points = document["working_set"]["points"]
@@ -270,6 +285,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "families": families,
     "limits": limits,
     "operators": operators,
+    "options": options,
     "results": results,
 }
 
