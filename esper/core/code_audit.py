@@ -45,7 +45,6 @@ _FREE_STANDARD_LIBRARY = frozenset(
     }
 )
 _FREE_TORCH = (
-    "torch",
     "torch._classes",
     "torch._jit_internal",
     "torch._ops",
@@ -58,6 +57,8 @@ _FREE_TORCH = (
     "torch.utils._pytree",
 )
 """What a model's own code may call: modules whose functions only record operations, with those below them."""
+
+_FREE_FUNCTIONS = frozenset({("torch", "is_tensor"), ("torch", "_assert")})
 
 _NEVER_TORCH = (
     "torch._dynamo",
@@ -136,6 +137,7 @@ class CodeAudit:
         self._refuse = refuse
         self._entered = entered
         self._own_code: set[CodeType] = set()
+        self._lent: set[CodeType] = set()  # of the standard library, called by the model's own
         self._trusted: set[CodeType] = set()
 
     def is_own(self, code: CodeType) -> bool:
@@ -165,20 +167,23 @@ class CodeAudit:
         name = str(frame.f_globals.get("__name__", ""))
         top = name.partition(".")[0]
         caller = frame.f_back
+        from_own = caller is not None and (caller.f_code in self._own_code or caller.f_code in self._lent)
         if top in _OURS:
             self._trusted.add(code)
         elif top == "torch":
             if _below(name, _NEVER_TORCH):
                 self._refuse(f"it uses {name}.{code.co_qualname}")
-            if caller is not None and caller.f_code in self._own_code and not _below(name, _FREE_TORCH):
+            if from_own and not _below(name, _FREE_TORCH) and (name, code.co_name) not in _FREE_FUNCTIONS:
                 wrapped = frame.f_locals.get("fn") if name == "torch._compile" else None
                 called = f"{name}.{code.co_qualname}" if wrapped is None else f"{wrapped.__module__}.{wrapped.__name__}"
                 self._refuse(f"it calls {called}")
             if code.co_name == "_wrapped_call_impl" and not is_stand_in(frame.f_locals.get("self")):
                 self._refuse("it calls a module that is not one of its submodules")
         elif top in sys.stdlib_module_names:
-            if caller is not None and caller.f_code in self._own_code and top not in _FREE_STANDARD_LIBRARY:
+            if from_own and top not in _FREE_STANDARD_LIBRARY:
                 self._refuse(f"it calls {name}.{code.co_qualname}")
+            if from_own:
+                self._lent.add(code)
         else:
             self._own_code.add(code)
             facts = facts_of(code)
@@ -190,7 +195,7 @@ class CodeAudit:
 
 @functools.lru_cache(maxsize=4096)
 def _below(name: str, packages: tuple[str, ...]) -> bool:
-    return any(name == package or (package != "torch" and name.startswith(package + ".")) for package in packages)
+    return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def _objection_to_builtin(function: Any) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from esper.core.eager_code import Guards, generate
-from esper.core.module_views import tree_view, view_with_forward
+from esper.core.module_views import tree_view, unhooked_view, view_with_forward
 from esper.core.tracing import Traced, Untraceable, leaf_reason, trace_region
 from esper.core.watched import signal_of
 from esper_passes import ExpandModules, LowerFunctional, Pipeline, RewriteSites
@@ -178,8 +178,10 @@ class EagerRegions:
             known = self._graphs.get(id(traced))
             if known is None:
                 module = _graph_module(traced, traced.graph)
-                named = _submodules(traced).items()
-                sites = {path: self._sites[each] for path, each in named if each in self._sites and not _hooked(each)}
+                named = traced.modules.items()
+                sites = {path: self._sites[each] for path, each in named if self._is_plain_site(each)}
+                if "" in traced.leaves:
+                    sites[_ITSELF] = self._sites[traced.module]
                 passes = Pipeline((RewriteSites(sites), ExpandModules(), LowerFunctional()))
                 known = self._graphs[id(traced)] = (traced, passes(module).graph_module.graph)
             return known[1]
@@ -257,6 +259,13 @@ class _Build:
         )
 
 
+class _GraphOwner(fx.GraphModule):
+    """What passes need of a graph module. It is never called, and does not write its forward at every change."""
+
+    def recompile(self) -> Any:
+        return None
+
+
 def _graph_module(traced: Traced, graph: fx.Graph) -> fx.GraphModule:
     """A graph module that owns a copy of `graph` and has the region's own modules and parameters to refer to."""
     copy = fx.Graph()
@@ -264,7 +273,7 @@ def _graph_module(traced: Traced, graph: fx.Graph) -> fx.GraphModule:
     copy.output(copy.graph_copy(graph, mapping))
     for node in copy.find_nodes(op="call_module", target=""):
         node.target = _ITSELF
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = _GraphOwner(nn.Module(), fx.Graph())
     module._modules.update(dict(_children(traced)))
     module._parameters.update(traced.module._parameters)
     module._buffers.update(traced.module._buffers)
@@ -275,11 +284,7 @@ def _graph_module(traced: Traced, graph: fx.Graph) -> fx.GraphModule:
 def _children(traced: Traced) -> Iterator[tuple[str, nn.Module]]:
     yield from ((name, child) for name, child in traced.module._modules.items() if child is not None)
     if "" in traced.leaves:
-        yield _ITSELF, traced.module
-
-
-def _submodules(traced: Traced) -> dict[str, nn.Module]:
-    return {**traced.modules, _ITSELF: traced.module} if "" in traced.leaves else dict(traced.modules)
+        yield _ITSELF, unhooked_view(traced.module)  # a region's own hooks run around it
 
 
 def _hooked(site: nn.Module) -> bool:

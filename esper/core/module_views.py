@@ -16,7 +16,7 @@ from torch import nn
 
 from esper.core.watched import HOOK_KINDS
 
-__all__ = ["tree_view", "view_with_forward"]
+__all__ = ["tree_view", "unhooked_view", "view_with_forward"]
 
 _SLOTS = ("_modules", *HOOK_KINDS)
 
@@ -74,6 +74,14 @@ def view_with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Modu
     """`module` with `forward` instead of its own. Its hooks run around it."""
     view = _view(module, (*_SLOTS, "forward"), dict(module._modules))
     object.__setattr__(view, "forward", forward)
+    return view
+
+
+def unhooked_view(module: nn.Module) -> nn.Module:
+    """`module` without its hooks."""
+    view = _view(module, _SLOTS, dict(module._modules))
+    for name in HOOK_KINDS:
+        object.__setattr__(view, name, OrderedDict())
     return view
 
 

@@ -21,7 +21,7 @@ from esper.core.shadow import opaque_reason
 if TYPE_CHECKING:
     from esper.core.tracer import RegionTracer
 
-__all__ = ["is_stand_in", "stand_ins_for"]
+__all__ = ["StandIns", "is_stand_in"]
 
 _TRACER = "_esper_tracer"
 _PATH = "_esper_path"
@@ -83,26 +83,43 @@ def is_stand_in(value: object) -> bool:
     return issubclass(type(value), (_StandIn, _OpaqueStandIn))
 
 
-def stand_ins_for(modules: Mapping[str, nn.Module], tracer: RegionTracer) -> nn.Module:
-    """Stand-ins for the module at path "" and those below it; returns the first. `modules` has one path for each."""
-    copies: dict[int, nn.Module] = {id(module): _blank(module) for module in modules.values()}
-    references = References(copies)
-    for path, module in modules.items():
-        own = copies[id(module)].__dict__
-        own.update({_TRACER: tracer, _PATH: path})
-        if "_esper_kind" in own:
-            continue
-        own[_TENSORS] = {name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)}
-        for name, value in module.__dict__.items():
-            if name == "_modules":
-                own[name] = {key: copies.get(id(child), child) for key, child in value.items()}
-            elif name in ("_parameters", "_buffers"):
-                own[name] = MappingProxyType(value)  # a forward that registers something must not reach the module
-            elif name.endswith("_hooks"):
-                own[name] = MappingProxyType({})  # a module with hooks is called, not traced through
-            elif name != "training" and name not in own[_TENSORS]:
-                own[name] = references.redirected(value)
-    return copies[id(modules[""])]
+class StandIns:
+    """Stand-ins for a module and those below it. `modules` has one path for each; the module itself is ""."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], tracer: RegionTracer) -> None:
+        copies: dict[int, nn.Module] = {id(module): _blank(module) for module in modules.values()}
+        references = References(copies)
+        for path, module in modules.items():
+            _fill(copies[id(module)], path, module, tracer, references)
+        self.root = copies[id(modules[""])]
+        self._before = {path: dict(copies[id(module)].__dict__) for path, module in modules.items()}
+        self._copies = {path: copies[id(module)] for path, module in modules.items()}
+
+    def altered(self) -> str | None:
+        """The name of an attribute that the forward has set behind the stand-ins' back, or None."""
+        for path, before in self._before.items():
+            now = self._copies[path].__dict__
+            for name in now.keys() | before.keys():
+                if name not in now or name not in before or now[name] is not before[name]:
+                    return f"{path}.{name}" if path else name
+        return None
+
+
+def _fill(stand_in: nn.Module, path: str, module: nn.Module, tracer: RegionTracer, references: References) -> None:
+    own = stand_in.__dict__
+    own.update({_TRACER: tracer, _PATH: path})
+    if "_esper_kind" in own:
+        return
+    own[_TENSORS] = {name for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)}
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            own[name] = MappingProxyType({key: references.redirected(child) for key, child in value.items()})
+        elif name in ("_parameters", "_buffers"):
+            own[name] = MappingProxyType(value)  # a forward that registers something must not reach the module
+        elif name.endswith("_hooks"):
+            own[name] = MappingProxyType({})  # a module with hooks is called, not traced through
+        elif name != "training" and name not in own[_TENSORS]:
+            own[name] = references.redirected(value)
 
 
 def _blank(module: nn.Module) -> nn.Module:

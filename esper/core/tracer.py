@@ -15,6 +15,7 @@ from inspect import Parameter, Signature
 from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
@@ -205,7 +206,7 @@ class RegionTracer(fx.Tracer):
         kind = type(a)
         if issubclass(kind, TracedValue):
             return a.node
-        if kind in _CONSTANTS or issubclass(kind, enum.Enum):
+        if kind in _CONSTANTS or issubclass(kind, (enum.Enum, np.generic)):
             return a
         if kind is tuple:
             return tuple(self.create_arg(item) for item in a)

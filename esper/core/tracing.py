@@ -20,7 +20,7 @@ from esper.core.attribute_snapshot import AttributeSnapshot
 from esper.core.code_audit import CodeAudit
 from esper.core.code_facts import CodeFacts
 from esper.core.shadow import opaque_reason
-from esper.core.stand_ins import stand_ins_for
+from esper.core.stand_ins import StandIns
 from esper.core.trace_effects import EffectWatch
 from esper.core.traced_values import Refusal
 from esper.core.tracer import Factories, RegionTracer, math_on_values
@@ -165,11 +165,14 @@ class _Attempt:
 
         args, kwargs = tracer.placeholders(signature)
         try:
-            stand_in = stand_ins_for(self._modules, tracer)
-            forward: Callable[..., Any] = stand_in if self._module in self._sites else stand_in.forward
+            stand_ins = StandIns(self._modules, tracer)
+            forward: Callable[..., Any] = stand_ins.root if self._module in self._sites else stand_ins.root.forward
             with math_on_values(), Factories(tracer), CodeAudit(tracer.refuse, entered):
                 result = forward(*args, **kwargs)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
+            altered = stand_ins.altered()
+            if altered is not None:
+                return f"it sets the attribute {altered!r}"
         except Refusal as refusal:
             return str(refusal)
         except Exception as error:  # noqa: BLE001  # whatever the model's own code raises on traced values

@@ -1,4 +1,4 @@
-"""Generated code: the host's values bit for bit, its signature, its parameters wherever they go, readable tracebacks."""
+"""Generated code: the host's values bit for bit, its signature, its parameters wherever they go, tracebacks."""
 
 from __future__ import annotations
 
