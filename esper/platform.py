@@ -16,7 +16,7 @@ from types import TracebackType
 import platformdirs
 from sqlalchemy import URL
 
-from esper.artifacts import Blueprint, SigningKey, SigningKeyError, TrustStore
+from esper.artifacts import Blueprint, BlueprintError, SigningKey, SigningKeyError, TrustStore
 from esper.configs import EsperConfig, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import (
@@ -44,7 +44,7 @@ from esper.services.tezzeret.service import TezzeretService
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore
 
-__all__ = ["POLL_SECONDS", "Platform", "StoreKernelSource", "default_platform"]
+__all__ = ["POLL_SECONDS", "Platform", "StoreKernelSource", "default_platform", "opened_default_platform"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,9 @@ class StoreKernelSource:
     def __init__(self, store: Callable[[], UrzaStore], trust: Callable[[], TrustStore]) -> None:
         self._store = store
         self._trust = trust
+
+    def __deepcopy__(self, memo: object) -> StoreKernelSource:
+        return self  # a copied model finds its kernels where the original does
 
     def resolve(self, reference: str) -> str:
         """See :class:`~esper.execution.sources.KernelSource`."""
@@ -106,7 +109,9 @@ class Platform:
         """Folder of the database, the blobs and the signing key."""
         self._config = config
         self.bus: Bus = InMemoryBus()
-        self.oona = OonaClient(self.bus, queue_size=config.oona.queue_size, batch_size=config.oona.batch_size)
+        self.oona = OonaClient(
+            self.bus, name=config.name, queue_size=config.oona.queue_size, batch_size=config.oona.batch_size
+        )
         """Publishes and subscribes; also the telemetry sink."""
         self.kernel_source: KernelSource = StoreKernelSource(lambda: self.store, lambda: self.trust)
         """Where the execution side finds kernels."""
@@ -129,6 +134,9 @@ class Platform:
         chosen = root if root is not None else config.platform.root
         folder = Path(platformdirs.user_data_dir("esper", appauthor=False)) if chosen is None else Path(chosen)
         return cls(folder.expanduser().absolute(), config)
+
+    def __deepcopy__(self, memo: object) -> Platform:
+        return self  # shared by copies of a model
 
     def _start_afresh(self) -> None:
         self._opening = threading.RLock()
@@ -192,6 +200,8 @@ class Platform:
         Submitting the same content again is harmless. `name` may be used in place of the kernel's id later. Raises
         ``NameTakenError``, ``InvalidNameError``, or another :class:`~esper.services.errors.StoreError`.
         """
+        if not isinstance(blueprint, Blueprint):
+            raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
         record = self.store.blueprints.submit(blueprint, name)
         if not record.status.is_final:
             self.oona.publish(
@@ -278,6 +288,11 @@ class Platform:
     ) -> None:
         await asyncio.to_thread(self.close)
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
     def close(self) -> None:
         """Stop compiling, which gives an unfinished blueprint back, send what is queued, and close the store."""
         with self._opening:
@@ -326,12 +341,17 @@ _default: Platform | None = None
 
 
 def default_platform() -> Platform:
-    """The embedded platform that is used where none is given: one per process, in the user's data folder."""
+    """The embedded platform that is used where none is given: one per process, anew after it was closed."""
     global _default
     with _default_lock:
-        if _default is None:
+        if _default is None or _default.closed:
             _default = Platform.embedded()
         return _default
+
+
+def opened_default_platform() -> Platform | None:
+    """The default platform if somebody has asked for it; opens nothing and waits for nothing."""
+    return _default
 
 
 @atexit.register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -48,6 +49,14 @@ class _Draft:
     timestamp: datetime
 
 
+class _Marker(threading.Event):
+    """Stands in the queue among the messages; set once all before it are gone. The `last` one ends the thread."""
+
+    def __init__(self, last: bool = False) -> None:
+        super().__init__()
+        self.last = last
+
+
 class OonaClient:
     """Publishes through a bounded queue and a sender thread, which starts with the first message.
 
@@ -55,13 +64,13 @@ class OonaClient:
     """
 
     def __init__(
-        self, bus: Bus | None = None, *, sender_id: str | None = None, queue_size: int = 2048, batch_size: int = 512
+        self, bus: Bus | None = None, *, name: str = "esper", queue_size: int = 2048, batch_size: int = 512
     ) -> None:
-        """`bus` defaults to a new :class:`InMemoryBus`; `sender_id` to one that names host and process."""
+        """`bus` defaults to a new :class:`InMemoryBus`. Messages come from `sender_id`: `name`, host and process."""
         if queue_size < 1 or batch_size < 1:
             raise ValueError(f"queue_size is {queue_size} and batch_size {batch_size}; both must be at least 1")
         self.bus: Bus = bus if bus is not None else InMemoryBus()
-        self._sender_name = sender_id
+        self._name = name
         self._queue_size = queue_size
         self._batch_size = batch_size
         self._subscriptions: list[Subscription] = []
@@ -69,8 +78,8 @@ class OonaClient:
         reset_after_fork(self)
 
     def _reset(self) -> None:
-        self.sender_id = self._sender_name or f"{socket.gethostname()}:{os.getpid()}"
-        self._queue: queue.SimpleQueue[_Draft | threading.Event] = queue.SimpleQueue()
+        self.sender_id = f"{self._name}@{socket.gethostname()}:{os.getpid()}"
+        self._queue: queue.SimpleQueue[_Draft | _Marker] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -78,6 +87,9 @@ class OonaClient:
         self._dropped = _Counter()
         self._sent = self._failed = 0  # written by the sender thread only
         self._reported, self._reported_at = 0, -_REPORT_EVERY
+
+    def __deepcopy__(self, memo: object) -> OonaClient:
+        return self  # a copied model goes on publishing here
 
     def after_fork(self) -> None:
         """Begin afresh; see `esper.services.forking`."""
@@ -94,8 +106,8 @@ class OonaClient:
             self._dropped.add()
             return
         self._queue.put(_Draft(str(topic), payload, trace_id, datetime.now(UTC)))
-        while self._queue.qsize() > self._queue_size:
-            self._drop_oldest()
+        while self._queue.qsize() > self._queue_size and self._drop_oldest():
+            pass
         if self._thread is None:
             self._start()
 
@@ -128,21 +140,23 @@ class OonaClient:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until what was published before has been handed to the bus; False if `timeout` seconds do not do."""
-        if self._thread is None:
-            return True
-        marker = threading.Event()
+        if self._thread is None or self._closed:
+            return self._queue.empty()
+        marker = _Marker()
         self._queue.put(marker)
         return marker.wait(timeout)
 
     def close(self, timeout: float = 2.0) -> None:
         """Send what is queued, for at most `timeout` seconds, and end the threads. The rest counts as dropped."""
-        self._closed = True
-        self.flush(timeout)
+        closed_before, self._closed = self._closed, True
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout)
-        while self._drop_oldest():
-            pass
+        if thread is not None and not closed_before:
+            self._queue.put(_Marker(last=True))
+            if thread is not threading.current_thread():
+                thread.join(timeout)
+            self._drop_all()
+            if thread.is_alive():  # the transport still holds it up
+                self._queue.put(_Marker(last=True))
         self._report_drops(at_once=True)
         for subscription in self._subscriptions:
             subscription.close()
@@ -164,20 +178,22 @@ class OonaClient:
             self._starting.release()
 
     def _run(self) -> None:
-        while not (self._closed and self._queue.empty()):
+        ended = False
+        while not ended:
             batch: list[_Draft] = []
-            markers: list[threading.Event] = []
+            markers: list[_Marker] = []
             for item in self._next_items():
-                if isinstance(item, threading.Event):
+                if isinstance(item, _Marker):
                     markers.append(item)
                 else:
                     batch.append(item)
             self._send(batch)
             for marker in markers:
                 marker.set()
+            ended = any(marker.last for marker in markers)
             self._report_drops()
 
-    def _next_items(self) -> list[_Draft | threading.Event]:
+    def _next_items(self) -> list[_Draft | _Marker]:
         items = [self._queue.get()]
         try:
             while len(items) < self._batch_size:
@@ -215,11 +231,22 @@ class OonaClient:
             item = self._queue.get_nowait()
         except queue.Empty:
             return False
-        if isinstance(item, threading.Event):
+        if isinstance(item, _Marker):
             item.set()  # nothing that came before it is left
+            if item.last:
+                self._queue.put(item)
+                return False
         else:
             self._dropped.add()
         return True
+
+    def _drop_all(self) -> None:
+        while not self._queue.empty():
+            with contextlib.suppress(queue.Empty):
+                if isinstance(item := self._queue.get_nowait(), _Marker):
+                    item.set()
+                else:
+                    self._dropped.add()
 
     def _report_drops(self, *, at_once: bool = False) -> None:
         dropped, now = self._dropped.value, time.monotonic()

@@ -17,7 +17,7 @@ __all__ = ["CompiledKernel", "KernelRun", "check_agreement", "check_eager", "tra
 CompiledKernel = Callable[..., Tensor]
 """`(x [n, in][, host [n, out]], *parameters) -> [n, out]`, n at least 2; see `esper.compiler.attachment`."""
 
-_LARGE = {"float16": 1e2, "bfloat16": 1e4, "float32": 1e4, "float64": 1e4}
+_LARGE = {"float16": 16.0, "bfloat16": 1e4, "float32": 1e4, "float64": 1e4}  # a product of two must fit in float16
 _ERROR_RATIO = 3.0
 _SEED = 0
 _MAX_ELEMENTS = 2**24  # of an input or output; larger kernels are compared on fewer rows

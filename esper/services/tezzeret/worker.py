@@ -19,7 +19,7 @@ from esper.artifacts import Attachment, SigningKey, Target, artifact_message
 from esper.contracts.messages import KernelCharacterized, KernelReady, TopicNames
 from esper.contracts.validation import ValidationReport
 from esper.services.contracts import BlueprintStatus, Claim
-from esper.services.errors import ClaimLostError, StoreBusyError
+from esper.services.errors import ClaimLostError, ServiceError, StoreBusyError
 from esper.services.oona_client import OonaClient
 from esper.services.tezzeret.child_process import ChildExit, StopSignal, run_child
 from esper.services.tezzeret.limits import ChildLimits
@@ -35,7 +35,11 @@ _CHILDREN = 2  # a child that dies without a word gets one more try
 
 @dataclass(frozen=True)
 class Worker:
-    """Everything that compiling needs. Immutable; several may work on one store."""
+    """Everything that compiling needs. Immutable; several may work on one store.
+
+    A child that dies by a signal, twice, makes its blueprint invalid. One that ends with an error of its own, because
+    it cannot import PyTorch or has no room for its files, does not: then the worker cannot work, and raises.
+    """
 
     store: UrzaStore
     key: SigningKey
@@ -81,6 +85,8 @@ class Worker:
                 if result is not None or ended.killed is not None:
                     break
                 _log.warning("blueprint %s: attempt %d %s", claim.blueprint_id[:12], attempt + 1, ended)
+            if result is None and ended.killed is None and ended.returncode > 0:
+                raise ServiceError(f"the process that compiles kernels {ended}: {ended.log_tail}")
             if result is not None and result.report.passed:
                 self._store(claim, result, folder)
             report = self._failure(claim, ended) if result is None else result.report
@@ -115,7 +121,7 @@ class Worker:
             kernels.add_attachment(Attachment.create(report.artifact_id, target, payload, self.key))
 
     def _failure(self, claim: Claim, ended: ChildExit) -> ValidationReport:
-        """The report on a child that left none."""
+        """The report on a child that left none. Its own exceptions are no such case: they are not the blueprint's."""
         if ended.killed == "time":
             reason = f"it was not compiled within {self.limits.wall_seconds:g} s; raise tezzeret.wall_seconds"
         elif ended.killed == "memory":

@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as NoConnectionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -138,6 +139,8 @@ class Database:
             raise
         except DBAPIError as cause:
             raise self._translated(cause.orig) from cause
+        except NoConnectionError as cause:
+            raise StoreBusyError(f"too many threads use the database {self} at once ({cause}); try again") from cause
         except sqlite3.Error as cause:
             raise self._translated(cause) from cause
 

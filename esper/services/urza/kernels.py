@@ -13,7 +13,12 @@ from sqlalchemy.orm import Session
 from esper.artifacts import Attachment, Signature
 from esper.contracts.validation import LatencyMeasurement, ValidationReport
 from esper.services.contracts import CompiledKernelArtifact, KernelMetadata, KernelQuery, KernelStatus
-from esper.services.errors import AmbiguousPrefixError, StoreBusyError, UnknownKernelReferenceError
+from esper.services.errors import (
+    AmbiguousPrefixError,
+    StoreBusyError,
+    UnknownBlueprintError,
+    UnknownKernelReferenceError,
+)
 from esper.services.names import MIN_PREFIX, is_full_id, is_id_prefix
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.blueprints import as_datetime
@@ -52,7 +57,8 @@ class KernelRecords:
     ) -> CompiledKernelArtifact:
         """Store a validated artifact under the SHA-256 of `data`. One that is there already stays as it is.
 
-        The blueprint must be in the store. Whether `signature` is worth anything is for those to check who load it.
+        Raises ``UnknownBlueprintError`` if the blueprint is not in the store. Whether `signature` is worth anything is
+        for those to check who load it.
         """
         artifact_id = hashlib.sha256(data).hexdigest()
         self._blobs.put(data)
@@ -63,7 +69,7 @@ class KernelRecords:
                     if row is None:
                         row = KernelRow(
                             id=artifact_id,
-                            blueprint=session.get_one(BlueprintRow, blueprint_id),
+                            blueprint=_blueprint(session, blueprint_id),
                             status=KernelStatus.VALIDATED,
                             **metadata.model_dump(),
                             size_bytes=len(data),
@@ -159,6 +165,13 @@ class KernelRecords:
             return tuple(_kernel(row) for row in session.scalars(statement.limit(query.limit)))
 
 
+def _blueprint(session: Session, blueprint_id: str) -> BlueprintRow:
+    row = session.get(BlueprintRow, blueprint_id)
+    if row is None:
+        raise UnknownBlueprintError(f"there is no blueprint {blueprint_id!r} in this store; submit it first")
+    return row
+
+
 def _row(session: Session, artifact_id: str) -> KernelRow:
     row = session.get(KernelRow, artifact_id)
     if row is None:
@@ -185,7 +198,7 @@ def _by_name(session: Session, name: str) -> str:
             f"no kernel is called {name[:120]!r}; a reference is a full id, its first {MIN_PREFIX} or more hex digits, "
             "or a name that was given at submission"
         )
-    blueprint = session.get_one(BlueprintRow, given.blueprint_id)
+    blueprint = _blueprint(session, given.blueprint_id)
     kernel = None if blueprint.artifact_id is None else session.get(KernelRow, blueprint.artifact_id)
     if kernel is None:
         raise UnknownKernelReferenceError(f"{name!r} has no kernel to load: its blueprint is {blueprint.status}")

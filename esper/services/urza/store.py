@@ -62,7 +62,7 @@ class UrzaStore:
         """Counts and sizes."""
         with self._database.reading() as session:
             by_status = session.execute(select(BlueprintRow.status, func.count()).group_by(BlueprintRow.status))
-            counts = {BlueprintStatus(status): count for status, count in by_status.tuples()}
+            counts = {BlueprintStatus(status): count for status, count in by_status}
             kernels, artifact_bytes = session.execute(
                 select(func.count(), func.coalesce(func.sum(KernelRow.size_bytes), 0))
             ).one()

@@ -1,0 +1,120 @@
+"""Settings from defaults, a file and the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from esper.configs import ConfigError, EsperConfig, load_config
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("ESPER_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "esper.yaml"
+    path.write_text(
+        """
+name: lab
+tezzeret:
+  pipeline: fast
+  memory_mb: 1024
+platform:
+  database_url: postgresql://esper:hunter2@db/esper
+"""
+    )
+    return path
+
+
+def test_defaults_need_nothing() -> None:
+    config = load_config()
+    assert config == EsperConfig()
+    assert (config.oona.queue_size, config.oona.batch_size) == (2048, 512)
+    assert config.tezzeret.pipeline == "standard"
+    assert config.platform.root is None
+
+
+def test_the_file_is_over_defaults_and_the_environment_over_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPER_TEZZERET__PIPELINE", "aggressive")
+    monkeypatch.setenv("ESPER_PLATFORM__ROOT", "~/kernels")
+    config = load_config(file)
+    assert config.name == "lab"
+    assert config.tezzeret.pipeline == "aggressive"
+    assert config.tezzeret.memory_mb == 1024
+    assert config.tezzeret.wall_seconds is None
+    assert config.platform.root == Path.home() / "kernels"
+
+
+def test_the_environment_may_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_CONFIG", str(file))
+    assert load_config().name == "lab"
+
+
+def test_secrets_do_not_show(file: Path) -> None:
+    config = load_config(file)
+    assert "hunter2" not in repr(config)
+    assert "hunter2" not in str(config.model_dump())
+    assert config.platform.database_url is not None
+    assert "hunter2" in config.platform.database_url.get_secret_value()
+
+
+def test_settings_do_not_change() -> None:
+    config = load_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("nmae: x", "nmae"),
+        ("tezzeret: {pipelin: fast}", "tezzeret.pipelin"),
+        ("tezzeret: {pipeline: slow}", "tezzeret.pipeline"),
+        ("oona: {queue_size: 0}", "oona.queue_size"),
+        ("oona: 3", "oona"),
+        ("- a list", "does not hold settings"),
+        ("1: 2", "does not hold settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_a_file_gets_wrong_is_named(tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "esper.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=named):
+        load_config(path)
+
+
+def test_a_secret_in_a_wrong_place_does_not_show_in_the_error(tmp_path: Path) -> None:
+    path = tmp_path / "esper.yaml"
+    path.write_text("platform: {database_url: [hunter2], databas_url: hunter2}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "platform.databas_url" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("name", ["ESPER_NMAE", "ESPER_TEZZERET__PIPELIN", "ESPER_TEZZERET_PIPELINE"])
+def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "fast")
+    with pytest.raises(ConfigError, match=name):
+        load_config()
+
+
+def test_a_variable_of_the_wrong_type_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_TEZZERET__MEMORY_MB", "plenty")
+    with pytest.raises(ConfigError, match=r"tezzeret\.memory_mb"):
+        load_config()

@@ -1,0 +1,57 @@
+"""What the child process does with a blueprint, done in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from esper.artifacts import Blueprint, Target, load_artifact
+from esper.compiler.attachment import load_attachment
+from esper.services.tezzeret import child
+from esper.services.tezzeret.child import compile_blueprint
+from esper.services.tezzeret.limits import PIPELINES
+from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT
+from tests.services.shelf import exponential
+
+FAST = PIPELINES["fast"]
+KERNEL = Blueprint.low_rank(6, 4, 2, start="kaiming")
+
+
+def test_a_blueprint_that_fails_leaves_a_report_and_no_artifact(tmp_path: Path) -> None:
+    result = compile_blueprint(exponential(), FAST, tmp_path)
+    assert not result.report.passed
+    assert result.report.reason.startswith("large inputs: the output is not finite")
+    assert list(tmp_path.iterdir()) == []
+    assert result.target is None
+
+
+@pytest.mark.slow
+def test_a_sound_blueprint_leaves_artifact_and_attachment(tmp_path: Path) -> None:
+    result = compile_blueprint(KERNEL, FAST, tmp_path)
+    assert result.report.passed, result.report.reason
+    artifact = load_artifact((tmp_path / ARTIFACT).read_bytes(), expected_id=result.report.artifact_id)
+    assert artifact.graph == KERNEL.graph
+    assert callable(load_attachment((tmp_path / ATTACHMENT).read_bytes()))
+    assert result.target == Target.current().to_json()
+    assert result.metadata is not None
+    assert result.metadata.parameter_count == 6 * 2 + 2 * 4
+
+
+@pytest.mark.slow
+def test_a_kernel_that_the_compiler_refuses_where_it_works_otherwise_is_invalid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_attachment = child.compile_attachment
+
+    def refusing(graph: object, *arguments: object) -> bytes:
+        if graph == KERNEL.graph:
+            raise NotImplementedError("no lowering for this operator")
+        return compile_attachment(graph, *arguments)  # type: ignore[arg-type]  # passed through
+
+    monkeypatch.setattr(child, "compile_attachment", refusing)  # stands in for a bug of the compiler
+    result = compile_blueprint(KERNEL, FAST, tmp_path)
+    assert not result.report.passed
+    assert result.report.reason == "attachment: NotImplementedError: no lowering for this operator"
+    assert result.target is None
+    assert list(tmp_path.iterdir()) == []
