@@ -1,0 +1,146 @@
+"""Laws 2 and 7: the thread that trains waits neither for a load in progress nor for the device."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import esper
+from esper import Blueprint
+from esper.artifacts import TrustStore
+from esper.execution.sources import FetchedKernel, KernelSource
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp
+
+
+class HostReads(TorchDispatchMode):
+    """Refuses every operation that needs a tensor's value on the host."""
+
+    refused = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::item")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.name().split(".")[0] in self.refused:
+            raise AssertionError(f"{func.name()} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_of_these_tests_notices_a_host_read() -> None:
+    with pytest.raises(AssertionError, match="on the host"), HostReads():
+        torch.ones(1).item()
+
+
+@pytest.mark.parametrize("mode", ["fx", "module"])
+def test_forward_backward_and_commit_read_no_tensor_on_the_host(mode: str, shelf: KernelShelf) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode, commit="manual")  # type: ignore[arg-type]
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    ramp = esper.LinearRamp(0.0, 1.0, 2)
+    request = model.request_kernel("0", 0, kernel, alpha=ramp, trainable=True, isolate=True)
+    assert request.result(30)
+    x = torch.randn(3, 8)
+    with HostReads():
+        for change in (lambda: None, model.commit, lambda: model.set_alpha("0", 0, 0.5), model.get_model_stats):
+            change()
+            model(x).sum().backward()
+        model.unload_kernel("0", 0)
+        model.commit()
+        model(x).sum().backward()
+        model.explain()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_compiled_step_and_its_commit_read_no_tensor_on_the_host(
+    inner: str, shelf: KernelShelf, fresh_dynamo: None
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    compiled = torch.compile(model, backend="esper", options={"inner": inner})
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    x = torch.randn(3, 8)
+    compiled(x)
+    assert asyncio.run(model.load_kernel("0", 0, kernel, trainable=True))
+    compiled(x)  # compiles the variant, which looks at constants of its own
+    model.unload_kernel("0", 0)
+    items = []
+
+    def count(self: torch.Tensor) -> Any:
+        items.append(self)
+        return original(self)
+
+    original = torch.Tensor.item
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "item", count)
+        compiled(x).sum().backward()
+        assert asyncio.run(model.load_kernel("0", 0, kernel, trainable=True))
+        compiled(x).sum().backward()
+        model.set_alpha("0", 0, 0.25)
+        compiled(x).sum().backward()
+    assert items == []
+
+
+class Slow:
+    """A source that does not answer until it is let."""
+
+    def __init__(self, source: KernelSource) -> None:
+        self._source = source
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def _wait(self) -> None:
+        self.asked.set()
+        assert self.go_on.wait(60)
+
+    def resolve(self, reference: str) -> str:
+        self._wait()
+        return self._source.resolve(reference)
+
+    def fetch(self, artifact_id: str) -> FetchedKernel:
+        self._wait()
+        return self._source.fetch(artifact_id)
+
+    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
+        self._wait()
+        return self._source.attachment(artifact_id, target_key)
+
+    def trust(self) -> TrustStore | None:
+        self._wait()
+        return self._source.trust()
+
+
+def _in_time(work: Callable[[], object]) -> None:
+    """`work` ends by itself, on a thread of its own, while everything that it must not wait for stands still."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_hanging_store_holds_up_nothing_but_its_own_load(shelf: KernelShelf) -> None:
+    ready = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=1)).id
+    late = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=2)).id
+    layer = esper.KasminaLayer("fc", 4, 8, 6, source=(source := Slow(shelf.platform.kernel_source)))
+    source.go_on.set()
+    assert asyncio.run(layer.load_kernel(0, ready, trainable=True))
+    source.go_on.clear()
+    source.asked.clear()
+    request = layer.request_kernel(1, late)
+    assert source.asked.wait(30)
+    x = torch.randn(3, 8)
+
+    def train() -> None:
+        for step in range(20):
+            layer(x).sum().backward()
+            layer.set_alpha(0, step / 20)
+            layer.get_layer_stats()
+        assert layer.unload_kernel(0)
+        layer(x)
+
+    _in_time(train)
+    assert not request.done()
+    source.go_on.set()
+    assert request.result(30)

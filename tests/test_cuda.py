@@ -1,0 +1,64 @@
+"""What only a CUDA device can show."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+import torch
+
+import esper
+from esper import Blueprint
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp, small_transformer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_swap_in_a_training_model_never_waits_for_the_device(
+    compiled: bool, shelf: KernelShelf, fresh_dynamo: None
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4).cuda(), platform=shelf.platform, commit="manual")
+    run = torch.compile(model, backend="esper") if compiled else model
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    x = torch.randn(16, 8, device="cuda")
+    run(x).sum().backward()
+    assert model.request_kernel("0", 0, kernel, alpha=0.5, trainable=True).result(60)
+    model.commit()
+    run(x).sum().backward()  # compiles
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for alpha in (0.25, 1.0):
+            model.set_alpha("0", 0, alpha)
+            run(x).sum().backward()
+        model.unload_kernel("0", 0)
+        model.commit()
+        run(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_model_that_moves_to_the_device_takes_its_seeds_along(shelf: KernelShelf, fresh_dynamo: None) -> None:
+    host = mlp(8, 6, 4)
+    model = esper.wrap(host, platform=shelf.platform)
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    x = torch.randn(5, 8)
+    assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+    expected = model(x)
+    model.cuda()
+    assert model.runtime.state.device.type == "cuda"
+    torch.testing.assert_close(model(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="esper")
+    torch.testing.assert_close(compiled(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dormant_is_bit_identical_on_the_device(fresh_dynamo: None) -> None:
+    host = small_transformer().cuda()
+    wrapped = esper.wrap(copy.deepcopy(host))
+    x = torch.randn(2, 5, 16, device="cuda")
+    assert torch.equal(wrapped(x), host(x))
+    ours, theirs = torch.compile(wrapped, backend="esper"), torch.compile(host)
+    assert torch.equal(ours(x), theirs(x))
