@@ -8,6 +8,7 @@ function that is called, through the interpreter's profiling hook on this thread
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -46,6 +47,8 @@ _FREE_STANDARD_LIBRARY = frozenset(
 )
 _FREE_TORCH = (
     "torch._classes",
+    "torch._dynamo.mutation_guard",  # notes modules that are made, once Dynamo has run
+    "torch._dynamo.utils",
     "torch._jit_internal",
     "torch._ops",
     "torch._tensor",
@@ -61,7 +64,7 @@ _FREE_TORCH = (
 _FREE_FUNCTIONS = frozenset({("torch", "is_tensor"), ("torch", "_assert")})
 
 _NEVER_TORCH = (
-    "torch._dynamo",
+    "torch._dynamo.eval_frame",
     "torch._functorch",
     "torch._higher_order_ops",
     "torch.amp",
@@ -129,6 +132,8 @@ _EFFECTFUL_MODULES = frozenset(
 class CodeAudit:
     """A context in which every function call on this thread is looked at.
 
+    Garbage is not collected meanwhile: finalizers of things that have nothing to do with the forward would be seen.
+
     `refuse` is called, and raises, for what cannot be traced; the reason follows "not traced: ". `entered` is told of
     every frame of the model's own code (what belongs neither to torch nor to the standard library) as it begins.
     """
@@ -139,6 +144,7 @@ class CodeAudit:
         self._own_code: set[CodeType] = set()
         self._lent: set[CodeType] = set()  # of the standard library, called by the model's own
         self._trusted: set[CodeType] = set()
+        self._collecting = False
 
     def is_own(self, code: CodeType) -> bool:
         """Whether `code` belongs to the model."""
@@ -147,11 +153,15 @@ class CodeAudit:
     def __enter__(self) -> Self:
         if sys.getprofile() is not None:
             self._refuse("a profiler is running on this thread")
+        self._collecting = gc.isenabled()
+        gc.disable()
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *exception: object) -> None:
         sys.setprofile(None)
+        if self._collecting:
+            gc.enable()
 
     def _event(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":

@@ -33,7 +33,7 @@ from torch import fx, nn
 from esper.core.traced_values import unpack
 from esper.core.watched import global_module_hooks
 
-__all__ = ["Guards", "generate"]
+__all__ = ["Guards", "generate", "is_default"]
 
 _numbers = itertools.count()
 _DEEPEST = 24
@@ -52,14 +52,14 @@ _UNARY: dict[Any, str] = {operator.neg: "-", operator.pos: "+", operator.invert:
 class Guards:
     """What must hold for the generated code to stand for the module; where it does not, `fallback` runs.
 
-    Arguments with a default must be at it, unless they are in `free`. `training` are modules whose flag is fixed.
+    Arguments with a default must be at it, unless they are in `given`. `training` are modules whose flag is fixed.
     """
 
     fallback: Callable[..., Any]
     tensor_arguments: tuple[str, ...] = ()
     given_arguments: tuple[str, ...] = ()
     training: tuple[tuple[nn.Module, bool], ...] = ()
-    free: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
     hooks: bool = True
 
 
@@ -169,11 +169,9 @@ class _Writer:
     def _write_guards(self, signature: Signature) -> None:
         tests = [self._global(hooks, "hooks") for hooks in global_module_hooks()] if self._guards.hooks else []
         for parameter in signature.parameters.values():
-            if parameter.name in self._guards.free:
-                continue
             if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
                 tests.append(parameter.name)
-            elif parameter.default is not Parameter.empty:
+            elif parameter.default is not Parameter.empty and parameter.name not in self._guards.given:
                 tests.append(self._not_default(parameter))
             elif parameter.name in self._guards.tensor_arguments:
                 tensor = self._global(torch.Tensor, "Tensor")
@@ -381,6 +379,11 @@ class _Writer:
             self._bound[id(value)] = name
             self._globals[name] = value
         return self._bound[id(value)]
+
+
+def is_default(value: object, default: object) -> bool:
+    """Whether an argument counts as being at its default: the test that the generated code makes."""
+    return value is default or (type(default) in (int, str) and type(value) is type(default) and value == default)
 
 
 def _in_order(node: fx.Node) -> list[fx.Node]:

@@ -9,7 +9,7 @@ import operator
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from inspect import Parameter, Signature
 from types import FrameType
@@ -137,16 +137,17 @@ class RegionTracer(fx.Tracer):
         """Whether some traced value is still referred to, that is, whether the forward kept one."""
         return any(reference() is not None for reference in self._values)
 
-    def placeholders(self, signature: Signature) -> tuple[list[TracedValue], dict[str, TracedValue]]:
-        """Traced values for the arguments without a default: positional ones and those by keyword."""
+    def placeholders(self, signature: Signature, given: Set[str]) -> tuple[list[TracedValue], dict[str, TracedValue]]:
+        """Traced values for the arguments without a default and those `given`: positional ones and those by keyword."""
         args, kwargs = [], {}
         for parameter in signature.parameters.values():
-            if parameter.default is Parameter.empty and parameter.kind not in _VARIADIC:
+            required = parameter.default is Parameter.empty and parameter.kind not in _VARIADIC
+            if required or parameter.name in given:
                 value = self.proxy(self.create_node("placeholder", parameter.name, (), {}))
-                if parameter.kind is Parameter.KEYWORD_ONLY:
-                    kwargs[parameter.name] = value
-                else:
+                if required and parameter.kind is not Parameter.KEYWORD_ONLY:
                     args.append(value)
+                else:
+                    kwargs[parameter.name] = value
         return args, kwargs
 
     # -- modules ---------------------------------------------------------------------------------------------------

@@ -32,13 +32,13 @@ _lock = threading.RLock()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traced:
     """A region as a graph.
 
     - `module`: the shadow it was traced from; `modules`: it and those below it, by path.
-    - `graph`: placeholders are the arguments without a default, in order; arguments with one are at their default.
-      Sites are `call_module` nodes like other leaves.
+    - `graph`: placeholders are the arguments without a default and those in `given`, in order; the others are at their
+      default. Sites are `call_module` nodes like other leaves.
     - `signature`: the forward's, without `self`.
     - `inlined`: paths of the modules traced through; `leaves`: those called; `kept_apart`: the leaves that are leaves
       because they could not be traced through, with the reason.
@@ -51,6 +51,7 @@ class Traced:
     modules: Mapping[str, nn.Module]
     graph: fx.Graph
     signature: Signature
+    given: frozenset[str]
     inlined: tuple[str, ...]
     leaves: tuple[str, ...]
     kept_apart: Mapping[str, str]
@@ -92,8 +93,11 @@ def _closed_reason(module: nn.Module) -> str | None:
     return None
 
 
-def trace_region(module: nn.Module, sites: Set[nn.Module]) -> Traced | Untraceable:
-    """Trace the forward of shadow `module`. Calls of `sites`, and of what cannot be traced through, become nodes."""
+def trace_region(module: nn.Module, sites: Set[nn.Module], given: frozenset[str] = frozenset()) -> Traced | Untraceable:
+    """Trace the forward of shadow `module`. Calls of `sites`, and of what cannot be traced through, become nodes.
+
+    Arguments with a default are at it, but for those named in `given`.
+    """
     closed = None if module in sites else _closed_reason(module)
     if closed is not None:
         return Untraceable(closed)
@@ -105,7 +109,7 @@ def trace_region(module: nn.Module, sites: Set[nn.Module]) -> Traced | Untraceab
     while True:
         attempt = _Attempt(module, modules, sites, kept_apart)
         with _lock:
-            outcome = attempt.run(signature)
+            outcome = attempt.run(signature, given)
         if isinstance(outcome, Traced):
             return outcome
         path = attempt.failed
@@ -137,12 +141,12 @@ class _Attempt:
         module = self._modules[path]
         return path in self._kept_apart or module in self._sites or leaf_reason(module) is not None
 
-    def run(self, signature: Signature) -> Traced | Untraceable:
+    def run(self, signature: Signature, given: frozenset[str]) -> Traced | Untraceable:
         if any(global_module_hooks()):
             return Untraceable("hooks for all modules are registered")
         tracer = RegionTracer(self._modules, self._is_leaf)
         watch = EffectWatch(self._modules.values())
-        reason = self._record(tracer, watch, signature)
+        reason = self._record(tracer, watch, *tracer.placeholders(signature, given))
         effect = watch.undo()
         if tracer.refusal is not None or reason is not None:
             self.failed = tracer.failed
@@ -154,16 +158,15 @@ class _Attempt:
             gc.collect()
             if tracer.escaped():
                 return Untraceable("it keeps a value for later")
-        return self._traced(tracer, watch, signature)
+        return self._traced(tracer, watch, signature, given)
 
-    def _record(self, tracer: RegionTracer, watch: EffectWatch, signature: Signature) -> str | None:
+    def _record(self, tracer: RegionTracer, watch: EffectWatch, args: Any, kwargs: Any) -> str | None:
         """Run the forward on traced values; returns why that failed, or None."""
 
         def entered(frame: Any, facts: CodeFacts) -> None:
             watch.entered(frame)
             tracer.entered(frame, facts)
 
-        args, kwargs = tracer.placeholders(signature)
         try:
             stand_ins = StandIns(self._modules, tracer)
             forward: Callable[..., Any] = stand_ins.root if self._module in self._sites else stand_ins.root.forward
@@ -179,7 +182,7 @@ class _Attempt:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return None
 
-    def _traced(self, tracer: RegionTracer, watch: EffectWatch, signature: Signature) -> Traced:
+    def _traced(self, tracer: RegionTracer, watch: EffectWatch, signature: Signature, given: frozenset[str]) -> Traced:
         leaves = dict.fromkeys(str(node.target) for node in tracer.graph.find_nodes(op="call_module"))
         plain = [path for path in leaves if type(self._modules[path]).__module__.startswith("torch.nn.modules")]
         constant = {path: self._modules[path] for path in (*tracer.inlined, *plain)}
@@ -189,6 +192,7 @@ class _Attempt:
             modules=self._modules,
             graph=tracer.graph,
             signature=signature,
+            given=given,
             inlined=tuple(tracer.inlined),
             leaves=tuple(leaves),
             kept_apart={path: reason for path, reason in self._kept_apart.items() if path in leaves},
@@ -201,6 +205,8 @@ class _Attempt:
 
 def _signature(module: nn.Module) -> tuple[Signature | None, str]:
     forward = type(module).forward
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return None, "a container, which is not called"
     if not inspect.isfunction(forward):
         return None, "its forward is no plain function"
     if hasattr(forward, "__wrapped__"):

@@ -92,6 +92,32 @@ def test_optional_argument_is_at_its_default_or_checked() -> None:
     traced(forward, x, mask=mask)
 
 
+def test_optional_arguments_that_are_given_are_traced_at_the_next_refresh() -> None:
+    def forward(self: Model, x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0) -> Any:
+        x = self.layer(x) * scale
+        if mask is not None:
+            x = x + mask
+        return self.inner(x)
+
+    host = model(lambda self, x, mask=None: self.block(self.layer(x), mask))
+    host.block = model(forward)
+    case = planted(host)
+    regions = case.regions()
+    x, mask = torch.randn(3, 4), torch.randn(4)
+    run = regions.build(dormant)
+    agrees(host, run, x, mask)
+    assert regions.refresh() is True
+    assert [variant.given for variant in regions.regions.variants[case.root]] == [{"mask"}]
+    run = regions.build(dormant)
+    assert "mask is None" in run.__esper_source__
+    plain, forwards = type(host).forward, []
+    type(host).forward = lambda self, *args, **kwargs: (forwards.append(self), plain(self, *args, **kwargs))[1]
+    agrees(host, run, x, mask)
+    agrees(host, run, x, mask=mask)
+    agrees(host, run, x)
+    assert forwards == [host] * 3  # the shadow's was not run
+
+
 def test_required_argument_given_as_none_runs_the_module() -> None:
     def forward(self: Model, x: torch.Tensor, mask: torch.Tensor | None) -> Any:
         if mask is None:
@@ -625,11 +651,11 @@ def test_branch_on_training_is_checked_and_traced_for_each() -> None:
     regions = case.regions()
     run = regions.build(dormant)
     x = torch.randn(3, 4)
-    for flag in (True, False, True):
+    for changed, flag in ((False, True), (True, False), (True, True)):
         host.train(flag)
         case.root.train(flag)
         agrees(host, run, x)  # the check sends the other state to the modules
-        assert regions.refresh() is (flag is not True or len(regions._traces[case.root]) == 2)
+        assert regions.refresh() is changed
         run = regions.build(dormant)
         assert ("tanh" in run.__esper_source__) is not flag
         agrees(host, run, x)
