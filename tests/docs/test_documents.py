@@ -27,7 +27,7 @@ pages = pytest.mark.parametrize("page", [pytest.param(Page(path), id=Page(path).
 pages_with_code = pytest.mark.parametrize(
     "page",
     [
-        pytest.param(Page(path), id=Page(path).name, marks=pytest.mark.slow)
+        pytest.param(Page(path), id=Page(path).name, marks=[pytest.mark.slow, pytest.mark.xdist_group("docs")])
         for path in PAGES
         if any(block.language == "python" for block in Page(path).blocks())
     ],
@@ -36,7 +36,7 @@ pages_with_code = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def platform_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all pages, so that a kernel that two of them use is compiled once."""
+    """One folder for all pages, which run in one process, so that a kernel that two of them use is compiled once."""
     return tmp_path_factory.mktemp("platform")
 
 
