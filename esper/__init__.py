@@ -6,6 +6,7 @@ kernels, compiled from blueprints by a :class:`Platform`, are loaded into the ru
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from esper.artifacts import Blueprint
@@ -62,10 +63,10 @@ def _default_source() -> KernelSource:
     return default_platform().kernel_source
 
 
-def _default_sink() -> TelemetrySink:
-    from esper.platform import default_platform
-
-    return default_platform().oona
+def _default_sink() -> TelemetrySink | None:
+    made = sys.modules.get("esper.platform")  # if nobody imported it, nobody made a platform
+    platform = made.opened_default_platform() if made is not None else None
+    return None if platform is None else platform.oona
 
 
 set_defaults(_default_source, _default_sink, attach_from)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.shadow import plant
-from esper.core.targets import select_targets
+from esper.core.targets import Selection, select_targets
+from esper.core.wrap_options import Mode, WrapOptions
 from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from esper.configs import EsperConfig
     from esper.platform import Platform
 
-__all__ = ["MorphableModel", "Target", "unwrap", "wrap"]
+__all__ = ["MorphableModel", "Target", "assemble", "unwrap", "wrap"]
 
 Target = str | type[nn.Module]
-Mode = Literal["fx", "module"]
 
 
 def wrap(
@@ -62,13 +62,21 @@ def wrap(
     target that names nothing in the model.
     """
     _check(model, seeds_per_layer, cache_size_mb, mode)
-    selection = select_targets(model, target_layers)
-    targets = selection.targets
+    options = WrapOptions(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform, config)
+    return assemble(model, select_targets(model, target_layers), options)
+
+
+def assemble(
+    model: nn.Module, selection: Selection, options: WrapOptions, into: MorphableModel | None = None
+) -> MorphableModel:
+    """Wrap `model` at the selected layers; everything has been checked. `into` is a wrapped model to initialise."""
+    targets, seeds_per_layer, platform = selection.targets, options.seeds_per_layer, options.platform
     device = next((linear.weight.device for linear in targets.values()), torch.device("cpu"))
-    runtime = Runtime(KasminaStateLayout(len(targets) * seeds_per_layer, device), commit)
+    seeds = len(targets) * seeds_per_layer
+    runtime = Runtime(KasminaStateLayout(seeds, device), options.commit)
     source = defaults.kernel_source() if platform is None else platform.kernel_source
-    sink = _sink(platform) if telemetry_enabled else None
-    cache = KernelCache(cache_size_mb * max(len(targets), 1), max(128, len(targets) * seeds_per_layer), source=source)
+    sink = _sink(platform) if options.telemetry_enabled else None
+    cache = KernelCache(options.cache_size_mb * max(len(targets), 1), max(128, seeds), source=source)
     stager = Stager(runtime, cache, attach_from, sink)
     sites = dict(zip(targets, runtime.reserve_sites(len(targets)), strict=True))
     layers: dict[str, KasminaLayer] = {}
@@ -88,23 +96,14 @@ def wrap(
         return layers[name]
 
     root = plant(model, selection, replace)
-    if telemetry_enabled:
-        runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, device, sink)
+    if options.telemetry_enabled:
+        runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
-    regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if mode == "fx" else None
+    regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
     eager = EagerExecutor(root, runtime, layers, selection, regions)
-    options = {
-        "target_layers": list(targets),
-        "seeds_per_layer": seeds_per_layer,
-        "cache_size_mb": cache_size_mb,
-        "telemetry_enabled": telemetry_enabled,
-        "mode": mode,
-        "commit": commit,
-        "platform": platform,
-        "config": config,
-    }
-    mappings = {name: type(linear).__name__ for name, linear in targets.items()}
-    return MorphableModel(model, root, runtime, {name: layers[name] for name in targets}, eager, mappings, options)
+    wrapped = object.__new__(MorphableModel) if into is None else into
+    wrapped.__init__(model, root, runtime, stager, layers, eager, selection, options)  # type: ignore[misc]  # see `into`
+    return wrapped
 
 
 def unwrap(morphable: MorphableModel) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -14,15 +15,37 @@ from torch import nn
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
+from esper.core.persistence import PackedModel, copy_model, is_hooks
+from esper.core.targets import Selection
+from esper.core.wrap_options import WrapOptions
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
+from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
-from esper.execution.site_marker import commit_while_tracing, postponed_while_tracing, traced_by_esper
+from esper.execution.site_marker import (
+    commit_while_tracing,
+    enter_uncompiled,
+    postponed_while_tracing,
+    traced_by_esper,
+)
+from esper.execution.staging import Stager
 from esper_passes import ENTER
 
 __all__ = ["MorphableModel"]
+
+_HOLDERS = ("_parameters", "_buffers", "_modules")
+_SHARED = (  # with the root, so that what is registered on one is seen by the other
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
 class MorphableModel(nn.Module):
@@ -35,43 +58,58 @@ class MorphableModel(nn.Module):
 
     _root: nn.Module
     _host: nn.Module
+    _bank: KernelBank
+    _eager: EagerExecutor
+    _selection: Selection
+    _options: WrapOptions
+    _runtime_id: int
     _run: Callable[..., Any]
+    runtime: Runtime
+    kasmina_layers: Mapping[str, KasminaLayer]
+    layer_mappings: dict[str, str]
 
     def __init__(
         self,
         host: nn.Module,
         root: nn.Module,
         runtime: Runtime,
+        stager: Stager,
         layers: Mapping[str, KasminaLayer],
         eager: EagerExecutor,
-        layer_mappings: Mapping[str, str],
-        options: Mapping[str, Any],
+        selection: Selection,
+        options: WrapOptions,
     ) -> None:
         super().__init__()
         own = self.__dict__
-        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            own[name] = root.__dict__[name]
+        own.update({name: root.__dict__[name] for name in (*_SHARED, "_is_full_backward_hook")})
         for name, value in root.__dict__.items():
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
-                own[name] = type(value)(value) if isinstance(value, dict) else value
+            if is_hooks(name, value) and name not in _SHARED:
+                own[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
         own["_modules"] = dict(root._modules)
         own["training"] = root.training
-        bank = KernelBank(runtime.state, {layer.site: name for name, layer in layers.items()}, runtime.refresh)
-        own["_modules"][BANK_NAME] = bank
         own.update(
             _host=host,
             _root=root,
-            _bank=bank,
+            _bank=KernelBank(runtime, stager, layers),
             _eager=eager,
-            _options=dict(options),
+            _selection=selection,
+            _options=options,
             _runtime_id=runtime.id,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
-            layer_mappings=dict(layer_mappings),
+            layer_mappings={name: type(linear).__name__ for name, linear in selection.targets.items()},
         )
         runtime.is_training = lambda: self.training
-        runtime.on_commit = bank.sync
+        runtime.on_commit = self._hold_kernels
         eager.attach_to(self)
+
+    def _hold_kernels(self, plan: Plan) -> None:
+        """Register the kernels of `plan`; a dormant model has the host's modules and no others."""
+        self._bank.sync(plan)
+        if self._bank.is_empty:
+            self._modules.pop(BANK_NAME, None)
+        else:
+            self._modules[BANK_NAME] = self._bank
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
@@ -80,6 +118,8 @@ class MorphableModel(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
                 ENTER(self._runtime_id)
+            elif self.runtime.scheduled:
+                enter_uncompiled(self._runtime_id)
             else:
                 commit_while_tracing(self._runtime_id)
                 if self.runtime.pending:  # the guard that brings Dynamo here again when something is staged
@@ -110,6 +150,88 @@ class MorphableModel(nn.Module):
         root = self.__dict__.get("_root")
         if root is not None and name not in ("_run", "training"):
             setattr(root, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Deleted for both views of the model."""
+        found = name in self.__dict__ or any(name in self.__dict__[kind] for kind in _HOLDERS)
+        if found:
+            super().__delattr__(name)  # parameters and buffers are in dictionaries that the two views share
+        if not found or name in self._root.__dict__ or name in self._root._modules:
+            delattr(self._root, name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As `nn.Module.add_module`."""
+        super().add_module(name, module)
+        self._root.add_module(name, module)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
+        if requires_grad:
+            self._bank.own_memory()
+        super().requires_grad_(requires_grad)
+        self.runtime.refresh()  # what is compiled depends on it
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if BANK_NAME not in self._modules:
+            self._bank._apply(fn, recurse)
+        return self
+
+    # -- checkpoints and copies ------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, as its class makes it, and with kernels in force their part under keys that start with `_esper.`.
+
+        What the kernels add are tensors: their parameters, their artifacts' bytes, and the state of their seeds. Alpha
+        schedules and what is staged are not in it.
+        """
+        state = self._root.state_dict(*args, **kwargs)
+        if not self._bank.is_empty:
+            prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
+            self._bank.state_dict(destination=state, prefix=f"{prefix}{BANK_NAME}.", keep_vars=bool(keep_vars))
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint of the host or of a wrapped model; between two steps.
+
+        A checkpoint of the host leaves the kernels in force as they are. One with kernels makes the model what the
+        saved one was: it brings its kernels into force before it returns, whatever the commit mode, and other seeds
+        are dormant then. Neither needs a platform.
+
+        Raises :class:`CheckpointError` for kernels that are damaged or do not fit, with nothing changed; `CommitError`
+        inside a backward; and what the host raises. The kernels come into force only if the host's part was loaded.
+        """
+        if not isinstance(state_dict, Mapping):
+            return self._root.load_state_dict(state_dict, *args, **kwargs)
+        kernels = self._bank.read(state_dict, f"{BANK_NAME}.")
+        host = OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(f"{BANK_NAME}."))
+        if hasattr(state_dict, "_metadata"):
+            host._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch keeps versions there
+        result = self._root.load_state_dict(host, *args, **kwargs)
+        self._bank.follow_model()
+        if kernels:
+            self._bank.restore(kernels)
+        return result
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        """As a part of a larger module; the kernels are loaded when their bank's turn comes."""
+        own = f"{prefix}{BANK_NAME}."
+        if self._bank.expect(state_dict, own):
+            self._modules[BANK_NAME] = self._bank
+        self._root._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        unexpected[:] = [key for key in unexpected if not key.startswith(own)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MorphableModel:
+        """An independent wrapped model, with copies of the parameters and of the kernels in force."""
+        return copy_model(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled with its kernels, without its platform: where it is loaded it has the default one."""
+        return PackedModel.unpack, (PackedModel.of(self),)
 
     # -- control ---------------------------------------------------------------------------------------------------
 
@@ -154,8 +276,8 @@ class MorphableModel(nn.Module):
     ) -> bool:
         """Load a kernel into a seed of layer `layer_name`; see :meth:`KasminaLayer.load_kernel`.
 
-        Raises `KeyError` for an unknown layer and `IndexError` for a seed that does not exist. An unknown kernel, or one
-        that does not fit, makes this return False and leaves the model as it was.
+        Raises `KeyError` for an unknown layer and `IndexError` for a seed that does not exist. A kernel that is unknown
+        or does not fit makes this return False and leaves the model as it was.
         """
         layer = self._layer(layer_name)
         return await layer.load_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)

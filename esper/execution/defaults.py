@@ -28,12 +28,15 @@ AttachKernel = Callable[[KernelSource, LoadedKernel], None]
 """Gives a kernel its compiled attachment, if the source has a trusted one for this machine."""
 
 _source: Callable[[], KernelSource] | None = None
-_sink: Callable[[], TelemetrySink] | None = None
+_sink: Callable[[], TelemetrySink | None] | None = None
 _attach: AttachKernel | None = None
 
 
-def set_defaults(source: Callable[[], KernelSource], sink: Callable[[], TelemetrySink], attach: AttachKernel) -> None:
-    """`source` and `sink` are called whenever one is needed, so they keep what they make; neither may block long."""
+def set_defaults(
+    source: Callable[[], KernelSource], sink: Callable[[], TelemetrySink | None], attach: AttachKernel
+) -> None:
+    """`source` and `sink` are called whenever one is needed. `source` keeps what it makes. `sink` makes nothing, for it
+    is called on threads that must not wait: it returns None as long as there is nobody to report to."""
     global _source, _sink, _attach
     _source, _sink, _attach = source, sink, attach
 
@@ -66,11 +69,12 @@ def kernel_source() -> KernelSource:
 
 
 class _DefaultSink:
-    """Publishes to the default platform's bus."""
+    """Publishes to the default platform's bus, once there is one."""
 
     def publish(self, topic: str, payload: BaseModel) -> None:
-        if _sink is not None:
-            _sink().publish(topic, payload)
+        sink = _sink() if _sink is not None else None
+        if sink is not None:
+            sink.publish(topic, payload)
 
 
 def telemetry_sink() -> TelemetrySink:

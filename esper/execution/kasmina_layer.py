@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import nn
 
-from esper.execution import defaults
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
@@ -23,8 +21,10 @@ from esper.execution.site_marker import (
     postponed_while_tracing,
     traced_by_esper,
 )
+from esper.execution.site_paths import SitePath, active_path, blended, dormant_path
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
+from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper_passes import ENTER, SITE
@@ -67,34 +67,30 @@ class KasminaLayer(nn.Linear):
         sink: TelemetrySink | None = None,
     ) -> None:
         super().__init__(input_dim, output_dim, bias=bias, device=device, dtype=dtype)
-        runtime = Runtime(KasminaStateLayout(num_seeds, self.weight.device), commit)
-        cache = KernelCache(cache_size_mb, source=source or defaults.kernel_source())
-        attach = defaults.attach_kernel()
-        self._join(
-            layer_id=layer_id,
-            site=runtime.reserve_sites(1)[0],
-            first_seed=0,
-            runtime=runtime,
-            stager=Stager(runtime, cache, attach, sink if telemetry_enabled else None),
-            cache=cache.view(layer_id),
-            state=runtime.state,
-        )
-        self._stands_alone = True
-        runtime.is_training = lambda: self.training
-        bank = KernelBank(runtime.state, {self.site: layer_id}, runtime.refresh)
-        runtime.on_commit = bank.sync
-        self.add_module(BANK_NAME, bank)
+        equip(self, layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink)
 
     @classmethod
     def at_site(cls, linear: nn.Linear, **parts: Any) -> KasminaLayer:
         """The layer that takes `linear`'s place, sharing its parameters; `parts` are those of :meth:`_join`."""
+        layer = cls._sharing(linear)
+        layer._join(**parts)
+        return layer
+
+    @classmethod
+    def alone(cls, linear: nn.Linear, **options: Any) -> KasminaLayer:
+        """A layer that stands alone and shares `linear`'s parameters; `options` are those of the constructor."""
+        layer = cls._sharing(linear)
+        equip(layer, **options)
+        return layer
+
+    @classmethod
+    def _sharing(cls, linear: nn.Linear) -> KasminaLayer:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.__dict__.update(
             {name: value for name, value in linear.__dict__.items() if name not in ("_modules", "forward")}
         )
         layer.__dict__["_modules"] = {}
-        layer._join(**parts)
         return layer
 
     def _join(
@@ -107,6 +103,8 @@ class KasminaLayer(nn.Linear):
         stager: Stager,
         cache: KernelCache,
         state: KasminaStateLayout,
+        meter: LayerMeter | None = None,
+        stands_alone: bool = False,
     ) -> None:
         self.layer_id = layer_id
         self.site = site
@@ -117,13 +115,14 @@ class KasminaLayer(nn.Linear):
         self.state = state
         self.seed_errors = {}
         self._runtime_id = runtime.id
-        self._stands_alone = False
+        self._stands_alone = stands_alone
+        self._meter = meter
         self._armed = False
         self._pinned: dict[int, str] = {}
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
-        self._current: Callable[[torch.Tensor], torch.Tensor] = self._dormant()
-        self._run = self._current
+        self._current = dormant_path(self)
+        self._run = self._at_rest()
         runtime.add_executor(self)
 
     # -- what it computes ------------------------------------------------------------------------------------------
@@ -144,36 +143,11 @@ class KasminaLayer(nn.Linear):
             return self._traced(x)
         return self._run(x)
 
-    def _dormant(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        parameters, linear = self._parameters, torch.nn.functional.linear
-
-        def dormant(x: torch.Tensor) -> torch.Tensor:
-            try:
-                return linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]
-            except KeyError:  # the parameters are computed: parametrizations, or old-style weight norm
-                return linear(x, self.weight, self.bias)
-
-        return dormant
-
-    def _active(self, seeds: tuple[SeedPlan, ...], plan: Plan) -> Callable[[torch.Tensor], torch.Tensor]:
-        read = self.runtime.alpha_reader(plan)
-        host_path = self._dormant()
-        executors = [(seed, seed.kernel.executor) for seed in seeds]
-
-        def active(x: torch.Tensor) -> torch.Tensor:
-            y = host = host_path(x)
-            for (seed, kernel), alpha in zip(executors, read().unbind(), strict=True):
-                y = _blend(y, _kernel_output(seed, kernel, x, host), alpha)
-            return y
-
-        return active
-
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
         y = host = torch.nn.functional.linear(x, self.weight, self.bias)
         for seed in self._seeds:
-            kernel = _kernel_output(seed, seed.kernel.module, x, host)
-            y = _blend(y, kernel, self._alphas[seed.seed].clone())
+            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x, host)
         return y
 
     # -- Executor --------------------------------------------------------------------------------------------------
@@ -185,26 +159,35 @@ class KasminaLayer(nn.Linear):
         """Switch to `plan`."""
         seeds = plan.sites.get(self.site, ())
         if seeds:
-            self._current = self._active(seeds, plan.restricted([self.site]))
+            self._current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
         elif self._seeds:
-            self._current = self._dormant()
+            self._current = dormant_path(self)
         self._alphas = self.state.alpha_blend
         self._seeds = seeds
-        if not self._armed:
-            self._run = self._current
+        self._run = self._at_rest()
 
     def arm(self) -> None:
         """A layer inside a model leaves the boundary to the model."""
-        if self._stands_alone:
-            self._armed = True
-            self._run = self._enter
+        self._armed = self._stands_alone
+        self._run = self._at_rest()
 
     def disarm(self) -> None:
         self._armed = False
-        self._run = self._current
+        self._run = self._at_rest()
+
+    def _at_rest(self) -> SitePath:
+        """What `_run` is while nothing is timed."""
+        if self._armed:
+            return self._enter
+        return self._current if self._meter is None else self._counted
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
         self.runtime.boundary()
+        return self._counted(x)
+
+    def _counted(self, x: torch.Tensor) -> torch.Tensor:
+        if self._meter is not None:
+            self._meter.counter.tick()
         return self._current(x)
 
     def sample(self, telemetry: Telemetry, calls: list[int]) -> None:
@@ -223,11 +206,47 @@ class KasminaLayer(nn.Linear):
 
     def end_sample(self) -> None:
         """Stop timing."""
-        self._run = self._enter if self._armed else self._current
+        self._run = self._at_rest()
         telemetry = self.runtime.telemetry
         if telemetry is not None:
             for seed in self._seeds:
                 self.state.record_latency(seed.seed, telemetry.latency_μs(self.site))
+
+    def sample_next(self, telemetry: Telemetry) -> None:
+        """Time the next call of a layer that stands alone."""
+
+        def timed(x: torch.Tensor) -> torch.Tensor:
+            self._run = self._at_rest()
+            watch = telemetry.stopwatch()
+            y = self._run(x)
+            watch.stop()
+            telemetry.record(self.site, watch)
+            self.end_sample()
+            return y
+
+        if not self._armed:
+            self._run = timed
+
+    # -- copies and checkpoints ------------------------------------------------------------------------------------
+
+    def as_linear(self) -> nn.Linear:
+        """A linear layer with this one's parameters, hooks and training flag, and nothing of Esper."""
+        linear = self.default_transform
+        linear.__dict__.update({name: dict_ for name, dict_ in self.__dict__.items() if name.endswith("_hooks")})
+        return linear
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
+        """A copy that stands alone, with copies of the kernels in force."""
+        return copy_layer(self, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PackedLayer.unpack, (pack_layer(self),)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        bank = self._modules.get(BANK_NAME)
+        if isinstance(bank, KernelBank):
+            bank.expect(state_dict, f"{prefix}{BANK_NAME}.")  # raises before anything is loaded
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- control ---------------------------------------------------------------------------------------------------
 
@@ -351,15 +370,3 @@ class KasminaLayer(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_seeds={self.num_seeds}, active_seeds={len(self._seeds)}"
-
-
-def _kernel_output(
-    seed: SeedPlan, kernel: Callable[..., torch.Tensor], x: torch.Tensor, host: torch.Tensor
-) -> torch.Tensor:
-    if seed.isolate:
-        x, host = x.detach(), host.detach()
-    return kernel(x, host) if seed.uses_host else kernel(x)
-
-
-def _blend(y: torch.Tensor, kernel: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(y, kernel.type_as(y), alpha.type_as(y))

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from esper.execution.plan import Plan
-from esper.execution.state_layout import KasminaStateLayout
+from esper.artifacts.graph import DTYPES
+from esper.execution.checkpoint import CheckpointError, SavedKernel, SavedSeed, decode, encode, seed_key
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.plan import DORMANT, Plan, SeedPlan
+from esper.execution.runtime import Runtime
+from esper.execution.staging import SeedReplacement, Stager
 
-__all__ = ["BANK_NAME", "KernelBank", "bank_key"]
+if TYPE_CHECKING:
+    from esper.execution.kasmina_layer import KasminaLayer
+
+__all__ = ["BANK_NAME", "KernelBank"]
 
 BANK_NAME = "_esper"
 """The name under which a bank is registered: every state-dict key of Esper's starts with it."""
 
 
-def bank_key(layer_id: str, seed: int) -> str:
-    """The name of a seed's kernel in a bank; module names hold no dots, so those of the layer become slashes."""
-    return f"{layer_id.replace('.', '/')}:{seed}"
-
-
 class KernelBank(nn.Module):
-    """The modules of the kernels in force, and the seeds' state tensors, which follow the model from device to device."""
+    """The modules of the kernels in force, and the seeds' state, which follows the model from device to device."""
 
-    def __init__(self, state: KasminaStateLayout, layer_ids: Mapping[int, str], moved: Callable[[], None]) -> None:
+    def __init__(self, runtime: Runtime, stager: Stager, layers: Mapping[str, KasminaLayer]) -> None:
         super().__init__()
-        self._state = state
-        self._layer_ids = layer_ids
-        self._moved = moved
+        self._runtime = runtime
+        self._stager = stager
+        self._layers = dict(layers)
+        self._names = {layer.site: name for name, layer in layers.items()}
+        self._plan = DORMANT
+        self._expected: tuple[SavedKernel, ...] = ()
+        self._prefix = ""
+        self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]  # torch leaves it so
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no kernel is in force."""
+        return self._plan.is_dormant
 
     def sync(self, plan: Plan) -> None:
         """Hold the kernels of `plan` and no others."""
+        self._plan = plan
         wanted = {
-            bank_key(self._layer_ids[site], seed.seed): seed.kernel.module
+            seed_key(self._names[site], seed.seed): seed.kernel.module
             for site, seeds in plan.sites.items()
             for seed in seeds
         }
@@ -45,13 +60,148 @@ class KernelBank(nn.Module):
         """The parameters that learn."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Move kernels as any module's parameters; the state's tensors change device but never dtype."""
-        super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=torch.float32, device=self._state.device))
-        self._state.to(probe.device)
-        self._moved()
+    def own_memory(self) -> None:
+        """Give every kernel in force memory of its own: someone may write to its parameters."""
+        for seed in self._plan.seeds():
+            seed.kernel.module.own_memory()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move kernels, staged ones too, as any module's parameters; the state changes device but never dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        registered = {id(module) for module in self._modules.values()}
+        for seed in self._runtime.target.seeds():
+            if id(seed.kernel.module) not in registered:
+                seed.kernel.module._apply(fn, recurse)  # type: ignore[no-untyped-call]  # as above
+        state = self._runtime.state
+        state.to(fn(torch.empty(0, dtype=torch.float32, device=state.device)).device)
+        self._runtime.refresh()
         return self
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *_: Any) -> Any:
         raise TypeError("a KernelBank holds kernels and is not called")
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        del keep_vars  # nothing here has a gradient
+        for name, tensor in encode(self._saved()).items() if not self.is_empty else ():
+            destination[prefix + name] = tensor
+
+    def _saved(self) -> Iterator[tuple[SavedSeed, KernelTemplate]]:
+        for site, seeds in self._plan.sites.items():
+            layer = self._layers[self._names[site]]
+            for each in seeds:
+                seed, state = each.seed, layer.state
+                saved = SavedSeed(
+                    layer=layer.layer_id,
+                    seed=seed,
+                    artifact=each.kernel.artifact_id,
+                    trainable=each.kernel.trainable,
+                    isolate=each.isolate,
+                    fossilized=state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED,
+                    scheduled=self._runtime.schedule(each.alpha_index) is not None,
+                    alpha=state.alpha(seed),
+                    health=state.health(seed),
+                    epoch=state.last_epoch(seed),
+                    latency_μs=state.latency_μs(seed),
+                    errors=state.errors(seed),
+                )
+                yield saved, each.kernel.template
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def read(self, state_dict: Mapping[str, Any], prefix: str) -> tuple[SavedKernel, ...]:
+        """The kernels in `state_dict` below `prefix`, verified; none if it has no entries of Esper's.
+
+        Raises :class:`CheckpointError` for what is damaged or does not fit these layers, and `CommitError` inside a
+        backward. Nothing is changed.
+        """
+        entries = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not entries:
+            return ()
+        self._runtime.refuse_in_backward()
+        kernels = decode(entries, self._known)
+        for kernel in kernels:
+            self._check_fits(kernel)
+        return kernels
+
+    def _known(self, artifact_id: str) -> KernelTemplate | None:
+        cached = next(iter(self._layers.values())).kernel_cache.held(artifact_id) if self._layers else None
+        return cached.template if cached is not None else None
+
+    def _check_fits(self, kernel: SavedKernel) -> None:
+        saved, graph = kernel.saved, kernel.template.graph
+        layer = self._layers.get(saved.layer)
+        if layer is None:
+            near = difflib.get_close_matches(saved.layer, self._layers, n=3) or list(self._layers)[:8]
+            known = f"; there are {', '.join(map(repr, near))}" if near else ""
+            raise CheckpointError(f"the checkpoint has a kernel for layer {saved.layer!r}, which has no seeds{known}")
+        if saved.seed >= layer.num_seeds:
+            raise CheckpointError(
+                f"the checkpoint has a kernel for seed {saved.seed} of layer {saved.layer!r}, which has "
+                f"{layer.num_seeds} seeds; wrap the model with seeds_per_layer={saved.seed + 1} or more"
+            )
+        if (graph.in_features, graph.out_features) != (layer.input_dim, layer.output_dim):
+            raise CheckpointError(
+                f"the checkpoint's kernel for layer {saved.layer!r} maps {graph.in_features} to {graph.out_features} "
+                f"features, but the layer maps {layer.input_dim} to {layer.output_dim}"
+            )
+
+    def restore(self, kernels: tuple[SavedKernel, ...]) -> None:
+        """Put exactly `kernels`, from :meth:`read`, in force: at once, and whatever is staged or under way."""
+        replacements = []
+        for kernel in kernels:
+            saved = kernel.saved
+            layer = self._layers[saved.layer]
+            index = layer.first_seed + saved.seed
+            loaded = self._with_values(kernel, layer)
+            planned = SeedPlan(saved.seed, loaded, saved.isolate, loaded.uses_host, index)
+            replacements.append(SeedReplacement(layer, planned, saved.state(), saved.scheduled))
+        self._stager.replace_all(list(self._layers.values()), replacements)
+
+    def _with_values(self, kernel: SavedKernel, layer: KasminaLayer) -> LoadedKernel:
+        """The kernel with the saved parameters: the one in force, so that optimizers keep theirs, if it is the same."""
+        template, trainable, weight = kernel.template, kernel.saved.trainable, layer.weight
+        current = self._plan.seed(layer.site, kernel.saved.seed)
+        loaded = current.kernel if current is not None else None
+        if loaded is None or (loaded.artifact_id, loaded.trainable) != (template.artifact_id, trainable):
+            loaded = template.place(weight.device, trainable=trainable)
+            if DTYPES[template.graph.dtype] != weight.dtype:  # the model was cast
+                loaded.module.to(weight.dtype)
+        values = dict(zip(template.graph.parameter_names, kernel.tensors, strict=True))
+        if not all(_same(mine, theirs) for mine, theirs in zip(loaded.parameters, kernel.tensors, strict=True)):
+            loaded.module.load_state_dict(values)
+        return loaded
+
+    def expect(self, state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Before anything of the model is loaded from `state_dict`: read the kernels. Returns whether there are any."""
+        self._expected = self.read(state_dict, prefix)
+        return bool(self._expected)
+
+    def follow_model(self) -> None:
+        """Have the state where the model is, which `load_state_dict(assign=True)` may have moved."""
+        for layer in self._layers.values():
+            if layer.weight.device != self._runtime.state.device:
+                self._runtime.state.to(layer.weight.device)
+                self._runtime.refresh()
+            return
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """The kernels come last, after the host's parameters."""
+        kernels, self._expected = self._expected or self.read(state_dict, prefix), ()
+        self._prefix = prefix
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]  # torch made this dictionary for this module and those below it
+        self.follow_model()
+        if kernels:
+            self.restore(kernels)
+
+
+def _same(mine: Tensor, theirs: Tensor) -> bool:
+    return mine.device.type != "meta" and torch.equal(mine.detach(), theirs.detach().to(mine))
+
+
+def _forgive_missing(bank: KernelBank, incompatible: Any) -> None:
+    """A checkpoint without kernels is complete: it leaves those in force as they are."""
+    prefix = bank._prefix
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]

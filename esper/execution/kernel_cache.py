@@ -272,6 +272,26 @@ class KernelCache:
             else:
                 pool.pins[artifact_id] = count - 1
 
+    def adopt(self, kernel: LoadedKernel) -> bool:
+        """Keep and pin a kernel that was verified elsewhere; False, and nothing changed, if there is no room for it."""
+        pool, identity = self._pool, kernel.artifact_id
+        frozen = kernel.template.place()
+        with pool.lock:
+            if pool.find(identity) is None:
+                if kernel.size_bytes > pool.max_bytes:
+                    return False
+                try:
+                    pool.insert(frozen)
+                except KernelCacheFullError:
+                    return False
+            pool.pins[identity] = pool.pins.get(identity, 0) + 1
+        return True
+
+    def held(self, artifact_id: str) -> LoadedKernel | None:
+        """The cached kernel with this full id, or None; not counted as a request."""
+        with self._pool.lock:
+            return self._pool.find(artifact_id)
+
     def clear_cache(self) -> Cleared:
         """Drop every kernel that is not in use. Counters stay."""
         pool = self._pool

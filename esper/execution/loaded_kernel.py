@@ -8,7 +8,7 @@ shared weights where they are frozen. Making either is work for a background thr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from esper.artifacts.container import Artifact
 from esper.artifacts.graph import DTYPES, KernelGraph
+from esper.artifacts.loading import load_artifact
 from esper.errors import EsperError
 from esper.execution.active_transforms import transforms_active, write_count
 from esper_passes import SeedGraph
@@ -57,19 +58,21 @@ class _SharedTensors:
 
 
 class KernelTemplate:
-    """A validated artifact in host memory. Immutable; may be used from any thread and shared by any number of seeds."""
+    """A validated artifact in host memory. Immutable; may be used from any thread and shared by any number of seeds.
 
-    def __init__(self, artifact_id: str, graph: KernelGraph, tensors: Mapping[str, Tensor], size_bytes: int) -> None:
-        self.artifact_id = artifact_id
-        self.graph = graph
-        self.size_bytes = size_bytes
-        """Size of the artifact file, which is within a few KB of the memory that the weights take."""
+    It keeps the artifact's bytes beside its weights, for checkpoints and pickles: both travel with their kernels.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact_id = artifact.id
+        self.data = artifact.data
+        self.graph = graph = artifact.graph
         self.fx_graph: fx.Graph = graph.to_fx()
         """Placeholders `x`, `host` if `graph.uses_host`, then `graph.parameter_names`. Copied from, never changed."""
         self.function: Callable[..., Tensor] = type(fx.GraphModule(nn.Module(), self.fx_graph)).forward
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
         with torch.inference_mode(False):  # an inference tensor could never take part in a backward
-            values = [tensors[spec.name].detach() for spec in graph.tensors]
+            values = [artifact.tensors[spec.name].detach() for spec in graph.tensors]
             values = [value.clone() if value.is_inference() else value for value in values]
         self._host_tensors = _SharedTensors(values, torch.device("cpu"))
         self._placed: weakref.WeakValueDictionary[torch.device, _SharedTensors] = weakref.WeakValueDictionary()
@@ -77,7 +80,12 @@ class KernelTemplate:
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> KernelTemplate:
-        return cls(artifact.id, artifact.graph, artifact.tensors, len(artifact.data))
+        return cls(artifact)
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the artifact file, which is within a few KB of the memory that the weights take."""
+        return len(self.data)
 
     @property
     def intact(self) -> bool:
@@ -111,8 +119,12 @@ class KernelTemplate:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tensors = {spec.name: value for spec, value in zip(self.graph.tensors, self._host_tensors.tensors, strict=True)}
-        return KernelTemplate, (self.artifact_id, self.graph, tensors, self.size_bytes)
+        return _template_of, (self.data, self.artifact_id)
+
+
+def _template_of(data: bytes, artifact_id: str) -> KernelTemplate:
+    with torch.inference_mode(False):
+        return KernelTemplate(load_artifact(data, expected_id=artifact_id))
 
 
 class KernelModule(nn.Module):
@@ -136,11 +148,15 @@ class KernelModule(nn.Module):
             return self._function(None, x, host, *self._parameters.values())
         return self._function(None, x, *self._parameters.values())
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._shares_memory:  # loading copies in place, which must not reach other seeds or the cache
+    def own_memory(self) -> None:
+        """Stop sharing memory with the cache and with other seeds, before somebody writes to the parameters."""
+        if self._shares_memory:
             self._shares_memory = False
             for parameter in self.parameters(recurse=False):
                 parameter.data = parameter.data.clone()  # whoever holds the parameter still holds this kernel's
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.own_memory()  # loading copies in place
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -293,11 +309,31 @@ class LoadedKernel:
                 f"compile its blueprint with dtype={wanted!r}."
             )
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether the parameters are still the shared weights themselves."""
+        return self._shared.intact and all(
+            mine.data_ptr() == shared.data_ptr() and mine.dtype == shared.dtype and not mine.requires_grad
+            for mine, shared in zip(self.parameters, self._shared.tensors, strict=True)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles: parameters of its own go along, shared weights are found in the template again."""
+        module = None if not self.trainable and self.is_untouched else self.module
+        return _use_of, (self.template, self.trainable, module)
+
     def __repr__(self) -> str:
         graph, how = self.graph, "trainable" if self.trainable else "frozen"
         return (
             f"LoadedKernel({self.artifact_id[:12]}, {graph.in_features} -> {graph.out_features}, {how}, {self.device})"
         )
+
+
+def _use_of(template: KernelTemplate, trainable: bool, module: KernelModule | None) -> LoadedKernel:
+    kernel = template.place(trainable=trainable and module is None)
+    kernel.trainable = trainable
+    kernel.module = module if module is not None else kernel.module
+    return kernel
 
 
 def _rows(tensor: Tensor) -> Tensor:

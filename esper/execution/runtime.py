@@ -26,7 +26,7 @@ from esper.execution.plan import DORMANT, Plan
 from esper.execution.state_layout import KasminaStateLayout, checked_alpha
 from esper.execution.telemetry import Telemetry
 
-__all__ = ["Change", "CommitError", "CommitMode", "Executor", "Runtime"]
+__all__ = ["Change", "CommitError", "CommitMode", "Executor", "Runtime", "Schedule"]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -65,7 +65,9 @@ class Change:
 
 
 @dataclass(slots=True)
-class _Schedule:
+class Schedule:
+    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
+
     alpha: AlphaSchedule
     step: int = 0
 
@@ -88,7 +90,7 @@ class Runtime:
         self._plan = DORMANT
         self._target = DORMANT
         self._staged: list[Change] = []
-        self._schedules: dict[int, _Schedule] = {}
+        self._schedules: dict[int, Schedule] = {}
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
         self.lock = threading.RLock()
         """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
@@ -172,14 +174,18 @@ class Runtime:
 
         Raises :class:`CommitError` inside a backward, where an activation recomputation may be under way.
         """
-        if torch_internals.inside_backward():
-            raise CommitError("commit() was called during a backward pass: call it between two training steps")
+        self.refuse_in_backward()
         transitions = self._flip()
         with self.lock:
             if not self._needs_boundary():
                 for executor in self._executors:
                     executor.disarm()
         return transitions
+
+    def refuse_in_backward(self) -> None:
+        """Raise :class:`CommitError` inside a backward."""
+        if torch_internals.inside_backward():
+            raise CommitError("the plan cannot change during a backward pass: ask between two training steps")
 
     def commit_if_idle(self) -> None:
         """Commit at once when the calling thread is the one that runs the model and no backward is under way."""
@@ -230,7 +236,10 @@ class Runtime:
         """
         own = [seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds]
         state = self.state
-        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64, device=state.device)
+        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64)
+        if state.device.type == "cuda":
+            index = index.pin_memory()  # or the copy would wait for the device
+        index = index.to(state.device, non_blocking=True)
 
         def read() -> torch.Tensor:
             return state.alpha_blend.index_select(0, index).float()
@@ -241,15 +250,22 @@ class Runtime:
         """Set a seed's alpha, or let a schedule move it at every training forward from the next one on."""
         self.start_alpha(alpha_index, alpha, checked_alpha(alpha(0) if callable(alpha) else alpha))
 
-    def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float) -> None:
-        """As :meth:`set_alpha`, with the first value, already checked, in `first`: the schedule is not called."""
+    def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float, step: int = 0) -> None:
+        """As :meth:`set_alpha`, with the first value, already checked, in `first`: the schedule is not called.
+
+        It is called next, at the next training forward, with `step`.
+        """
         with self.lock:
             self.state.set_alpha(alpha_index, first)
             self._schedules.pop(alpha_index, None)
             if callable(alpha):
-                self._schedules[alpha_index] = _Schedule(alpha)
+                self._schedules[alpha_index] = Schedule(alpha, step)
                 self._arm()
             self.scheduled = bool(self._schedules)
+
+    def schedule(self, alpha_index: int) -> Schedule | None:
+        """What moves this alpha, if anything does."""
+        return self._schedules.get(alpha_index)
 
     def forget_schedules(self, alpha_indices: Iterable[int]) -> None:
         """Stop moving these alphas."""

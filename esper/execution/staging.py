@@ -8,9 +8,13 @@ thread, and end in a change published to the runtime. Whatever fails leaves the 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from esper.contracts.messages import SeedReport, TopicNames
 from esper.errors import EsperError
@@ -22,12 +26,12 @@ from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transi
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import Change, Runtime, now
-from esper.execution.state_layout import checked_alpha
+from esper.execution.state_layout import FIELDS, checked_alpha
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
 
-__all__ = ["Stager"]
+__all__ = ["SeedReplacement", "Stager"]
 
 _LOG = logging.getLogger("esper.execution")
 _State = SeedLifecycleState
@@ -49,6 +53,17 @@ class _Load:
         return self.layer.site, self.seed
 
 
+@dataclass(frozen=True, slots=True)
+class SeedReplacement:
+    """A seed as it was elsewhere: in a checkpoint, or in the model that this one is a copy of."""
+
+    layer: KasminaLayer
+    planned: SeedPlan
+    state: Mapping[str, Tensor]
+    """The fields of a `KasminaStateLayout` of one seed."""
+    was_scheduled: bool = False
+
+
 class Stager:
     """Carries out the requests of one model's seeds. Requests may come from any thread.
 
@@ -66,7 +81,7 @@ class Stager:
         self._runtime = runtime
         self._cache = cache
         self._attach = attach
-        self._sink = sink
+        self.sink = sink
         self._thread = BackgroundThread("esper-staging")
         self._tickets: dict[tuple[int, int], int] = {}  # the number of each seed's latest request
         self._under_way: dict[tuple[int, int], int] = {}  # the ticket of a load that has not ended
@@ -149,17 +164,59 @@ class Stager:
             self._refuse_fossil(layer, seed)
             self._runtime.start_alpha(layer.first_seed + seed, alpha, first)
 
+    def replace_all(self, layers: Sequence[KasminaLayer], seeds: Sequence[SeedReplacement]) -> None:
+        """Put exactly `seeds` in force at `layers`, all at once, before this returns; also with `commit="manual"`.
+
+        Whatever is staged or under way at these layers is called off. For the thread that runs the model, between two
+        forwards. Raises `CommitError` inside a backward, and what an executor raises that cannot follow the new plan.
+        """
+        self._runtime.refuse_in_backward()
+        every = [(layer, seed) for layer in layers for seed in range(layer.num_seeds)]
+        plan = self._runtime.target
+        for layer, seed in every:
+            plan = plan.without_seed(layer.site, seed)
+        for each in seeds:
+            plan = plan.with_seed(each.layer.site, each.planned)
+        self._runtime.prepare(plan)
+        changes = [self._replacement(each) for each in seeds]
+        wanted = {(each.layer.site, each.planned.seed) for each in seeds}
+        with self._runtime.lock:
+            for layer, seed in every:
+                self._take_ticket(layer, seed)
+                if self._under_way.pop((layer.site, seed), None) is not None:
+                    layer.state.cancel_load(seed)
+                if (layer.site, seed) not in wanted and self._runtime.target.seed(layer.site, seed) is not None:
+                    changes.append(self._removal(layer, seed))
+            self._runtime.publish(*changes)
+        self._runtime.commit()
+        for each in seeds:
+            if each.was_scheduled:
+                _LOG.warning(
+                    "seed %d of %s had an alpha schedule, which is not saved: its alpha stays at %g until set_alpha()",
+                    each.planned.seed, each.layer.layer_id, float(each.state["alpha_blend"]),
+                )  # fmt: skip
+
+    def _replacement(self, new: SeedReplacement) -> Change:
+        layer, seed, kernel = new.layer, new.planned.seed, new.planned.kernel
+        cached = layer.kernel_cache.adopt(kernel)
+
+        def applied() -> Transition:
+            return self._overwrite(layer, seed, new.state, kernel.artifact_id, cached, "restored")
+
+        return Change(lambda plan: plan.with_seed(layer.site, new.planned), applied)
+
+    def _removal(self, layer: KasminaLayer, seed: int) -> Change:
+        zero = ("lifecycle_states", "active_kernel_id")
+        dormant = {name: torch.zeros(1, dtype=FIELDS[name], device="cpu") for name in zero}
+
+        def applied() -> Transition:
+            return self._overwrite(layer, seed, dormant, None, False, "dormant in what was restored")
+
+        return Change(lambda plan: plan.without_seed(layer.site, seed), applied)
+
     # -- on the background thread ----------------------------------------------------------------------------------
 
     def _carry_out(self, request: _Load) -> bool:
-        try:
-            return self._stage(request)
-        finally:
-            with self._runtime.lock:
-                if self._under_way.get(request.key) == request.ticket:
-                    del self._under_way[request.key]
-
-    def _stage(self, request: _Load) -> bool:
         layer, seed = request.layer, request.seed
         if not self._wanted(request):
             return False
@@ -185,7 +242,14 @@ class Stager:
             layer.kernel_cache.unpin(kernel.artifact_id)
             self._failed(request, error)
             return False
-        published = self._runtime.publish(Change(edit, applied), valid=lambda: self._wanted(request))
+
+        def valid() -> bool:
+            if not self._ends(request):
+                return False
+            kernel.module.to(layer.weight.device, layer.weight.dtype)  # the model may have been moved or cast meanwhile
+            return True
+
+        published = self._runtime.publish(Change(edit, applied), valid=valid)
         if not published:
             layer.kernel_cache.unpin(kernel.artifact_id)
         return published
@@ -211,7 +275,7 @@ class Stager:
             _LOG.error("loading %s failed with an error that is not Esper's own", request.reference, exc_info=error)
         reason = f"{type(error).__name__}: {error}"
         with self._runtime.lock:
-            if not self._wanted(request):
+            if not self._ends(request):
                 return
             layer.seed_errors[seed] = reason
             layer.state.fail_load(seed)
@@ -232,6 +296,29 @@ class Stager:
     def _wanted(self, request: _Load) -> bool:
         return self._tickets[request.key] == request.ticket
 
+    def _ends(self, request: _Load) -> bool:
+        """The request's work is done; whether it still counts. Under the lock."""
+        return self._wanted(request) and self._under_way.pop(request.key, None) is not None
+
+    def _overwrite(
+        self,
+        layer: KasminaLayer,
+        seed: int,
+        fields: Mapping[str, Tensor],
+        kernel_id: str | None,
+        cached: bool,
+        why: str,
+    ) -> Transition:
+        """As :meth:`_enter`, without asking the table of transitions; a kernel that is not cached has no pin."""
+        state, old = layer.state.view(seed, seed + 1), layer.state.lifecycle(seed)
+        state.load_state_dict({**state.state_dict(), **fields})
+        self._runtime.forget_schedules([layer.first_seed + seed])
+        self._fossilizing.discard((layer.site, seed))
+        layer.seed_errors.pop(seed, None)
+        layer.pin(seed, kernel_id if cached else None)
+        self._report(layer, seed, why)
+        return Transition(layer.layer_id, seed, old, state.lifecycle(0), now(), why, kernel_id)
+
     def _enter(
         self, layer: KasminaLayer, seed: int, new: SeedLifecycleState, reason: str, kernel_id: str | None
     ) -> Transition:
@@ -248,7 +335,7 @@ class Stager:
         return Transition(layer.layer_id, seed, old, new, now(), reason, kernel_id)
 
     def _report(self, layer: KasminaLayer, seed: int, reason: str) -> None:
-        if self._sink is not None:
+        if self.sink is not None:
             report = SeedReport(
                 layer_id=layer.layer_id,
                 seed_idx=seed,
@@ -256,4 +343,4 @@ class Stager:
                 error_count=layer.state.errors(seed),
                 reason=reason,
             )
-            self._sink.publish(TopicNames.INNOVATION_FIELD_REPORTS, report)
+            self.sink.publish(TopicNames.INNOVATION_FIELD_REPORTS, report)

@@ -23,6 +23,7 @@ from esper.execution.defaults import TelemetrySink
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
+    from esper.execution.state_layout import KasminaStateLayout
 
 __all__ = ["SIGNAL_EVERY", "Metered", "Stopwatch", "Telemetry"]
 
@@ -50,7 +51,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._end: float | torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._start: float | torch.cuda.Event = torch.cuda.Event(enable_timing=True)
+            self._start: float | torch.cuda.Event = _event()
             self._start.record()
         else:
             self._start = time.perf_counter()
@@ -59,17 +60,21 @@ class Stopwatch:
         if isinstance(self._start, float):
             self._end = time.perf_counter()
         else:
-            self._end = torch.cuda.Event(enable_timing=True)
+            self._end = _event()
             self._end.record()
 
     def microseconds(self) -> float | None:
         """The time between, or None if the device has not come so far."""
         if isinstance(self._start, float):
             return (self._end - self._start) * 1e6 if isinstance(self._end, float) else None
-        if not isinstance(self._end, torch.cuda.Event) or not self._end.query():
+        if not isinstance(self._end, torch.cuda.Event) or not self._end.query():  # type: ignore[no-untyped-call]
             return None
         elapsed: float = self._start.elapsed_time(self._end)
         return elapsed * 1e3
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 class Telemetry:
@@ -78,9 +83,11 @@ class Telemetry:
     `record` and `look` may be called from any thread; the questions are answered without waiting.
     """
 
-    def __init__(self, layers: Mapping[int, KasminaLayer], device: torch.device, sink: TelemetrySink | None) -> None:
+    def __init__(
+        self, layers: Mapping[int, KasminaLayer], state: KasminaStateLayout, sink: TelemetrySink | None
+    ) -> None:
         self._layers = weakref.WeakValueDictionary(layers)
-        self._device = device
+        self._state = state
         self._sink = sink
         self._counts: list[tuple[CallCounter, collections.Counter[int]]] = []
         self._metered: weakref.WeakSet[Metered] = weakref.WeakSet()
@@ -114,8 +121,8 @@ class Telemetry:
     # -- timing ----------------------------------------------------------------------------------------------------
 
     def stopwatch(self) -> Stopwatch:
-        """A stopwatch for the model's device, running."""
-        return Stopwatch(self._device)
+        """A stopwatch for the device that the model is on now, running."""
+        return Stopwatch(self._state.device)
 
     def record(self, site: int, watch: Stopwatch) -> None:
         """`watch` has stopped and timed one execution of `site`."""

@@ -1,0 +1,102 @@
+"""Copies and pickles of wrapped models.
+
+A wrapped model is taken apart into its host, as a plain module tree again, and the seeds of its layers; the copy is
+wrapped anew. So it has a runtime, sites, a cache and telemetry of its own, and nothing of the original's machinery is
+copied. Checkpoints are the business of `esper.execution.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from esper.core.shadow import plant
+from esper.core.targets import Selection
+from esper.core.wrap_options import WrapOptions
+from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedules
+
+if TYPE_CHECKING:
+    from esper.core.morphable_model import MorphableModel
+
+__all__ = ["PackedModel", "as_host", "copy_model", "is_hooks"]
+
+
+def is_hooks(name: str, value: object) -> bool:
+    """Whether an attribute of a module is one of its dictionaries of hooks."""
+    return isinstance(value, dict) and name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+
+
+def as_host(model: MorphableModel) -> nn.Module:
+    """The host as it is now: a plain module tree, with the attributes, hooks and modes of the wrapped model's modules.
+
+    It shares parameters and buffers with the wrapped model; kernels are not part of it.
+    """
+    hosts = model._selection.targets
+    layers = Selection(model.kasmina_layers)
+    names = {id(layer): name for name, layer in layers.targets.items()}
+
+    def plain(_: str, layer: nn.Linear) -> nn.Linear:
+        host = hosts[names[id(layer)]]
+        linear: nn.Linear = object.__new__(type(host))
+        linear.__dict__.update({key: layer.__dict__.get(key, value) for key, value in host.__dict__.items()})
+        linear.__dict__["_modules"] = {}
+        return linear
+
+    tree = plant(model._root, layers, plain)
+    for name, value in model.__dict__.items():
+        if is_hooks(name, value):
+            tree.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
+    tree.__dict__["_is_full_backward_hook"] = model._is_full_backward_hook
+    return tree
+
+
+@dataclass(frozen=True, slots=True)
+class PackedModel:
+    """A wrapped model taken apart: what a pickle of it holds."""
+
+    host: nn.Module
+    targets: tuple[str, ...]
+    refused: dict[str, str]
+    options: WrapOptions
+    """Without the platform and the configuration, which belong to a process."""
+    seeds: dict[str, LayerSeeds]
+
+    @classmethod
+    def of(cls, model: MorphableModel) -> PackedModel:
+        """The parts of `model`; parameters and kernels are the model's own, not copies."""
+        modules = dict(model._root.named_modules())
+        layers = {name: layer for name, layer in model.kasmina_layers.items() if modules.get(name) is layer}
+        return cls(
+            as_host(model),
+            tuple(layers),
+            dict(model._selection.refused),
+            replace(model._options, platform=None, config=None),
+            {name: LayerSeeds.of(layer) for name, layer in layers.items()},
+        )
+
+    def unpack(self, options: WrapOptions | None = None, into: MorphableModel | None = None) -> MorphableModel:
+        """The wrapped model of these parts: `into`, which has not been initialised, or a new one."""
+        from esper.core.model_wrapper import assemble
+
+        modules = dict(self.host.named_modules())
+        targets: Mapping[str, Any] = {name: modules[name] for name in self.targets}
+        selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
+        model = assemble(self.host, selection, options or self.options, into)
+        give_seeds(model.kasmina_layers, self.seeds, tell=options is None)
+        return model
+
+
+def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
+    """A deep copy of `model`, with its platform and the schedules of its alphas."""
+    twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
+    copy.deepcopy(PackedModel.of(model), memo).unpack(model._options, into=twin)
+    keep_schedules(model.kasmina_layers, twin.kasmina_layers)
+    copies = dict(twin._root.named_modules())
+    memo.update({id(module): copies[name] for name, module in model._root.named_modules() if name in copies})
+    return twin

@@ -1,0 +1,193 @@
+"""What a `KasminaLayer` needs when it is no part of a wrapped model: to count and time its own calls, and to be copied.
+
+The seeds of a layer travel as :class:`LayerSeeds`, for copies and pickles of layers and of whole models.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.execution import defaults
+from esper.execution.call_counter import CallCounter
+from esper.execution.defaults import TelemetrySink
+from esper.execution.kernel_bank import BANK_NAME, KernelBank
+from esper.execution.kernel_cache import KernelCache
+from esper.execution.lifecycle import SeedLifecycleState, after_cancelled_load
+from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.plan import SeedPlan
+from esper.execution.runtime import CommitMode, Runtime
+from esper.execution.sources import KernelSource
+from esper.execution.staging import SeedReplacement, Stager
+from esper.execution.state_layout import KasminaStateLayout
+from esper.execution.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from esper.execution.kasmina_layer import KasminaLayer
+
+__all__ = [
+    "LayerMeter",
+    "LayerSeeds",
+    "PackedLayer",
+    "copy_layer",
+    "equip",
+    "give_seeds",
+    "keep_schedules",
+    "pack_layer",
+]
+
+
+class LayerMeter:
+    """Counts the calls of a layer that stands alone."""
+
+    def __init__(self, layer: KasminaLayer) -> None:
+        self.counter = CallCounter()
+        self._layer = weakref.ref(layer)
+
+    def sample(self, telemetry: Telemetry) -> None:
+        """Time the layer's next call."""
+        layer = self._layer()
+        if layer is not None:
+            layer.sample_next(telemetry)
+
+
+def equip(
+    layer: KasminaLayer,
+    layer_id: str,
+    num_seeds: int,
+    cache_size_mb: float,
+    telemetry_enabled: bool,
+    commit: CommitMode,
+    source: KernelSource | None = None,
+    sink: TelemetrySink | None = None,
+) -> None:
+    """Make a linear layer one that stands alone, with state, cache, plan, bank and telemetry of its own."""
+    runtime = Runtime(KasminaStateLayout(num_seeds, layer.weight.device), commit)
+    cache = KernelCache(cache_size_mb, max(128, num_seeds), source=source or defaults.kernel_source())
+    reports = (sink or defaults.telemetry_sink()) if telemetry_enabled else None
+    stager = Stager(runtime, cache, defaults.attach_kernel(), reports)
+    site = runtime.reserve_sites(1)[0]
+    meter = LayerMeter(layer) if telemetry_enabled else None
+    layer._join(
+        layer_id=layer_id,
+        site=site,
+        first_seed=0,
+        runtime=runtime,
+        stager=stager,
+        cache=cache.view(layer_id),
+        state=runtime.state,
+        meter=meter,
+        stands_alone=True,
+    )
+    runtime.is_training = lambda: layer.training
+    bank = KernelBank(runtime, stager, {layer_id: layer})
+    runtime.on_commit = bank.sync
+    layer.add_module(BANK_NAME, bank)
+    if meter is not None:
+        runtime.telemetry = Telemetry({site: layer}, runtime.state, reports)
+        runtime.telemetry.watch(meter, [site])
+        runtime.telemetry.start()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSeeds:
+    """The seeds of one layer: the kernels in force as (seed, kernel, isolate), and what is known of every seed."""
+
+    kernels: tuple[tuple[int, LoadedKernel, bool], ...]
+    state: dict[str, Tensor]
+    errors: dict[int, str]
+    scheduled: frozenset[int]
+    """Seeds whose alpha was moving on a schedule."""
+
+    @classmethod
+    def of(cls, layer: KasminaLayer) -> LayerSeeds:
+        """Those of `layer`; what is staged or under way is left out."""
+        state = layer.state.state_dict()
+        loading = state["lifecycle_states"] == SeedLifecycleState.LOADING
+        for seed in torch.nonzero(loading).flatten().tolist():
+            state["lifecycle_states"][seed] = int(after_cancelled_load(layer.state.in_force(seed)))
+        seeds = layer.runtime.plan.sites.get(layer.site, ())
+        return cls(
+            tuple((each.seed, each.kernel, each.isolate) for each in seeds),
+            state,
+            dict(layer.seed_errors),
+            frozenset(each.seed for each in seeds if layer.runtime.schedule(each.alpha_index)),
+        )
+
+
+def give_seeds(layers: Mapping[str, KasminaLayer], seeds: Mapping[str, LayerSeeds], *, tell: bool) -> None:
+    """Let new `layers` of one model have `seeds`, by name; `tell` logs the schedules that did not come along."""
+    replacements = []
+    for name, given in seeds.items():
+        layer = layers[name]
+        for seed, kernel, isolate in given.kernels:
+            device = layer.weight.device
+            if kernel.device != device:
+                kernel = kernel.place(device) if kernel.is_untouched else _moved(kernel, device)
+            planned = SeedPlan(seed, kernel, isolate, kernel.uses_host, layer.first_seed + seed)
+            state = {field: values[seed : seed + 1] for field, values in given.state.items()}
+            replacements.append(SeedReplacement(layer, planned, state, tell and seed in given.scheduled))
+    if replacements:
+        replacements[0].layer.stager.replace_all(list(layers.values()), replacements)
+    for name, given in seeds.items():
+        layers[name].state.load_state_dict(given.state)
+        layers[name].seed_errors.update(given.errors)
+
+
+def _moved(kernel: LoadedKernel, device: torch.device) -> LoadedKernel:
+    kernel.module.to(device)
+    return kernel
+
+
+def keep_schedules(old: Mapping[str, KasminaLayer], new: Mapping[str, KasminaLayer]) -> None:
+    """Let the alphas of copies go on moving on the schedules of their originals, from the steps at which these are."""
+    for name, layer in new.items():
+        for seed, _, _ in LayerSeeds.of(layer).kernels:
+            schedule = old[name].runtime.schedule(old[name].first_seed + seed)
+            if schedule is not None:
+                layer.runtime.start_alpha(
+                    layer.first_seed + seed, schedule.alpha, layer.state.alpha(seed), schedule.step
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
+
+    linear: nn.Linear
+    options: dict[str, Any]
+    seeds: LayerSeeds
+
+    def unpack(self, **outside: Any) -> KasminaLayer:
+        """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
+        from esper.execution.kasmina_layer import KasminaLayer
+
+        layer = KasminaLayer.alone(self.linear, **self.options, **outside)
+        give_seeds({layer.layer_id: layer}, {layer.layer_id: self.seeds}, tell=not outside)
+        return layer
+
+
+def pack_layer(layer: KasminaLayer) -> PackedLayer:
+    """`layer`, with its parameters and kernels, not copies of them."""
+    options = {
+        "layer_id": layer.layer_id,
+        "num_seeds": layer.num_seeds,
+        "cache_size_mb": layer.kernel_cache.max_cache_size_mb,
+        "telemetry_enabled": layer.runtime.telemetry is not None,
+        "commit": layer.runtime.commit_mode,
+    }
+    return PackedLayer(layer.as_linear(), options, LayerSeeds.of(layer))
+
+
+def copy_layer(layer: KasminaLayer, memo: dict[int, Any]) -> KasminaLayer:
+    """A deep copy that stands alone, with the source and the sink of `layer`."""
+    packed = copy.deepcopy(pack_layer(layer), memo)
+    twin = packed.unpack(source=layer.kernel_cache.source, sink=layer.stager.sink)
+    keep_schedules({layer.layer_id: layer}, {layer.layer_id: twin})
+    return twin
