@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from esper.services.errors import ServiceError
 from esper.services.oona_client import OonaClient
 from esper.services.tezzeret.child_process import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
+from esper.services.tezzeret.protocol import BLUEPRINT, RESULT
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore
 from tests.services.children import child_of, children_of, wait_until_gone
@@ -214,13 +216,19 @@ Worker(store, SigningKey.generate(), OonaClient(), "fast", limits, 2.0).compile_
 
 
 @pytest.mark.slow
-def test_when_a_worker_is_killed_its_child_ends_too_and_another_takes_over(store: UrzaStore, folder: Path) -> None:
+def test_when_a_worker_is_killed_its_child_ends_too_and_another_takes_over(
+    store: UrzaStore, folder: Path, tmp_path: Path
+) -> None:
     store.blueprints.submit(blueprint())
-    program = Program(WORKER, folder)
+    (tmp_path / "tmp").mkdir()
+    program = Program(WORKER, folder, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
     child = child_of(program.process.pid)
     psutil.Process(program.process.pid).kill()
     program.process.wait()
     wait_until_gone(child, 30)
+    left = [path.name for path in tmp_path.glob("tmp/esper-tezzeret-*/*")]
+    assert BLUEPRINT in left
+    assert RESULT not in left, "the child went on to the end"
     claim = None
     while claim is None:
         lease_end = store.blueprints.next_lease_end()
