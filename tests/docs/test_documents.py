@@ -50,7 +50,6 @@ def test_code_runs_and_prints_what_the_page_says(page: Page, platform_folder: Pa
         "ESPER_TEZZERET__PIPELINE": "fast",
         "OMP_NUM_THREADS": "1",
         "PYTHONIOENCODING": "utf-8",
-        "PYTHONWARNINGS": "ignore",
     }
     run = subprocess.run(
         [sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
