@@ -111,7 +111,14 @@ def fake_like(tensors: Sequence[torch.Tensor], among: Sequence[Any]) -> list[tor
     from torch._subclasses import FakeTensorMode
 
     mode = _fake_mode(among) or FakeTensorMode()
-    return [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+    def faked(tensor: torch.Tensor) -> torch.Tensor:
+        fake: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
+        if fake.requires_grad != tensor.requires_grad:  # the mode remembers the tensor as it was at an earlier time
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(tensor.requires_grad)
+        return fake
+
+    return [faked(tensor) for tensor in tensors]
 
 
 def _fake_mode(values: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from esper.compiler.attachment import attach_from
+from esper.core.container_methods import with_container_methods
 from esper.core.eager import EagerExecutor
 from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
@@ -101,7 +102,7 @@ def assemble(
         runtime.telemetry.start()
     regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
     eager = EagerExecutor(root, runtime, layers, selection, regions)
-    wrapped = object.__new__(MorphableModel) if into is None else into
+    wrapped = object.__new__(with_container_methods(MorphableModel, type(model))) if into is None else into
     wrapped.__init__(model, root, runtime, stager, layers, eager, selection, options)  # type: ignore[misc]  # see `into`
     return wrapped
 

@@ -17,6 +17,7 @@ from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.persistence import PackedModel, copy_model, is_hooks
 from esper.core.targets import Selection
+from esper.core.watched import signal_of
 from esper.core.wrap_options import WrapOptions
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
@@ -35,7 +36,6 @@ from esper_passes import ENTER
 
 __all__ = ["MorphableModel"]
 
-_HOLDERS = ("_parameters", "_buffers", "_modules")
 _SHARED = (  # with the root, so that what is registered on one is seen by the other
     "_parameters",
     "_buffers",
@@ -102,6 +102,15 @@ class MorphableModel(nn.Module):
         runtime.is_training = lambda: self.training
         runtime.on_commit = self._hold_kernels
         eager.attach_to(self)
+        signal = signal_of(root)
+        if signal is not None:
+            signal.listen(self._mirror)
+
+    def _mirror(self) -> None:
+        """A child of the root was set, added or deleted, perhaps by a method of the host: have the same children."""
+        bank = {BANK_NAME: self._bank} if BANK_NAME in self._modules else {}
+        self._modules.clear()
+        self._modules.update({**self._root._modules, **bank})
 
     def _hold_kernels(self, plan: Plan) -> None:
         """Register the kernels of `plan`; a dormant model has the host's modules and no others."""
@@ -153,16 +162,19 @@ class MorphableModel(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         """Deleted for both views of the model."""
-        found = name in self.__dict__ or any(name in self.__dict__[kind] for kind in _HOLDERS)
-        if found:
-            super().__delattr__(name)  # parameters and buffers are in dictionaries that the two views share
-        if not found or name in self._root.__dict__ or name in self._root._modules:
+        own = name in self.__dict__ or any(
+            name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
+        )
+        if own:
+            super().__delattr__(name)
+        if not own or name in self._root.__dict__ or name in self._root._modules:  # the other dictionaries are shared
             delattr(self._root, name)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """As `nn.Module.add_module`."""
-        super().add_module(name, module)
         self._root.add_module(name, module)
+        if signal_of(self._root) is None:
+            super().add_module(name, module)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
