@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from esper.core.subclassing import own_slots, subclass_in_disguise
 from esper.core.watched import HOOK_KINDS
 
 __all__ = ["tree_view", "unhooked_view", "view_with_forward"]
@@ -25,9 +26,6 @@ class _View:
     """Mixed in before a module's class. The slots take precedence over entries of the shared `__dict__`."""
 
     __slots__ = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own `__init_subclass__` from hearing of views."""
 
     def __getattr__(self, name: str) -> Any:
         children: dict[str, Any] = self._modules
@@ -55,13 +53,7 @@ _classes: WeakKeyDictionary[type, dict[tuple[str, ...], type]] = WeakKeyDictiona
 def _class_for(kind: type, slots: tuple[str, ...]) -> type:
     known = _classes.setdefault(kind, {})
     if slots not in known:
-        namespace = {
-            "__slots__": slots,
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__class__": property(lambda _: kind),
-        }
-        known[slots] = type(kind)(kind.__name__, (_View, kind), namespace)
+        known[slots] = subclass_in_disguise(kind, {"__slots__": slots, "__class__": property(lambda _: kind)}, _View)
     return known[slots]
 
 
@@ -93,13 +85,7 @@ def _view(module: nn.Module, slots: tuple[str, ...], children: dict[str, Any]) -
     for name in HOOK_KINDS:
         hooks = getattr(module, name)
         object.__setattr__(view, name, OrderedDict((key, _Rebound(hook, module)) for key, hook in hooks.items()))
-    for name in _own_slots(kind):
+    for name in own_slots(kind):
         if hasattr(module, name):
             object.__setattr__(view, name, getattr(module, name))
     return view
-
-
-def _own_slots(kind: type) -> list[str]:
-    named = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
-    names = [name for slots in named for name in ((slots,) if isinstance(slots, str) else slots)]
-    return [name for name in names if name not in ("__dict__", "__weakref__")]

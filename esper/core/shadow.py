@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from esper.core.encoder_layers import adapted_class
 from esper.core.module_references import References
+from esper.core.subclassing import own_slots
 from esper.core.watched import HOOK_KINDS, ChangeSignal, WatchedDict, WatchedHooks
 
 if TYPE_CHECKING:
@@ -101,10 +103,8 @@ def _shadowed(model: nn.Module) -> Iterator[nn.Module]:
 
 def _bare_copy(module: nn.Module) -> nn.Module:
     kind = type(module)
-    shadow: nn.Module = object.__new__(kind)
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__") and hasattr(module, slot):
-                object.__setattr__(shadow, slot, getattr(module, slot))
+    shadow: nn.Module = object.__new__(adapted_class(kind))
+    for name in own_slots(kind):
+        if hasattr(module, name):
+            object.__setattr__(shadow, name, getattr(module, name))
     return shadow

@@ -17,6 +17,7 @@ from torch import nn
 
 from esper.core.module_references import References
 from esper.core.shadow import opaque_reason
+from esper.core.subclassing import own_slots, subclass_in_disguise
 
 if TYPE_CHECKING:
     from esper.core.tracer import RegionTracer
@@ -30,9 +31,6 @@ _TENSORS = "_esper_tensors"
 
 class _StandIn:
     """Mixed in before a module's class."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep the class's own `__init_subclass__` from hearing of stand-ins."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
@@ -69,12 +67,8 @@ _classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 
 def _class_for(kind: type) -> type:
     if kind not in _classes:
-        namespace = {
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__class__": property(lambda _: kind),  # for self.__class__(...), as ModuleList does to slice itself
-        }
-        _classes[kind] = type(kind)(kind.__name__, (_StandIn, kind), namespace)
+        disguise = property(lambda _: kind)  # for self.__class__(...), as ModuleList does to slice itself
+        _classes[kind] = subclass_in_disguise(kind, {"__class__": disguise}, _StandIn)
     return _classes[kind]
 
 
@@ -126,16 +120,10 @@ def _blank(module: nn.Module) -> nn.Module:
     if opaque_reason(module) is None:
         kind = type(module)
         stand_in: nn.Module = object.__new__(_class_for(kind))
-        for name in _slots(kind):
+        for name in own_slots(kind):
             if hasattr(module, name):
                 object.__setattr__(stand_in, name, getattr(module, name))
         return stand_in
     opaque: nn.Module = object.__new__(_OpaqueStandIn)
     opaque.__dict__["_esper_kind"] = type(module).__name__
     return opaque
-
-
-def _slots(kind: type) -> list[str]:
-    named = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
-    names = [name for slots in named for name in ((slots,) if isinstance(slots, str) else slots)]
-    return [name for name in names if name not in ("__dict__", "__weakref__")]

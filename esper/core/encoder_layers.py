@@ -1,0 +1,47 @@
+"""nn.TransformerEncoderLayer reads the weights of its linear layers, without calling them, on its fast path.
+
+The fast path is for inference. It computes the same with the host's weights alone, so it stays for as long as no seed
+in the layer is active. The shadow of such a layer leaves it, and the shadow of the nn.TransformerEncoder around it does
+not turn to nested tensors, while one is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from esper.core.subclassing import subclass_in_disguise
+
+__all__ = ["adapted_class"]
+
+_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+
+
+def adapted_class(kind: type) -> type:
+    """The class for shadows of modules of class `kind`; `kind` itself, unless it has a fast path past its sites."""
+    if issubclass(kind, nn.TransformerEncoderLayer):
+        attribute = "activation_relu_or_gelu"  # 1 or 2 for functions that the fast path knows, 0 for others
+    elif issubclass(kind, nn.TransformerEncoder):
+        attribute = "use_nested_tensor"
+    else:
+        return kind
+    if kind not in _classes:
+        _classes[kind] = subclass_in_disguise(kind, {attribute: _zero_while_active(attribute)})
+    return _classes[kind]
+
+
+def _zero_while_active(attribute: str) -> property:
+    def read(self: nn.Module) -> Any:
+        for module in self.modules():
+            if module.__dict__.get("_seeds"):  # the seeds in force at a site
+                return 0
+            if module._forward_hooks or module._forward_pre_hooks:  # the layer asks too, in a way Dynamo cannot follow
+                return 0
+        return self.__dict__[attribute]
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[attribute] = value
+
+    return property(read, write)

@@ -1,0 +1,33 @@
+"""Subclasses of a module's class, made while the program runs, that pass for the class itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["own_slots", "subclass_in_disguise"]
+
+
+class _Quiet:
+    """Keeps `__init_subclass__` of the classes that follow from hearing of a subclass that nobody wrote."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def subclass_in_disguise(kind: type, namespace: Mapping[str, Any], *before: type) -> type:
+    """A subclass of `kind` under its name, with the classes `before` ahead of it and the attributes of `namespace`."""
+    attributes = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **namespace}
+    metaclass: Any = type(kind)
+    quiet = () if issubclass(kind, _Quiet) else (_Quiet,)
+    subclass: type = metaclass(kind.__name__, (*quiet, *before, kind), attributes)
+    return subclass
+
+
+def own_slots(kind: type) -> list[str]:
+    """The slots of `kind` and its bases, in which instances keep what is not in their `__dict__`."""
+    named = [base.__dict__.get("__slots__", ()) for base in kind.__mro__]
+    names = [name for slots in named for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
