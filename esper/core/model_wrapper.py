@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -19,6 +20,7 @@ from esper.core.targets import Selection, select_targets
 from esper.core.wrap_options import Mode, WrapOptions
 from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernel_bank import BANK_NAME
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.staging import Stager
@@ -130,9 +132,12 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
+    if hasattr(model, BANK_NAME):
+        raise WrapError(f"the model has an attribute {BANK_NAME!r}, the name under which kernels are registered")
     if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:
         raise ValueError(f"seeds_per_layer must be a whole number of at least 1, not {seeds_per_layer!r}")
-    if not isinstance(cache_size_mb, (int, float)) or not cache_size_mb > 0:
+    is_number = isinstance(cache_size_mb, (int, float)) and not isinstance(cache_size_mb, bool)
+    if not is_number or not 0 < cache_size_mb < math.inf:  # type: ignore[operator]  # mypy does not follow `is_number`
         raise ValueError(f"cache_size_mb must be a number of megabytes above 0, not {cache_size_mb!r}")
     if mode not in get_args(Mode):
         raise ValueError(f'mode must be "fx" or "module", not {mode!r}')
