@@ -132,7 +132,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
-    if hasattr(model, BANK_NAME):
+    if any(BANK_NAME in names for names in (vars(model), model._modules, model._parameters, model._buffers)):
         raise WrapError(f"the model has an attribute {BANK_NAME!r}, the name under which kernels are registered")
     if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:
         raise ValueError(f"seeds_per_layer must be a whole number of at least 1, not {seeds_per_layer!r}")

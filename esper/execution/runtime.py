@@ -236,13 +236,14 @@ class Runtime:
         """
         own = [seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds]
         state = self.state
-        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64)
-        if state.device.type == "cuda":
-            index = index.pin_memory()  # or the copy would wait for the device
-        index = index.to(state.device, non_blocking=True)
+        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64, device=state.device)
 
         def read() -> torch.Tensor:
-            return state.alpha_blend.index_select(0, index).float()
+            nonlocal index
+            alphas = state.alpha_blend
+            if index.device != alphas.device:  # the model has moved since
+                index = index.to(alphas.device)
+            return alphas.index_select(0, index).float()
 
         return read
 
