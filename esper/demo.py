@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,10 +199,9 @@ def run_demo(platform: esper.Platform, seed: int, progress: Callable[[str, int, 
     growth.train("host alone", steps=HOST_STEPS)
     before = digits.accuracy(training.model)
     blueprint = esper.Blueprint.bottleneck(64, HIDDEN, rank=RANK, start="identity", seed=seed)
-    with ThreadPoolExecutor(1) as pool:
-        growth.note("blueprint submitted")
-        compilation = pool.submit(platform.compile_sync, blueprint)
-        growth.train("kernel compiling", until=compilation)
+    growth.note("blueprint submitted")
+    compilation = platform.request(blueprint)
+    growth.train("kernel compiling", until=compilation)
     kernel = compilation.result()
     growth.note("kernel validated")
     growth.load(kernel.id)

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -239,6 +240,28 @@ class Platform:
                 changed.wait(deadline.next_look())
                 changed.clear()
         return kernel
+
+    def request(
+        self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None
+    ) -> Future[CompiledKernelArtifact]:
+        """:meth:`compile` for a loop that goes on meanwhile: the future has the kernel, or what :meth:`wait` raises.
+
+        The future cannot be cancelled; the compilation is anybody's who asks for the same content.
+        """
+        blueprint_id = self.submit(blueprint, name)
+        future: Future[CompiledKernelArtifact] = Future()
+        future.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                kernel = self.wait_sync(blueprint_id, timeout)
+            except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
+                future.set_exception(error)
+            else:
+                future.set_result(kernel)
+
+        threading.Thread(target=work, name=f"esper-request-{blueprint_id[:12]}", daemon=True).start()
+        return future
 
     async def compile(
         self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None

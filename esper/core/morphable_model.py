@@ -154,11 +154,15 @@ class MorphableModel(nn.Module):
             return getattr(root, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A submodule, parameter or plain attribute of the host is set for both views of the model."""
+        """A submodule, parameter or plain attribute of the host is set for both views of the model.
+
+        A private attribute that the host does not have stays with this module: `torch.compile` keeps notes in some.
+        """
         super().__setattr__(name, value)
         root = self.__dict__.get("_root")
-        if root is not None and name not in ("_run", "training"):
-            setattr(root, name, value)
+        if root is None or name in ("_run", "training") or (name.startswith("_") and not hasattr(root, name)):
+            return
+        setattr(root, name, value)
 
     def __delattr__(self, name: str) -> None:
         """Deleted for both views of the model."""

@@ -85,6 +85,7 @@ class OonaClient:
         self._closed = False
         self._published = _Counter()
         self._dropped = _Counter()
+        self._late = _Counter()  # published after close(): dropped as well, but nothing to warn about
         self._sent = self._failed = 0  # written by the sender thread only
         self._reported, self._reported_at = 0, -_REPORT_EVERY
 
@@ -103,7 +104,7 @@ class OonaClient:
         """
         self._published.add()
         if self._closed:
-            self._dropped.add()
+            self._late.add()
             return
         self._queue.put(_Draft(str(topic), payload, trace_id, datetime.now(UTC)))
         while self._queue.qsize() > self._queue_size and self._drop_oldest():
@@ -135,7 +136,11 @@ class OonaClient:
     def stats(self) -> OonaStats:
         """Counts since the client was made."""
         return OonaStats(
-            self._published.value, self._sent, self._dropped.value, self._failed, max(0, self._queue.qsize())
+            self._published.value,
+            self._sent,
+            self._dropped.value + self._late.value,
+            self._failed,
+            max(0, self._queue.qsize()),
         )
 
     def flush(self, timeout: float | None = None) -> bool:

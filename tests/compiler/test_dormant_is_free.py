@@ -108,3 +108,15 @@ def test_a_plain_model_compiles_as_under_the_inner_compiler_and_is_told_so(
     assert len(recorder.graphs) == 2
     said = [record for record in caplog.records if record.name.startswith("esper") and "no sites" in record.message]
     assert len(said) == 1
+
+
+def test_compiling_a_wrapped_model_leaves_no_mark_on_what_was_traced(
+    fresh_dynamo: None, recwarn: pytest.WarningsRecorder
+) -> None:
+    host, x = mlp(4, 6, 2), torch.randn(3, 4)
+    model = esper.wrap(host)
+    compiled = torch.compile(model, backend="esper", options={"inner": "eager"})
+    compiled(x)
+    assert torch.equal(model.eval()(x), host(x))
+    assert torch.equal(compiled(x), host(x))
+    assert not [warning for warning in recwarn if "attributes" in str(warning.message)]

@@ -234,7 +234,7 @@ class TestSubscribing:
     def test_every_subscriber_gets_everything_and_a_group_shares_it(self, client: OonaClient) -> None:
         alone: list[int] = []
         shared: list[list[int]] = [[], []]
-        everything = threading.Barrier(2)
+        everything = threading.Barrier(3)
 
         def take(index: int) -> Callable[[OonaMessage], object]:
             def callback(message: OonaMessage) -> None:
@@ -250,6 +250,7 @@ class TestSubscribing:
         assert client.flush(10)
         client.publish(SUBMITTED, numbered(1))
         assert client.flush(10)
+        everything.wait(10)  # each member has taken one
         client.close()
         assert alone == [0, 1]
         assert sorted(shared) == [[0], [1]]

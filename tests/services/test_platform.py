@@ -155,6 +155,9 @@ class TestACompiledKernel:
         with pytest.raises(NameTakenError):
             compiled.platform.submit(blueprint(99), "alias")
 
+    def test_a_request_is_a_future_of_the_kernel(self, compiled: Compiled) -> None:
+        assert compiled.platform.request(KERNEL, timeout=5).result(10) == compiled.kernel
+
     def test_another_platform_on_the_folder_finds_and_trusts_it(self, compiled: Compiled) -> None:
         with Platform.embedded(compiled.platform.root, config=FAST) as other:
             source = other.kernel_source
