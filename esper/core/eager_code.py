@@ -23,17 +23,17 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from inspect import Parameter, Signature
+from inspect import Signature
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from esper.core.call_guards import Guards, forwarded, guard_tests, parameter_list
 from esper.core.traced_values import unpack
-from esper.core.watched import global_module_hooks
 
-__all__ = ["Guards", "generate", "is_default"]
+__all__ = ["generate"]
 
 _numbers = itertools.count()
 _DEEPEST = 24
@@ -44,23 +44,7 @@ _BINARY = {
     operator.xor: "^", operator.lshift: "<<", operator.rshift: ">>", operator.lt: "<", operator.le: "<=",
     operator.gt: ">", operator.ge: ">=", operator.eq: "==", operator.ne: "!=",
 }  # fmt: skip
-_BEFORE_KEYWORDS = frozenset((Parameter.VAR_POSITIONAL, Parameter.KEYWORD_ONLY))
 _UNARY: dict[Any, str] = {operator.neg: "-", operator.pos: "+", operator.invert: "~"}
-
-
-@dataclass(frozen=True)
-class Guards:
-    """What must hold for the generated code to stand for the module; where it does not, `fallback` runs.
-
-    Arguments with a default must be at it, unless they are in `given`. `training` are modules whose flag is fixed.
-    """
-
-    fallback: Callable[..., Any]
-    tensor_arguments: tuple[str, ...] = ()
-    given_arguments: tuple[str, ...] = ()
-    training: tuple[tuple[nn.Module, bool], ...] = ()
-    given: frozenset[str] = frozenset()
-    hooks: bool = True
 
 
 def generate(
@@ -125,10 +109,13 @@ class _Writer:
         self._taken.update(keyword.kwlist, vars(builtins))
         for node in self._graph.find_nodes(op="placeholder"):
             self._variables[node] = str(node.target)
-        head = f"def forward({self._parameters(signature)}):"
+        head = f"def forward({parameter_list(signature, self._constant)}):"
         if tick is not None:
             self._line(f"{self._global(tick, 'tick')}()")
-        self._write_guards(signature)
+        tests = guard_tests(self._guards, signature, self._global)
+        if tests:
+            self._line(f"if {' or '.join(tests)}:")
+            self._line(f"    return {self._global(self._guards.fallback, 'fallback')}({forwarded(signature)})")
         self._plan_releases()
         for node in self._graph.nodes:
             self._node(node)
@@ -147,53 +134,6 @@ class _Writer:
         function.__esper_source__ = source  # type: ignore[attr-defined]  # functions take attributes
         return function
 
-    def _parameters(self, signature: Signature) -> str:
-        parts: list[str] = []
-        kinds = [parameter.kind for parameter in signature.parameters.values()]
-        for position, parameter in enumerate(signature.parameters.values()):
-            text = parameter.name
-            if parameter.kind is Parameter.VAR_POSITIONAL:
-                text = f"*{text}"
-            elif parameter.kind is Parameter.VAR_KEYWORD:
-                text = f"**{text}"
-            elif parameter.kind is Parameter.KEYWORD_ONLY and not _BEFORE_KEYWORDS.intersection(kinds[:position]):
-                parts.append("*")
-            if parameter.default is not Parameter.empty:
-                text += f"={self._constant(parameter.default, 'default')}"
-            parts.append(text)
-            following = kinds[position + 1] if position + 1 < len(kinds) else None
-            if parameter.kind is Parameter.POSITIONAL_ONLY and following is not Parameter.POSITIONAL_ONLY:
-                parts.append("/")
-        return ", ".join(parts)
-
-    def _write_guards(self, signature: Signature) -> None:
-        tests = [self._global(hooks, "hooks") for hooks in global_module_hooks()] if self._guards.hooks else []
-        for parameter in signature.parameters.values():
-            if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
-                tests.append(parameter.name)
-            elif parameter.default is not Parameter.empty and parameter.name not in self._guards.given:
-                tests.append(self._not_default(parameter))
-            elif parameter.name in self._guards.tensor_arguments:
-                tensor = self._global(torch.Tensor, "Tensor")
-                tests.append(f"not {self._global(isinstance, 'isinstance')}({parameter.name}, {tensor})")
-            elif parameter.name in self._guards.given_arguments:
-                tests.append(f"{parameter.name} is None")
-        for module, flag in self._guards.training:
-            tests.append(("not " if flag else "") + f"{self._global(module, 'module')}.training")
-        if tests:
-            self._line(f"if {' or '.join(tests)}:")
-            self._line(f"    return {self._global(self._guards.fallback, 'fallback')}({_forwarded(signature)})")
-
-    def _not_default(self, parameter: Parameter) -> str:
-        default, name = parameter.default, parameter.name
-        if default is None or isinstance(default, bool):
-            return f"{name} is not {default!r}"
-        differs = f"{name} is not {self._global(default, 'default')}"
-        if type(default) not in (int, str):
-            return differs
-        kind = self._global(type(default), type(default).__name__)
-        return f"({differs} and ({self._global(type, 'type')}({name}) is not {kind} or {name} != {default!r}))"
-
     # -- statements ------------------------------------------------------------------------------------------------
 
     def _line(self, text: str) -> None:
@@ -209,12 +149,12 @@ class _Writer:
             self._last_use.setdefault(node, []).append(used)
 
     def _release(self, nodes: list[fx.Node]) -> None:
-        names = [self._variables[node] for node in nodes if node in self._variables and node.op != "get_attr"]
+        names = [self._variables[node] for node in nodes if node in self._variables]
         if names:
             self._line(f"del {', '.join(names)}")
 
     def _node(self, node: fx.Node) -> None:
-        if node.op in ("placeholder", "get_attr"):
+        if node.op == "placeholder" or (node.op == "get_attr" and not node.users):
             return
         if node.op == "output":
             text, _ = self._with_arguments(node, lambda argument: argument(node.args[0]))
@@ -235,7 +175,7 @@ class _Writer:
 
     def _with_arguments(self, node: fx.Node, write: Callable[[Callable[[Any], str]], str]) -> tuple[str, int]:
         """The text of `node`, taking over the pending expressions it uses if that keeps the order of evaluation."""
-        wanted = [used for used in _in_order(node) if used.op != "get_attr" and used not in self._variables]
+        wanted = [used for used in _in_order(node) if used not in self._variables]
         pending = self._body.pending
         start = len(pending) - len(wanted)
         if start < 0 or [each.node for each in pending[start:]] != wanted:
@@ -296,6 +236,8 @@ class _Writer:
 
     def _expression(self, node: fx.Node, argument: Callable[[Any], str]) -> str:
         args, kwargs, target = node.args, node.kwargs, node.target
+        if node.op == "get_attr":
+            return self._attribute(node)
         if node.op == "call_module":
             return self._call(self._global(self._callee(str(target)), "module"), args, kwargs, argument)
         if node.op == "call_method":
@@ -327,9 +269,7 @@ class _Writer:
 
     def _value(self, value: Any, texts: Mapping[fx.Node, str]) -> str:
         if isinstance(value, fx.Node):
-            if value in texts:
-                return texts[value]
-            return self._attribute(value) if value.op == "get_attr" else self._variables[value]
+            return texts[value] if value in texts else self._variables[value]
 
         def argument(item: Any) -> str:
             return self._value(item, texts)
@@ -381,27 +321,8 @@ class _Writer:
         return self._bound[id(value)]
 
 
-def is_default(value: object, default: object) -> bool:
-    """Whether an argument counts as being at its default: the test that the generated code makes."""
-    return value is default or (type(default) in (int, str) and type(value) is type(default) and value == default)
-
-
 def _in_order(node: fx.Node) -> list[fx.Node]:
     """The nodes that `node` uses, in the order in which its arguments are evaluated, once for each use."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), lambda used: found.append(used))
     return found
-
-
-def _forwarded(signature: Signature) -> str:
-    parts = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is Parameter.VAR_POSITIONAL:
-            parts.append(f"*{parameter.name}")
-        elif parameter.kind is Parameter.VAR_KEYWORD:
-            parts.append(f"**{parameter.name}")
-        elif parameter.kind is Parameter.KEYWORD_ONLY:
-            parts.append(f"{parameter.name}={parameter.name}")
-        else:
-            parts.append(parameter.name)
-    return ", ".join(parts)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from esper.core.eager_code import is_default
+from esper.core.call_guards import is_default
 from esper.core.region_building import (
     ITSELF,
     Regions,

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from esper.core.eager_code import Guards, generate
+from esper.core.call_guards import Guards
+from esper.core.eager_code import generate
 from esper.core.module_views import tree_view, unhooked_view, view_with_forward
 from esper.core.tracing import Traced
 

@@ -42,18 +42,29 @@ def opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
-def plant(model: nn.Module, selection: Selection, replace: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
+def plant(
+    model: nn.Module,
+    selection: Selection,
+    replace: Callable[[str, nn.Linear], nn.Module],
+    class_of: Callable[[type], type] = adapted_class,
+) -> nn.Module:
     """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
 
     `replace` is called once for each of `selection.targets`, in order; what it returns must share the linear layer's
     `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
-    shadow.
+    shadow. `class_of` says of which class the shadow of a module is, by the module's class.
     """
-    return _Planter(selection.targets, replace).plant(model)
+    return _Planter(selection.targets, replace, class_of).plant(model)
 
 
 class _Planter:
-    def __init__(self, targets: Mapping[str, nn.Linear], replace: Callable[[str, nn.Linear], nn.Module]) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, nn.Linear],
+        replace: Callable[[str, nn.Linear], nn.Module],
+        class_of: Callable[[type], type],
+    ) -> None:
+        self._class_of = class_of
         self._targets = {id(module): (name, module) for name, module in targets.items()}
         self._replace = replace
         self._signal = ChangeSignal()
@@ -66,7 +77,7 @@ class _Planter:
             self._shadows[id(linear)] = self._replace(name, linear)
         for module in modules:
             if id(module) not in self._shadows:
-                self._shadows[id(module)] = _bare_copy(module)
+                self._shadows[id(module)] = _bare_copy(module, self._class_of)
         for module in modules:
             self._fill(module, self._shadows[id(module)])
         return self._shadows.get(id(model), model)
@@ -101,9 +112,9 @@ def _shadowed(model: nn.Module) -> Iterator[nn.Module]:
         stack.extend(child for child in reversed(module._modules.values()) if child is not None)
 
 
-def _bare_copy(module: nn.Module) -> nn.Module:
+def _bare_copy(module: nn.Module, class_of: Callable[[type], type]) -> nn.Module:
     kind = type(module)
-    shadow: nn.Module = object.__new__(adapted_class(kind))
+    shadow: nn.Module = object.__new__(class_of(kind))
     for name in own_slots(kind):
         if hasattr(module, name):
             object.__setattr__(shadow, name, getattr(module, name))

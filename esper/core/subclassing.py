@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["own_slots", "subclass_in_disguise"]
+__all__ = ["own_slots", "subclass_in_disguise", "undisguised"]
 
 
 class _Quiet:
@@ -24,6 +24,12 @@ def subclass_in_disguise(kind: type, namespace: Mapping[str, Any], *before: type
     quiet = () if issubclass(kind, _Quiet) else (_Quiet,)
     subclass: type = metaclass(kind.__name__, (*quiet, *before, kind), attributes)
     return subclass
+
+
+def undisguised(kind: type) -> type:
+    """The class that somebody wrote: what `kind` passes for, if it is a subclass in disguise."""
+    ancestry = kind.__mro__
+    return ancestry[ancestry.index(_Quiet) + 1] if _Quiet in ancestry else kind
 
 
 def own_slots(kind: type) -> list[str]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import operator
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Set
 from inspect import Parameter, Signature
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,12 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
 from esper.core.code_facts import CodeFacts, facts_of
-from esper.core.traced_values import Refusal, TracedFlag, TracedValue, unpack, values_in
+from esper.core.traced_values import Refusal, TracedFlag, TracedValue, unpack
 
-__all__ = ["Factories", "RegionTracer", "math_on_values"]
+__all__ = ["RegionTracer"]
 
 _CONSTANTS: tuple[type, ...] = (
     type(None), type(...), bool, int, float, complex, str, bytes,
@@ -116,9 +113,9 @@ class RegionTracer(fx.Tracer):
         self.failed: str | None = None
         self._modules = modules
         self._is_leaf = is_leaf
-        self._reads: dict[tuple[str, str], TracedValue] = {}
         self._values: list[weakref.ref[TracedValue]] = []
         self._ambient = _ambient()
+        torch.overrides.is_tensor_method_or_property(torch.relu)  # fills its cache, which is slow under the audit
         self._names = _tensor_names(modules)
 
     # -- ends ------------------------------------------------------------------------------------------------------
@@ -128,10 +125,6 @@ class RegionTracer(fx.Tracer):
         if self.refusal is None:
             self.refusal = reason
         raise Refusal(self.refusal)
-
-    def forget_values(self) -> None:
-        """Let go of the traced values that the tracer itself holds."""
-        self._reads.clear()
 
     def escaped(self) -> bool:
         """Whether some traced value is still referred to, that is, whether the forward kept one."""
@@ -171,15 +164,11 @@ class RegionTracer(fx.Tracer):
             self.module_stack.pop(key, None)
 
     def read(self, path: str, name: str) -> TracedValue:
-        """A parameter, buffer, plain tensor or training flag of the module at `path`."""
-        key = (path, name)
-        if key not in self._reads:
-            node = self.create_node("get_attr", f"{path}.{name}" if path else name, (), {})
-            if name == "training":
-                self._reads[key] = self._kept(TracedFlag(node, self, path, self._modules[path].training))
-            else:
-                self._reads[key] = self.proxy(node)
-        return self._reads[key]
+        """A parameter, buffer, plain tensor or training flag of the module at `path`, read anew each time."""
+        node = self.create_node("get_attr", f"{path}.{name}" if path else name, (), {})
+        if name == "training":
+            return self._kept(TracedFlag(node, self, path, self._modules[path].training))
+        return self.proxy(node)
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
@@ -343,48 +332,6 @@ def _tests_variables(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-class Factories(TorchFunctionMode):
-    """Shows the tracer the torch functions that no traced value would show it."""
-
-    def __init__(self, tracer: RegionTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if values_in((args, kwargs)):
-            return self._tracer.record_torch_call(func, args, kwargs)
-        return self._tracer.record_other_call(func, args, kwargs)
-
-
-@contextmanager
-def math_on_values() -> Iterator[None]:
-    """Let the functions of `math` record traced values: `math.sqrt(x.size(-1))` is common, and no method of `x`.
-
-    They behave as ever on anything else, so other threads do not notice. The caller holds the tracing lock.
-    """
-    originals = {name: function for name, function in vars(math).items() if callable(function)}
-    for name, function in originals.items():
-        setattr(math, name, _recording(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(math, name, function)
-
-
-def _recording(function: Callable[..., Any]) -> Callable[..., Any]:
-    def on_values(*args: Any, **kwargs: Any) -> Any:
-        for argument in args:
-            if issubclass(type(argument), TracedValue):
-                return argument.tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
-
-    return on_values
 
 
 def _ambient() -> tuple[Any, ...]:

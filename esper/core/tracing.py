@@ -21,9 +21,10 @@ from esper.core.code_audit import CodeAudit
 from esper.core.code_facts import CodeFacts
 from esper.core.shadow import opaque_reason
 from esper.core.stand_ins import StandIns
+from esper.core.trace_contexts import Factories, math_on_values
 from esper.core.trace_effects import EffectWatch
 from esper.core.traced_values import Refusal
-from esper.core.tracer import Factories, RegionTracer, math_on_values
+from esper.core.tracer import RegionTracer
 from esper.core.watched import HOOK_KINDS, global_module_hooks
 
 __all__ = ["Traced", "Untraceable", "leaf_reason", "trace_region"]
@@ -153,7 +154,6 @@ class _Attempt:
             return Untraceable(tracer.refusal or reason or "")
         if effect is not None:
             return Untraceable(effect)
-        tracer.forget_values()
         if tracer.escaped():
             gc.collect()
             if tracer.escaped():
