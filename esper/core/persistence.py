@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from esper.core.shadow import plant
+from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
 from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedules
@@ -48,7 +49,7 @@ def as_host(model: MorphableModel) -> nn.Module:
         linear.__dict__["_modules"] = {}
         return linear
 
-    tree = plant(model._root, layers, plain)
+    tree = plant(model._root, layers, plain, undisguised)
     for name, value in model.__dict__.items():
         if is_hooks(name, value):
             tree.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)

@@ -16,7 +16,7 @@ from torch import nn
 
 import esper
 from tests.core.grown import grown, saved
-from tests.core.seeds import blueprint, load, states
+from tests.core.seeds import blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
@@ -178,6 +178,19 @@ def test_tied_weights_and_shared_modules_stay_so(shelf: KernelShelf, copied: Cal
     _change(twin)
     assert not torch.equal(twin(tokens), model(tokens))
     assert torch.equal(twin.head.weight, model.head.weight + 1)
+
+
+@each_copy
+def test_encoder_layers_keep_their_class(copied: Callable[[Any], Any], shelf: KernelShelf) -> None:
+    host = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    model, inputs = esper.wrap(host, platform=shelf.platform), torch.randn(2, 5, 16)
+    load(model, "layers.0.linear1", 0, shelf.put(blueprint(16, 32)).id, alpha=0.5)
+    twin = copied(model)
+    plain = esper.unwrap(twin)
+    assert [type(module) for module in plain.modules()] == [type(module) for module in host.modules()]
+    assert torch.equal(outputs(twin, inputs), outputs(model, inputs))
+    assert torch.equal(outputs(plain, inputs), outputs(host, inputs))
+    assert not torch.equal(outputs(twin, inputs), outputs(host, inputs))
 
 
 class Trainer:
