@@ -36,6 +36,10 @@ class _StandIn:
         own = self.__dict__
         return own[_TRACER].call(own[_PATH], super().__call__, args, kwargs)  # type: ignore[misc]  # a mix-in
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = self.__dict__
+        return own[_TRACER].forward(own[_PATH], super().forward, args, kwargs)  # type: ignore[misc]  # a mix-in
+
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if name == "training" or own["_parameters"].get(name) is not None or own["_buffers"].get(name) is not None:

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from esper.core.code_facts import CodeFacts, facts_of
 from esper.core.traced_values import Refusal, TracedFlag, TracedValue, unpack
+from esper.core.watched import HOOK_KINDS
 
 __all__ = ["RegionTracer"]
 
@@ -145,23 +146,34 @@ class RegionTracer(fx.Tracer):
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
-    def call(self, path: str, forward: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The call of the module at `path`: a node for a leaf, else `forward`, traced through."""
-        if forward is None or self._is_leaf(path):
-            if not type(self._modules[path]).__module__.startswith("torch.nn.") and _holds_mutable((args, kwargs)):
-                self.refuse(f"it passes a list or dictionary to {path!r}, which may change it")
-            return self.create_proxy("call_module", path, args, kwargs)
+    def call(self, path: str, inline: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call of the module at `path`: a node for a leaf, else `inline`, which comes to :meth:`forward`."""
+        if inline is None or self._is_leaf(path):
+            return self._call_node(path, args, kwargs)
+        return inline(*args, **kwargs)
+
+    def forward(self, path: str, inline: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the module at `path`: a node for a leaf, else `inline`, traced through."""
+        if self._is_leaf(path):
+            if path and any(getattr(self._modules[path], kind) for kind in HOOK_KINDS):
+                self.refuse(f"it calls the forward of {path!r}, past its hooks")
+            return self._call_node(path, args, kwargs)
         self.inlined[path] = None
         key = f"{path}@{len(self.module_stack)}"
         self.module_stack[key] = (path, type(self._modules[path]))
         try:
-            return forward(*args, **kwargs)
+            return inline(*args, **kwargs)
         except Exception:
             if self.failed is None:
                 self.failed = path
             raise
         finally:
             self.module_stack.pop(key, None)
+
+    def _call_node(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not type(self._modules[path]).__module__.startswith("torch.nn.") and _holds_mutable((args, kwargs)):
+            self.refuse(f"it passes a list or dictionary to {path!r}, which may change it")
+        return self.create_proxy("call_module", path, args, kwargs)
 
     def read(self, path: str, name: str) -> TracedValue:
         """A parameter, buffer, plain tensor or training flag of the module at `path`, read anew each time."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from inspect import Parameter, Signature
 from typing import Any
@@ -140,7 +140,9 @@ class _Attempt:
 
     def _is_leaf(self, path: str) -> bool:
         module = self._modules[path]
-        return path in self._kept_apart or module in self._sites or leaf_reason(module) is not None
+        if module in self._sites:
+            return True
+        return bool(path) and (path in self._kept_apart or leaf_reason(module) is not None)
 
     def run(self, signature: Signature, given: frozenset[str]) -> Traced | Untraceable:
         if any(global_module_hooks()):
@@ -169,9 +171,8 @@ class _Attempt:
 
         try:
             stand_ins = StandIns(self._modules, tracer)
-            forward: Callable[..., Any] = stand_ins.root if self._module in self._sites else stand_ins.root.forward
             with math_on_values(), Factories(tracer), CodeAudit(tracer.refuse, entered):
-                result = forward(*args, **kwargs)
+                result = stand_ins.root.forward(*args, **kwargs)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
             altered = stand_ins.altered()
             if altered is not None:

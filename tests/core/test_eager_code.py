@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import traceback
 from typing import Any
 
@@ -177,3 +178,115 @@ def test_values_are_let_go_after_their_last_use() -> None:
     assert f"del {first}" in lines
     assert "del input" not in lines  # the argument is called x
     assert any(line.startswith("del ") and "x" in line.split(" ", 1)[1].split(", ") for line in lines)
+
+
+def program(seed: int, statements: int = 25) -> str:
+    """The text of a random forward on two `[4, 4]` tensors: pure, in-place and aliasing operations, module calls."""
+    choose = random.Random(seed)
+    names = ["x", "y"]
+    lines = ["def forward(self, x, y):"]
+    for number in range(statements):
+        a, b = choose.choice(names), choose.choice(names)
+        new = f"v{number}"
+        lines.append(
+            "    "
+            + choose.choice(
+                [
+                    f"{new} = {a} + {b} * 0.5",
+                    f"{new} = ({a} - {b}).tanh() * self.scale",
+                    f"{new} = self.first({a})",
+                    f"{new} = self.second(functional.relu({a}))",
+                    f"{new} = {a}.transpose(0, 1)",
+                    f"{new} = {a}[:, [0, 1, 2, 3]]",
+                    f"{new} = torch.where({a} > {b}, {a}, self.shift)",
+                    f"{new} = torch.stack([{a}, {b}]).mean(0)",
+                    f"{new} = {a}",
+                    f"{new}, _ = torch.cat([{a}, {b}]).chunk(2)",
+                    f"{new} = {a}; {new} += {b} * 0.1",
+                    f"{a}.mul_(0.9); {new} = {b}",
+                    f"{a}[0] = {b}[1] * 0.5; {new} = {a}",
+                    f"{a}[1:, ::2] -= 0.1; {new} = {a}.clone()",
+                    f"self.shift.add_({a}.detach()[0], alpha=0.01); {new} = {a} + self.shift",
+                    f"{new} = {a}.reshape(2, 8).view({a}.shape)",
+                    f"{new} = self.pool({{'a': {a}}}['a'], ({b},)[0])",
+                ]
+            )
+        )
+        names.append(new)
+    lines.append(f"    return {{'all': ({', '.join(names[-6:])}), 'x': x, 'y': [y]}}")
+    return "\n".join(lines)
+
+
+class Pool(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a + b) / 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_programs(seed: int) -> None:
+    text = program(seed)
+    namespace: dict[str, Any] = {"torch": torch, "functional": functional}
+    exec(text, namespace)
+
+    class Program(nn.Module):
+        forward = namespace["forward"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1), nn.Sigmoid())
+            self.pool = Pool()
+            self.scale = nn.Parameter(torch.rand(4))
+            self.register_buffer("shift", torch.zeros(4))
+
+    host = Program()
+    case = planted(host)
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    results = []
+    for run in (host, case.run()):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            host.shift.zero_()
+            results.append((run(x.clone(), y.clone()), host.shift.clone()))
+    expected, actual = results
+    flat = torch.utils._pytree.tree_leaves
+    assert all(torch.equal(a, b) for a, b in zip(flat(actual), flat(expected), strict=True)), text
+    aliases = [[id(a) == id(b) for a in flat(result[0]) for b in flat(result[0])] for result in results]
+    assert aliases[0] == aliases[1], text
+
+
+class Cell(nn.Module):
+    """Replaces its own state at each call, and is no region: its forward sets attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("state", torch.zeros(4))
+        self.note = torch.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.state = self.state + 1
+        self.note = self.note + 2
+        return self.fc(x) + self.state
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = Cell()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        before, note = self.cell.state, self.cell.note
+        y = self.out(self.cell(x) + before)
+        return y + self.cell.state + note + self.cell.note
+
+
+def test_attributes_are_read_when_the_host_reads_them() -> None:
+    host, other = Recurrent(), Recurrent()
+    other.load_state_dict(host.state_dict())
+    run = planted(host).run()
+    assert "cell = module" in source(run)
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        assert torch.equal(run(x), other(x))

@@ -825,6 +825,79 @@ def test_functions_and_partials_as_attributes() -> None:
     agrees(host, planted(host).run(), torch.randn(3, 4))
 
 
+def test_forward_called_past_the_call_of_a_module() -> None:
+    def forward(self: Model, x: torch.Tensor) -> Any:
+        return self.inner.forward(self.layer.forward(x))
+
+    traced(forward)
+    case = planted(model(forward))
+    result = trace_region(case.root, set(case.sites.values()))
+    assert isinstance(result, Traced)
+    assert result.leaves == ("layer", "inner.0", "inner.1")
+    assert "inner" in result.inlined
+    case.sites["layer"].register_forward_hook(lambda module, args, output: output * 2)
+    assert isinstance(trace_region(case.root, set(case.sites.values())), Untraceable)
+
+
+def test_a_call_of_its_own_around_the_forward() -> None:
+    class Layer(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.scale = scale
+
+        def __call__(self, x: torch.Tensor, *, double: bool = False) -> Any:
+            y = super().__call__(x * self.scale)
+            return y * 2 if double else y
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc(x) if self.scale > 1 or x.sum() > 0 else x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Layer(2.0), Layer(0.5)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.second(self.first(x, double=True))
+
+    host = Model()
+    regions = planted(host).regions()
+    assert "" in map(regions.name_of, regions.regions.traced)
+    agrees(host, regions.build(dormant), torch.randn(3, 4))
+
+
+def test_decorated_forward_and_dictionary_results_run_as_modules() -> None:
+    class Result(OrderedDict[str, Any]):
+        """Like the results of Hugging Face's models."""
+
+    def passing_on(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(self, *args, **kwargs)
+
+        return wrapper
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+        @passing_on
+        def forward(self, x: torch.Tensor, **options: Any) -> Any:
+            return Result(logits=self.body(x), options=len(options))
+
+    host = Head()
+    regions = planted(host).regions()
+    assert list(map(regions.name_of, regions.regions.traced)) == ["body"]
+    assert set(regions.regions.untraced.values()) == {"its forward is decorated"}
+    x = torch.randn(3, 4)
+    ours, theirs = regions.build(dormant)(x, a=1), host(x, a=1)
+    assert type(ours) is Result
+    assert torch.equal(ours["logits"], theirs["logits"])
+    assert ours["options"] == 1
+
+
 def test_failures_below_keep_the_rest_traced() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:

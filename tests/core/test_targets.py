@@ -1,0 +1,118 @@
+"""Which linear layers become sites, and what is said about the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from esper.core.errors import TargetError
+from esper.core.targets import select_targets
+
+
+class Own(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+def model() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+            "decoder": nn.Sequential(nn.Linear(4, 4), nn.Sequential(Renamed(4, 4))),
+            "attention": nn.MultiheadAttention(4, 2),
+            "own": Own(4, 4),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
+        (nn.Linear, ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
+        (Renamed, ["decoder.1.0"]),
+        ("encoder.2", ["encoder.2"]),
+        ("encoder", ["encoder.0", "encoder.2"]),
+        ("*.0", ["encoder.0", "decoder.0", "decoder.1.0"]),
+        ("decoder.?", ["decoder.0", "decoder.1.0"]),
+        (["decoder.0", Renamed], ["decoder.0", "decoder.1.0"]),
+        ([nn.Sequential], ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
+        (("encoder.2", "encoder.0"), ["encoder.0", "encoder.2"]),
+    ],
+)
+def test_selection(wanted: Any, expected: list[str]) -> None:
+    host = model()
+    selection = select_targets(host, wanted)
+    assert list(selection.targets) == expected
+    assert all(host.get_submodule(name) is linear for name, linear in selection.targets.items())
+    linear = {name for name, module in host.named_modules() if isinstance(module, nn.Linear)}
+    assert selection.targets.keys() | selection.refused.keys() == linear
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("encoder.1x", r"matches nothing.*did you mean.*'encoder\.\d'"),
+        ("head", r"matches nothing in the model; the model has 'encoder.0', 'encoder.2'"),
+        ("encoder.1", "has no nn.Linear in it"),
+        (nn.Conv2d, "type Conv2d matches nothing"),
+        ("attention.out_proj", "cannot carry seeds.*reads its weight without calling it"),
+        ("attention", "no layer that 'attention' selects can carry seeds"),
+        ("own", "Own has a forward of its own"),
+        (Own, "no layer that type Own selects can carry seeds"),
+        ([], "empty"),
+        (3, "iterable|not 3"),
+        ([3], "not 3"),
+    ],
+)
+def test_mistakes(wanted: Any, message: str) -> None:
+    with pytest.raises((TargetError, TypeError), match=message):
+        select_targets(model(), wanted)
+
+
+def test_reasons() -> None:
+    quantised = nn.Linear(4, 4)
+    quantised.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    patched = nn.Sequential(nn.Linear(4, 4))
+    patched.forward = lambda x: x
+    host = nn.ModuleDict(
+        {
+            "first": nn.Linear(4, 4),
+            "lazy": nn.LazyLinear(4),
+            "normed": parametrizations.weight_norm(nn.Linear(4, 4)),
+            "quantised": quantised,
+            "patched": patched,
+            "parallel": nn.DataParallel(nn.Sequential(nn.Linear(4, 4))),
+        }
+    )
+    host["second"] = host["first"]
+    selection = select_targets(host)
+    assert list(selection.targets) == ["first"]
+    refused = dict(selection.refused)
+    assert "run the model once" in refused["lazy"]
+    assert "computed at each call" in refused["normed"]
+    assert "torch.int8" in refused["quantised"]
+    assert "'patched'" in refused["patched.0"]
+    assert "DataParallel" in refused["parallel.module.0"]
+    assert refused["second"] == "the same module as 'first'"
+    assert list(select_targets(host, "second").targets) == ["first"]
+    assert select_targets(host, "first").refused["second"] == "the same module as 'first'"
+
+
+def test_a_model_without_candidates_is_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"no layer can carry seeds: the model has no nn\.Linear"):
+        assert not select_targets(nn.Sequential(nn.ReLU())).targets
+    with pytest.warns(UserWarning, match=r"'out_proj' \(.*reads its weight"):
+        select_targets(nn.MultiheadAttention(4, 2))
+
+
+def test_a_linear_layer_alone() -> None:
+    assert list(select_targets(nn.Linear(4, 4)).targets) == [""]
