@@ -7,7 +7,7 @@ attachment) and its module (the graph) on the same input, forward alone and forw
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.axes import Axes
@@ -27,16 +27,21 @@ WIDTHS = (64, 512)
 ROWS = (8, 128, 2048)
 
 
-def with_backward(kernel: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
-    """Forward and backward to the inputs that need a gradient."""
+def with_backward(
+    kernel: Callable[..., torch.Tensor], parameters: Sequence[torch.Tensor], *inputs: torch.Tensor
+) -> Callable[[], object]:
+    """Forward and backward to the inputs that need a gradient and to the parameters, as in training."""
+    wanted = [each for each in inputs if each.requires_grad] + list(parameters)
 
     def run() -> object:
-        return torch.autograd.grad(kernel(*inputs).sum(), [each for each in inputs if each.requires_grad])
+        return torch.autograd.grad(kernel(*inputs).sum(), wanted)
 
     return run
 
 
-def without_gradient(kernel: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Callable[[], object]:
+def without_gradient(
+    kernel: Callable[..., torch.Tensor], _: Sequence[torch.Tensor], *inputs: torch.Tensor
+) -> Callable[[], object]:
     """Forward alone."""
 
     def run() -> object:
@@ -64,8 +69,8 @@ def main() -> None:
                     inputs = (x, torch.randn_like(x)) if kernel.uses_host else (x,)
                     for kind, prepare in (("forward", without_gradient), ("both", with_backward)):
                         pair = {
-                            "graph": prepare(kernel.module, *inputs),
-                            "attachment": prepare(kernel.executor, *inputs),
+                            "graph": prepare(kernel.module, kernel.parameters, *inputs),
+                            "attachment": prepare(kernel.executor, kernel.parameters, *inputs),
                         }
                         figures = paired(pair, options.rounds, seconds=0.02)
                         case = f"{name}, {width} wide, {count} rows, {kind}"
