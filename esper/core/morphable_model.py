@@ -28,7 +28,6 @@ from esper.execution.runtime import Runtime
 from esper.execution.site_marker import (
     commit_while_tracing,
     enter_uncompiled,
-    postponed_while_tracing,
     traced_by_esper,
 )
 from esper.execution.staging import Stager
@@ -131,8 +130,8 @@ class MorphableModel(nn.Module):
                 enter_uncompiled(self._runtime_id)
             else:
                 commit_while_tracing(self._runtime_id)
-                if self.runtime.pending:  # the guard that brings Dynamo here again when something is staged
-                    postponed_while_tracing(self._runtime_id)
+                if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
+                    enter_uncompiled(self._runtime_id)
             return self._root.forward(*args, **kwargs)
         return self._run(*args, **kwargs)
 

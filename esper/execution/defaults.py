@@ -15,7 +15,15 @@ from esper.errors import EsperError
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.sources import FetchedKernel, KernelSource
 
-__all__ = ["AttachKernel", "TelemetrySink", "attach_kernel", "kernel_source", "set_defaults", "telemetry_sink"]
+__all__ = [
+    "AttachKernel",
+    "TelemetrySink",
+    "attach_kernel",
+    "is_default",
+    "kernel_source",
+    "set_defaults",
+    "telemetry_sink",
+]
 
 
 class TelemetrySink(Protocol):
@@ -66,6 +74,11 @@ class _DefaultSource:
 def kernel_source() -> KernelSource:
     """The default kernel source; nothing is opened before the first request."""
     return _DefaultSource()
+
+
+def is_default(source: KernelSource) -> bool:
+    """Whether `source` is the default one, which is opened by being asked."""
+    return isinstance(source, _DefaultSource)
 
 
 class _DefaultSink:

@@ -18,7 +18,6 @@ from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.site_marker import (
     commit_while_tracing,
     enter_uncompiled,
-    postponed_while_tracing,
     traced_by_esper,
 )
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path
@@ -138,8 +137,8 @@ class KasminaLayer(nn.Linear):
                 enter_uncompiled(self._runtime_id)
             elif self._stands_alone:
                 commit_while_tracing(self._runtime_id)
-                if self.runtime.pending:  # the guard that brings Dynamo here again when something is staged
-                    postponed_while_tracing(self._runtime_id)
+                if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
+                    enter_uncompiled(self._runtime_id)
             return self._traced(x)
         return self._run(x)
 

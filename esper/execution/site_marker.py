@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,9 +10,7 @@ import torch
 from esper import torch_internals
 from esper.execution import registry
 
-__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "postponed_while_tracing", "traced_by_esper"]
-
-_LOG = logging.getLogger("esper.execution")
+__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "traced_by_esper"]
 
 _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 _MARK = "__esper_backend__"
@@ -46,11 +43,9 @@ def commit_while_tracing(runtime_id: int) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def enter_uncompiled(runtime_id: int) -> None:
-    """Begin a forward under another backend outside of its graphs: an alpha schedule is Python that runs every time."""
+    """Begin a forward under another backend outside of its graphs, every time that the traced code runs.
+
+    For what cannot be done once, while Dynamo traces: to move a scheduled alpha, and to commit at a later forward when
+    this one repeats an earlier one inside a backward.
+    """
     registry.runtime_by_id(runtime_id).boundary()
-
-
-@torch_internals.constant_while_tracing
-def postponed_while_tracing(runtime_id: int) -> None:
-    """Say that what is staged waits: this forward repeats an earlier one inside a backward."""
-    _LOG.debug("model %d: a staged change waits for the end of a backward pass", runtime_id)

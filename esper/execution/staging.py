@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ from esper.contracts.messages import SeedReport, TopicNames
 from esper.errors import EsperError
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.background import BackgroundThread
-from esper.execution.defaults import AttachKernel, TelemetrySink
+from esper.execution.defaults import AttachKernel, TelemetrySink, is_default
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transition
 from esper.execution.loaded_kernel import LoadedKernel
@@ -195,6 +195,9 @@ class Stager:
                     "seed %d of %s had an alpha schedule, which is not saved: its alpha stays at %g until set_alpha()",
                     each.planned.seed, each.layer.layer_id, float(each.state["alpha_blend"]),
                 )  # fmt: skip
+        source = self._cache.source
+        if self._attach is not None and source is not None and not is_default(source):  # which would be opened for this
+            self._thread.submit(lambda: self._attach_restored(seeds))
 
     def _replacement(self, new: SeedReplacement) -> Change:
         layer, seed, kernel = new.layer, new.planned.seed, new.planned.kernel
@@ -215,6 +218,27 @@ class Stager:
         return Change(lambda plan: plan.without_seed(layer.site, seed), applied)
 
     # -- on the background thread ----------------------------------------------------------------------------------
+
+    def _attach_restored(self, seeds: Sequence[SeedReplacement]) -> None:
+        """Give kernels that came without their attachments these, and stage that they are used."""
+        attached: list[tuple[int, SeedPlan, SeedPlan]] = []  # the new values have code made for them anew
+        for each in seeds:
+            kernel, planned = each.planned.kernel, each.planned
+            try:
+                if self._attach is not None and self._cache.source is not None and not kernel.attached:
+                    self._attach(self._cache.source, kernel)
+                    attached += [(each.layer.site, planned, replace(planned))] if kernel.attached else []
+            except Exception as error:  # noqa: BLE001  # the kernel's graph runs, which is slower and as good
+                _LOG.info("kernel %s runs without its attachment: %r", kernel.artifact_id[:12], error)
+
+        def edit(plan: Plan) -> Plan:
+            for site, old, new in attached:
+                plan = plan.with_seed(site, new) if plan.seed(site, old.seed) == old else plan
+            return plan
+
+        if attached:
+            self._runtime.prepare(edit(self._runtime.target))
+            self._runtime.publish(Change(edit, lambda: None))
 
     def _carry_out(self, request: _Load) -> bool:
         layer, seed = request.layer, request.seed

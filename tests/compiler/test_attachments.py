@@ -64,6 +64,25 @@ def test_an_eager_host_runs_the_attachment_and_agrees_with_the_graph(
     assert calls == [(5, 8), (6, 8)]
 
 
+def test_a_restored_kernel_gets_its_attachment_in_the_background(platform: Platform, kernel: str) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=platform)
+    assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
+    fresh = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=platform)
+    fresh.load_state_dict(model.state_dict())
+    x, calls = torch.randn(5, 8), []
+    expected = fresh(x)
+    torch.testing.assert_close(expected, model(x))
+    (seed,) = fresh.runtime.plan.seeds()
+    assert fresh.request_kernel("0", 3, "ab" * 32).result(60) is False  # requests are carried out one after the other
+    executor = seed.kernel.executor
+    assert isinstance(executor, AttachedKernel)
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = executor.attachment
+        patch.setattr(executor, "attachment", lambda *inputs: calls.append(1) or compiled(*inputs))
+        torch.testing.assert_close(fresh(x), expected)
+    assert calls == [1]
+
+
 def _fresh_kernel(platform: Platform, kernel: str) -> esper.execution.loaded_kernel.LoadedKernel:
     cache = KernelCache(source=platform.kernel_source)
     loaded = cache.fetch(kernel).place()

@@ -163,33 +163,40 @@ def test_a_load_during_backward_waits_for_the_next_forward(shelf: KernelShelf, x
     assert states(model)["0"][0] == "ACTIVE"
 
 
-@pytest.mark.parametrize("mode", ["fx", "module"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("unload", [True, False])
+@pytest.mark.filterwarnings("ignore:.*reentrant")
+@pytest.mark.parametrize("mode", ["fx", "module", "esper", "eager"])
+@pytest.mark.parametrize(
+    ("change", "reentrant"),
+    [("load", True), ("load", False), ("unload", True), ("unload", False), ("schedule", False)],
+)
 def test_a_commit_never_lands_in_an_activation_recompute(
-    shelf: KernelShelf, x: torch.Tensor, kernel: str, reentrant: bool, unload: bool, mode: str
+    shelf: KernelShelf, x: torch.Tensor, kernel: str, reentrant: bool, change: str, mode: str, fresh_dynamo: None
 ) -> None:
-    model = wrapped(shelf, mode=mode)
-    if unload:
-        load(model, "0", 0, kernel, alpha=0.5, trainable=True)
+    model = wrapped(shelf, mode=mode if mode in ("fx", "module") else "fx")
+    run: Any = model
+    if mode in ("esper", "eager"):
+        options = {"inner": "aot_eager"} if mode == "esper" else None
+        run = torch.compile(model, backend=mode, options=options)
+    if change != "load":
+        load(model, "0", 0, kernel, alpha=0.25, trainable=True)
     x.requires_grad_()
     parameters = list(model.parameters())
-    expected = torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
+    expected = torch.autograd.grad(run(x).square().sum(), parameters)
+    if change == "schedule":
+        model.set_alpha("0", 0, esper.LinearRamp(0.25, 1.0, 3))
 
-    output = checkpoint(model, x, use_reentrant=reentrant)
-    if unload:  # staged by another thread between forward and backward
-        _elsewhere(lambda: model.unload_kernel("0", 0))
-    else:
+    output = checkpoint(run, x, use_reentrant=reentrant)
+    if change == "unload":  # staged by another thread between forward and backward
+        asyncio.run(asyncio.to_thread(model.unload_kernel, "0", 0))
+    elif change == "load":
         assert model.request_kernel("0", 0, kernel, alpha=0.5).result(30)
     output.square().sum().backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
-        assert torch.equal(parameter.grad, gradient) if gradient is not None else parameter.grad is None
-    model(x)
-    assert states(model)["0"][0] == ("DORMANT" if unload else "ACTIVE")
-
-
-def _elsewhere(action: Callable[[], object]) -> None:
-    asyncio.run(asyncio.to_thread(action))
+        torch.testing.assert_close(parameter.grad, gradient)
+    run(x)
+    assert states(model)["0"][0] == ("DORMANT" if change == "unload" else "ACTIVE")
+    if change == "schedule":
+        assert model.kasmina_layers["0"].state.alpha(0) == 0.5
 
 
 # -- failures and races ------------------------------------------------------------------------------------------------

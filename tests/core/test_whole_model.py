@@ -81,6 +81,26 @@ def test_a_cast_reaches_host_and_kernels(shelf: KernelShelf, x: torch.Tensor, ca
     assert model.kasmina_layers["0"].state.alpha_blend.dtype == torch.float16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["fx", "module"])
+def test_a_model_moves_with_its_kernels(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model = grown(shelf, mode=mode)
+    before = model(x)
+    for device in ("cuda", "cpu", "cuda"):
+        model.to(device)
+        assert {parameter.device.type for parameter in model.parameters()} == {device}
+        assert model.runtime.state.device.type == device
+        torch.testing.assert_close(model(x.to(device)).cpu(), before, rtol=1e-3, atol=1e-3)
+    fresh = esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=shelf.platform)
+    fresh.load_state_dict(saved(model))
+    torch.testing.assert_close(fresh(x), before, rtol=1e-3, atol=1e-3)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x.cuda()), model(x.cuda()))
+    load(model, "2", 0, shelf.put(blueprint(6, 4, seed=3)).id, trainable=True)
+    model(x.cuda()).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in model.seed_parameters())
+
+
 @pytest.mark.parametrize("when", ["staged", "under way"])
 def test_a_cast_reaches_kernels_that_are_not_yet_in_force(shelf: KernelShelf, x: torch.Tensor, when: str) -> None:
     gated = GatedPlatform(shelf)
