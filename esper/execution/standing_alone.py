@@ -148,12 +148,11 @@ def _moved(kernel: LoadedKernel, device: torch.device) -> LoadedKernel:
 def keep_schedules(old: Mapping[str, KasminaLayer], new: Mapping[str, KasminaLayer]) -> None:
     """Let the alphas of copies go on moving on the schedules of their originals, from the steps at which these are."""
     for name, layer in new.items():
-        for seed, _, _ in LayerSeeds.of(layer).kernels:
-            schedule = old[name].runtime.schedule(old[name].first_seed + seed)
+        for each in layer.runtime.plan.sites.get(layer.site, ()):
+            schedule = old[name].runtime.schedule(old[name].first_seed + each.seed)
             if schedule is not None:
-                layer.runtime.start_alpha(
-                    layer.first_seed + seed, schedule.alpha, layer.state.alpha(seed), schedule.step
-                )
+                alpha = layer.state.alpha(each.seed)
+                layer.runtime.start_alpha(each.alpha_index, schedule.alpha, alpha, schedule.step)
 
 
 @dataclass(frozen=True, slots=True)

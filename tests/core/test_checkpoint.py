@@ -330,9 +330,10 @@ def test_a_model_that_was_cast_is_saved_and_restored_as_such(
     assert {parameter.dtype for parameter in fresh.parameters()} == {dtype}
 
 
-def test_compiled_models_follow(shelf: KernelShelf, x: torch.Tensor, fresh_dynamo: None) -> None:
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_follow(shelf: KernelShelf, x: torch.Tensor, inner: str, fresh_dynamo: None) -> None:
     model, fresh = grown(shelf), apart()
-    ours = torch.compile(fresh, backend="esper", options={"inner": "aot_eager"})
+    ours = torch.compile(fresh, backend="esper", options={"inner": inner})
     other = torch.compile(fresh, backend="eager")
     ours(x), other(x)
     fresh.load_state_dict(saved(model))
