@@ -91,6 +91,7 @@ _EFFECTFUL_BUILTINS = frozenset(
         "id",
         "input",
         "locals",
+        "next",
         "open",
         "print",
         "setattr",

@@ -8,7 +8,7 @@ not turn to nested tensors, while one is.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from esper.core.subclassing import subclass_in_disguise
 
 __all__ = ["adapted_class"]
 
-_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
 def adapted_class(kind: type) -> type:
@@ -27,9 +27,10 @@ def adapted_class(kind: type) -> type:
         attribute = "use_nested_tensor"
     else:
         return kind
-    if kind not in _classes:
-        _classes[kind] = subclass_in_disguise(kind, {attribute: _zero_while_active(attribute)})
-    return _classes[kind]
+    known = _classes.get(kind)
+    if known is None:
+        known = _classes[kind] = subclass_in_disguise(kind, {attribute: _zero_while_active(attribute)})
+    return known
 
 
 def _zero_while_active(attribute: str) -> property:

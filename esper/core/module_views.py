@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -47,14 +47,15 @@ class _Rebound:
         return self._hook(self._module, *args[1:], **kwargs)
 
 
-_classes: WeakKeyDictionary[type, dict[tuple[str, ...], type]] = WeakKeyDictionary()
+_classes: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDictionary()
 
 
 def _class_for(kind: type, slots: tuple[str, ...]) -> type:
-    known = _classes.setdefault(kind, {})
-    if slots not in known:
-        known[slots] = subclass_in_disguise(kind, {"__slots__": slots, "__class__": property(lambda _: kind)}, _View)
-    return known[slots]
+    known = _classes.get((kind, slots))
+    if known is None:
+        namespace = {"__slots__": slots, "__class__": property(lambda _: kind)}
+        known = _classes[kind, slots] = subclass_in_disguise(kind, namespace, _View)
+    return known
 
 
 def tree_view(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -66,14 +66,15 @@ class _OpaqueStandIn(nn.Module):
         self.__dict__[_TRACER].refuse(f"it reads the attribute {name!r} of a {self.__dict__['_esper_kind']}")
 
 
-_classes: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+_classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
 def _class_for(kind: type) -> type:
-    if kind not in _classes:
+    known = _classes.get(kind)
+    if known is None:
         disguise = property(lambda _: kind)  # for self.__class__(...), as ModuleList does to slice itself
-        _classes[kind] = subclass_in_disguise(kind, {"__class__": disguise}, _StandIn)
-    return _classes[kind]
+        known = _classes[kind] = subclass_in_disguise(kind, {"__class__": disguise}, _StandIn)
+    return known
 
 
 def is_stand_in(value: object) -> bool:

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 __all__ = ["EffectWatch"]
 
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = (list, dict, set, deque, bytearray)
 _LARGEST = 10_000
 _DEEPEST = 3
 
+_Restore = Callable[[], None]
+
 
 class EffectWatch:
-    """Remembers the random number generators, and the containers that `modules` and the functions entered refer to.
-
-    `variables` are the global variables that those functions read: pairs of a namespace and a name.
-    """
+    """Remembers random number generators, and the containers that `modules` and the functions entered refer to."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        self._generators = _generator_states()
+        self._contents: dict[int, tuple[Any, list[Any]]] = {}
+        self._generators: dict[int, tuple[Any, bytes, _Restore]] = {}
         self._spaces: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+        self._remember_generator(random)
+        self._remember_generator(torch.default_generator)
+        self._remember_generator(np.random)
         for module in modules:
             for name, value in module.__dict__.items():
-                if not (name.startswith("_") and name.endswith("_hooks")) and name not in ("_modules",):
+                if not name.endswith("_hooks") and name != "_modules":
                     self._remember(value, _DEEPEST)
 
     @property
     def variables(self) -> list[tuple[dict[str, Any], str]]:
+        """The global variables that the functions entered read: pairs of a namespace and a name."""
         return list(self._spaces.values())
 
     def entered(self, frame: FrameType) -> None:
@@ -50,63 +53,79 @@ class EffectWatch:
     def undo(self) -> str | None:
         """Put back what has changed; returns what that was, or None."""
         found = None
-        if _generator_states() != self._generators:
-            _restore_generators(self._generators)
-            found = "it draws random numbers outside of its tensor operations"
-        for container, before in self._contents.values():
-            if not _same(container, before):
-                _refill(container, before)
+        for owner, before, restore in self._generators.values():
+            if _state(owner)[0] != before:
+                restore()
+                found = "it draws random numbers outside of its tensor operations"
+        for container, items in self._contents.values():
+            now = _items(container)
+            if len(now) != len(items) or any(a is not b for a, b in zip(now, items, strict=True)):
+                _refill(container, items)
                 found = f"it changes a {type(container).__name__} that outlives the call"
         return found
 
     def _remember(self, value: Any, depth: int) -> None:
-        if type(value) not in _CONTAINERS or id(value) in self._contents or len(value) > _LARGEST:
-            return
-        self._contents[id(value)] = (value, value.copy())
-        if depth:
-            for item in list(value.values() if isinstance(value, dict) else value):
-                self._remember(item, depth - 1)
+        if isinstance(value, _CONTAINERS):
+            if id(value) not in self._contents and len(value) <= _LARGEST:
+                self._contents[id(value)] = (value, _items(value))
+                for item in self._contents[id(value)][1] if depth else ():
+                    self._remember(item, depth - 1)
+        else:
+            self._remember_generator(value)
+
+    def _remember_generator(self, value: Any) -> None:
+        if id(value) not in self._generators and _is_generator(value):
+            self._generators[id(value)] = (value, *_state(value))
 
 
-def _same(container: Any, before: Any) -> bool:
-    if len(container) != len(before):
-        return False
+def _items(container: Any) -> list[Any]:
+    """The content, keys and values in turn for a dictionary."""
     if isinstance(container, dict):
-        pairs = zip(container.items(), before.items(), strict=True)
-        return all(a[0] is b[0] and a[1] is b[1] for a, b in pairs)
-    if isinstance(container, set):
-        return {id(item) for item in container} == {id(item) for item in before}
-    return all(a is b for a, b in zip(container, before, strict=True))
+        return [each for item in dict.items(container) for each in item]
+    return sorted(container, key=id) if isinstance(container, set) else list(container)
 
 
-def _refill(container: Any, before: Any) -> None:
+def _refill(container: Any, items: list[Any]) -> None:
+    if isinstance(container, dict):
+        dict.clear(container)
+        dict.update(container, zip(items[::2], items[1::2], strict=True))
+        return
     container.clear()
-    if isinstance(container, (dict, set)):
-        container.update(before)
+    if isinstance(container, set):
+        container.update(items)
     else:
-        container.extend(before)
+        container.extend(items)
 
 
-def _generator_states() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    states: list[Any] = [random.getstate(), bytes(torch.get_rng_state().numpy())]
-    states.append(repr(_plain(numpy.random.get_state())) if numpy is not None else None)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # of torch
-        states += [bytes(state.numpy()) for state in torch.cuda.get_rng_state_all()]
-    return tuple(states)
+def _is_generator(value: Any) -> bool:
+    """Whether `value` is a source of random numbers, or one of the modules that have one."""
+    kinds = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
+    return value is random or value is np.random or isinstance(value, kinds)
 
 
-def _plain(state: Any) -> Any:
-    return [item.tolist() if hasattr(item, "tolist") else item for item in state]
+def _state(generator: Any) -> tuple[bytes, _Restore]:
+    """The state, to be compared, and how to go back to it."""
+    if generator is random or isinstance(generator, random.Random):
+        state = generator.getstate()
+        return repr(state).encode(), lambda: generator.setstate(state)
+    if isinstance(generator, torch.Generator):
+        tensor = generator.get_state()
+
+        def restore() -> None:
+            generator.set_state(tensor)
+
+        return tensor.numpy().tobytes(), restore
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        modern = bits.state
+        return _plain(modern), lambda: setattr(bits, "state", modern)
+    legacy = generator.get_state(legacy=False)
+    return _plain(legacy), lambda: generator.set_state(legacy)
 
 
-def _restore_generators(states: tuple[Any, ...]) -> None:
-    import ast
-
-    python, cpu, numpy_state, *cuda = states
-    random.setstate(python)
-    torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
-    if numpy_state is not None:
-        sys.modules["numpy"].random.set_state(tuple(ast.literal_eval(numpy_state)))
-    if cuda:
-        torch.cuda.set_rng_state_all([torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in cuda])
+def _plain(state: Any) -> bytes:
+    """A comparable form of a state of NumPy: nested dictionaries with numbers and arrays."""
+    if isinstance(state, dict):
+        return b"".join(_plain(item) for item in state.values())
+    data: bytes = state.tobytes() if hasattr(state, "tobytes") else repr(state).encode()
+    return data

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import random
 import sys
@@ -340,7 +343,7 @@ def test_tensors_made_of_nothing_but_constants_are_refused_otherwise() -> None:
         lambda self, x: self.layer(x) * SCALE.item(),
         lambda self, x: self.layer(x) + torch.FloatTensor([1, 2, 3, 4]),
         lambda self, x: self.layer(x) + torch.from_numpy(np.ones(4, dtype=np.float32)),
-        lambda self, x: self.layer(x).to(next(self.parameters()).dtype),
+        lambda self, x: self.layer(x).to(list(self.parameters())[-1].dtype),
     ):
         assert "tensor" in refusal(forward)
 
@@ -363,6 +366,28 @@ def test_random_decisions_are_refused_and_leave_the_generators_alone() -> None:
     for host in hosts:
         assert isinstance(outcome(host), Untraceable)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+def test_generators_and_iterators_of_its_own_are_refused_and_left_alone() -> None:
+    hosts = [
+        (model(lambda self, x: self.layer(x) * self.source.random()), random.Random(1), lambda source: source.random()),
+        (
+            model(lambda self, x: self.layer(x) * self.source.random()),
+            np.random.default_rng(1),
+            lambda source: source.random(),
+        ),
+        (
+            model(lambda self, x: self.layer(x) * self.source.rand()),
+            np.random.RandomState(1),
+            lambda source: source.rand(),
+        ),
+        (model(lambda self, x: self.layer(x) * next(self.source)), itertools.count(3), next),
+    ]
+    for host, source, draw in hosts:
+        fresh = copy.deepcopy(source)
+        host.source = source
+        assert isinstance(outcome(host), Untraceable), source
+        assert draw(source) == draw(fresh)
 
 
 def test_random_tensors_of_values_are_drawn_at_every_call() -> None:
@@ -517,11 +542,18 @@ def test_containers_changed_in_forward_are_refused_and_restored() -> None:
         closed_over.append(x.shape)
         return self.layer(x)
 
-    for forward in (own, nested, module_level, closure):
+    def counter(self: Model, x: torch.Tensor) -> Any:
+        self.counter["calls"] += 1
+        self.counter.update(other=2)
+        return self.layer(x)
+
+    for forward in (own, nested, module_level, closure, counter):
         host = model(forward)
+        host.counter = collections.Counter()
         assert isinstance(outcome(host), Untraceable), forward
         assert host.history == []
         assert host.settings == {"size": 3}
+        assert host.counter == {}
     assert HISTORY == []
     assert COUNTS == {"calls": 0}
     assert closed_over == []
