@@ -1,0 +1,144 @@
+"""What the compiler did for a model: its graphs, their variants, where each came from, and what that took."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from esper.compiler.variant_store import StoreStatistics
+
+__all__ = ["CompileReport", "GraphReport", "Origin", "VariantReport", "WorkerCounters"]
+
+Origin = Literal["host compile", "worker", "store", "in process", "uncompiled"]
+"""How a variant came about: by Dynamo's own call of the backend, as for any backend; by a compile worker; from the
+store on disk; by a compilation in the training process; not at all, so that the graph runs as it is."""
+
+_WIDTH = 100
+_PLAN_WIDTH = 44
+_COLUMNS = f"{{:<2}}{{:<{_PLAN_WIDTH}}}  {{:<12}}  {{:>9}}  {{:>9}}  "
+_NOTE_INDENT = 6
+
+
+@dataclass(frozen=True, slots=True)
+class VariantReport:
+    """One variant of a graph."""
+
+    plan: str
+    """"dormant", or the active seeds, as in "blocks.2.fc1[0]=3fa9c1d2e4b5"."""
+    origin: Origin
+    seconds: float | None
+    """What making it took: compiling, or loading from the store. None if that was not measured."""
+    size_bytes: int | None
+    """Bytes of its compiled code as stored or sent; None if it was never serialised."""
+    reason: str
+    """Why it came about in another way than usual, or ""."""
+    in_force: bool
+    """Whether the next call runs it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """One graph that Dynamo captured, and its variants."""
+
+    name: str
+    sites: tuple[str, ...]
+    """Dotted names of the sites in it, in the order of the calls."""
+    inner: str
+    """The inner compiler."""
+    variants: tuple[VariantReport, ...]
+    waiting: int
+    """Variants that are being compiled or wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounters:
+    """What the compile workers of this process have done, for all models together."""
+
+    done: int = 0
+    failed: int = 0
+    crashes: int = 0
+    restarts: int = 0
+    timeouts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What the compiler did. `str()` is a table; `to_dict()` is for JSON.
+
+    `workers` is None if no compile worker was needed, `store` if compiled variants are not kept on disk; both count for
+    the whole process.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    workers: WorkerCounters | None = None
+    store: StoreStatistics | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dictionaries, lists, texts and numbers."""
+        return {
+            "graphs": [
+                {**asdict(graph), "sites": list(graph.sites), "variants": [asdict(each) for each in graph.variants]}
+                for graph in self.graphs
+            ],
+            "workers": None if self.workers is None else asdict(self.workers),
+            "store": None if self.store is None else asdict(self.store),
+        }
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        if not self.graphs:
+            lines += ['no graph was compiled with backend="esper"', ""]
+        for graph in self.graphs:
+            lines += [*_graph_lines(graph), ""]
+        return "\n".join([*lines, *_counter_lines(self.workers, self.store)]).rstrip()
+
+
+def _graph_lines(graph: GraphReport) -> list[str]:
+    sites = _numbered(len(graph.sites), "site")
+    title = f"{graph.name}: {sites}{': ' if graph.sites else ''}{', '.join(graph.sites)}; inner compiler {graph.inner}"
+    lines = _wrapped(title, indent=2)
+    lines.append(_COLUMNS.format("", "plan", "origin", "seconds", "KiB").rstrip())
+    for variant in graph.variants:
+        lines += _variant_lines(variant)
+    if not graph.variants:
+        lines.append("  no variant yet")
+    if graph.waiting:
+        lines.append(f"  {_numbered(graph.waiting, 'variant')} being compiled")
+    return lines
+
+
+def _variant_lines(variant: VariantReport) -> list[str]:
+    first, *others = _wrapped(variant.plan, width=_PLAN_WIDTH) or [""]
+    seconds = "" if variant.seconds is None else f"{variant.seconds:.2f}"
+    size = "" if variant.size_bytes is None else f"{variant.size_bytes / 1024:.0f}"
+    mark = "*" if variant.in_force else ""
+    lines = [_COLUMNS.format(mark, first, variant.origin, seconds, size).rstrip()]
+    lines += [f"  {other}" for other in others]
+    if variant.reason:
+        lines += _wrapped(variant.reason, indent=_NOTE_INDENT, first=_NOTE_INDENT)
+    return lines
+
+
+def _counter_lines(workers: WorkerCounters | None, store: StoreStatistics | None) -> list[str]:
+    lines = []
+    if workers is not None:
+        lines.append(f"workers: {_counted(asdict(workers).items())}")
+    if store is not None:
+        lines.append(f"store:   {_counted(asdict(store).items())}")
+    return lines
+
+
+def _counted(counters: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counters)
+
+
+def _numbered(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _wrapped(text: str, *, width: int = _WIDTH, indent: int = 0, first: int = 0) -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=" " * first, subsequent_indent=" " * indent, break_on_hyphens=False
+    )

@@ -1,0 +1,118 @@
+"""The file that holds one compiled variant.
+
+A header of fixed size, then the factors of the variant's key as JSON (for people who look for the reason of a miss),
+then the payload. The header has magic bytes, the version of this format, the key, the SHA-256 of everything that
+follows, and two lengths. Nothing is believed: whatever is not exactly as it was written is a :class:`VariantFileError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from esper.compiler.variant_key import VariantKey
+from esper.errors import EsperError
+
+__all__ = ["VariantFileError", "file_size", "read_factors", "read_variant", "write_variant"]
+
+_MAGIC = b"ESPERVAR"
+_VERSION = 1
+_HEADER = struct.Struct(">8sI32s32sQQ")  # magic, version, key, digest, length of the factors, length of the payload
+_LONGEST_FACTORS = 1 << 20
+
+
+class VariantFileError(EsperError):
+    """A file that is not the variant it should be.
+
+    `reason` is one of a few fixed texts. `is_damaged` says that it was one, or claims to be one and is not: it is of no
+    use to anybody.
+    """
+
+    def __init__(self, reason: str, *, is_damaged: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_damaged = is_damaged
+
+
+def file_size(key: VariantKey, payload: bytes) -> int:
+    """Bytes of the file that holds `payload`."""
+    return _HEADER.size + len(_encoded_factors(key)) + len(payload)
+
+
+def write_variant(file: BinaryIO, key: VariantKey, payload: bytes) -> None:
+    """Write the variant; raises `OSError`."""
+    factors = _encoded_factors(key)
+    digest = hashlib.sha256(factors)
+    digest.update(payload)
+    header = _HEADER.pack(_MAGIC, _VERSION, bytes.fromhex(key.digest), digest.digest(), len(factors), len(payload))
+    for part in (header, factors, payload):
+        file.write(part)
+
+
+def read_variant(path: Path, key: VariantKey) -> bytes:
+    """The payload stored at `path` for `key`. Raises :class:`VariantFileError`, or `OSError` if it cannot be read."""
+    with _opened(path) as file:
+        digest, factors_length, payload_length = _read_header(file, key)
+        content = hashlib.sha256(_exactly(file, factors_length))
+        payload = _exactly(file, payload_length)
+    content.update(payload)
+    if content.digest() != digest:
+        raise VariantFileError("its content is not what its checksum says", is_damaged=True)
+    return payload
+
+
+def read_factors(path: Path) -> Mapping[str, str]:
+    """What went into the key of the variant stored at `path`, unverified. Raises as :func:`read_variant`."""
+    with _opened(path) as file:
+        _, factors_length, _ = _read_header(file, None)
+        try:
+            factors = json.loads(_exactly(file, factors_length))
+        except ValueError as error:
+            raise VariantFileError("its content is not what its checksum says", is_damaged=True) from error
+    if not isinstance(factors, dict) or not all(isinstance(value, str) for value in factors.values()):
+        raise VariantFileError("its content is not what its checksum says", is_damaged=True)
+    return factors
+
+
+def _opened(path: Path) -> BinaryIO:
+    """`path`, open for reading, if it is a regular file; opening a named pipe would wait for somebody to write."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise VariantFileError("it is not a file", is_damaged=False)
+    return open(descriptor, "rb")
+
+
+def _read_header(file: BinaryIO, key: VariantKey | None) -> tuple[bytes, int, int]:
+    """Digest, length of the factors, length of the payload: as long as the file is."""
+    size = os.fstat(file.fileno()).st_size
+    if size < _HEADER.size:
+        raise VariantFileError("it is truncated", is_damaged=True)
+    magic, version, written_key, digest, factors, payload = _HEADER.unpack(_exactly(file, _HEADER.size))
+    if magic != _MAGIC:
+        raise VariantFileError("it is not a file of Esper's", is_damaged=True)
+    if version != _VERSION:  # another version of Esper uses the same folder, and may need it
+        raise VariantFileError(f"its format has version {version}, not {_VERSION}", is_damaged=False)
+    if key is not None and written_key != bytes.fromhex(key.digest):
+        raise VariantFileError("it was written for another key", is_damaged=True)
+    wanted = _HEADER.size + factors + payload
+    if size != wanted or factors > _LONGEST_FACTORS:
+        raise VariantFileError("it is truncated" if size < wanted else "it is too long", is_damaged=True)
+    return digest, factors, payload
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    content = file.read(length)
+    if len(content) != length:
+        raise VariantFileError("it is truncated", is_damaged=True)
+    return content
+
+
+def _encoded_factors(key: VariantKey) -> bytes:
+    return json.dumps(dict(key.factors), sort_keys=True).encode()

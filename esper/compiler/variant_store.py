@@ -1,0 +1,293 @@
+"""Compiled variants on disk, so that a second run of a program compiles nothing.
+
+A variant is opaque here: machine code and marshalled Python, about 0.3 MB. The folder deserves the same trust as
+Inductor's own cache, in which it lies by default: whoever can write there can run code here. The checksums guard
+against damage, not against people.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from esper import torch_internals
+from esper.compiler.variant_file import VariantFileError, file_size, read_factors, read_variant, write_variant
+from esper.compiler.variant_key import VariantKey
+
+__all__ = ["DEFAULT_LIMIT_BYTES", "StoreStatistics", "VariantKey", "VariantStore", "default_store"]
+
+DEFAULT_LIMIT_BYTES = 2 * 1024**3
+"""2 GiB: several thousand variants."""
+
+_LOG = logging.getLogger("esper.compiler.store")
+_SUFFIX = ".variant"
+_TEMPORARY = ".tmp"
+_ABANDONED_SECONDS = 3600.0  # a temporary file that nobody has renamed for so long was left by a killed process
+_LEFT_AFTER_EVICTION = 0.9  # of the limit, so that not every write at the limit looks at the whole folder
+_COMPARED_FILES = 64  # how many stored variants a miss is compared with when the log has to explain it
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space there",
+    errno.EDQUOT: "free some of your quota there",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EEXIST: "something that is no folder has this name: remove it",
+    errno.ENOTDIR: "something that is no folder is in its path: remove it",
+    errno.EISDIR: "a folder stands where a variant belongs: remove it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """What a store has done in this process. `unusable` are the misses that had a file, but not a good one."""
+
+    hits: int = 0
+    misses: int = 0
+    unusable: int = 0
+    writes: int = 0
+    failed_writes: int = 0
+    evicted: int = 0
+
+
+class VariantStore:
+    """Variants in `folder`, `limit_bytes` of them at most, the least recently used thrown out first.
+
+    Any thread and any number of processes may use one folder at once. Nothing that goes wrong with it is an error: what
+    cannot be read is a miss, what cannot be written is not kept, and the log says so, once for each reason. The folder
+    is made by the first write. The lock is held for counting only, never while a file is read, written or digested.
+    A damaged file is removed; should another process put a good one in its place at that moment, one more miss follows.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        if limit_bytes <= 0:
+            raise ValueError(f"limit_bytes is {limit_bytes}; a store needs room for at least one byte")
+        self.folder = Path(folder)
+        self.limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._statistics = StoreStatistics()
+        self._said: set[str] = set()
+        self._room = 0  # bytes that this process may write before it looks at the folder again
+
+    def __repr__(self) -> str:
+        return f"VariantStore({str(self.folder)!r}, limit_bytes={self.limit_bytes})"
+
+    @property
+    def statistics(self) -> StoreStatistics:
+        """What was done up to this moment."""
+        with self._lock:
+            return self._statistics
+
+    def get(self, key: VariantKey) -> bytes | None:
+        """The payload stored under `key`, or None. Reads a file: not for the thread that trains."""
+        path = self._path(key)
+        try:
+            payload = read_variant(path, key)
+        except FileNotFoundError:
+            self._missed(key, "there is none", unusable=0)
+            return None
+        except VariantFileError as error:
+            self._unusable(path, error.reason, error.is_damaged)
+            self._missed(key, error.reason, unusable=1)
+            return None
+        except OSError as error:
+            self._unusable(path, f"it cannot be read ({error.strerror or error})", is_damaged=False)
+            self._missed(key, "it cannot be read", unusable=1)
+            return None
+        with contextlib.suppress(OSError):  # a folder that is only readable: the order of eviction is its owner's
+            os.utime(path)
+        self._count(hits=1)
+        _explain(key, "found")
+        return payload
+
+    def put(self, key: VariantKey, payload: bytes) -> None:
+        """Store `payload` under `key`, in the place of what was there. Never raises for what the disk does.
+
+        Writes a file: not for the thread that trains.
+        """
+        size = file_size(key, payload)
+        if size > self.limit_bytes:
+            self._count(failed_writes=1)
+            self._say_once(
+                logging.WARNING,
+                "too large",
+                f"a compiled variant of {size} bytes is not kept: {self.folder} is limited to {self.limit_bytes} bytes",
+            )
+            return
+        try:
+            self._write(key, payload)
+        except OSError as error:
+            self._count(failed_writes=1)
+            self._say_unwritable(error)
+            return
+        self._count(writes=1)
+        _LOG.debug("variant %s: stored, %d bytes", key.short, size)
+        with self._lock:
+            self._room -= size
+            is_full = self._room < 0
+        if is_full:
+            self._evict()
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _path(self, key: VariantKey) -> Path:
+        return self.folder / f"{key.digest}{_SUFFIX}"
+
+    def _write(self, key: VariantKey, payload: bytes) -> None:
+        """A reader sees the old file or the whole new one. No fsync: what a power cut leaves fails its checksum."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f"{key.digest}.{uuid.uuid4().hex}{_TEMPORARY}"
+        try:
+            with open(temporary, "xb") as file:
+                write_variant(file, key, payload)
+            os.replace(temporary, self._path(key))
+        except BaseException:  # Ctrl-C too: nothing half-written stays
+            with contextlib.suppress(OSError):  # it may not have come into being; the first failure is what counts
+                temporary.unlink()
+            raise
+
+    def _evict(self) -> None:
+        """Remove what was used longest ago until the limit holds, and what killed processes left."""
+        now, found = time.time(), []
+        for entry, status in _files(self.folder):
+            if entry.name.endswith(_SUFFIX):
+                found.append((status.st_mtime_ns, status.st_size, entry.path))
+            elif entry.name.endswith(_TEMPORARY) and now - status.st_mtime > _ABANDONED_SECONDS:
+                _remove(entry.path)
+        total = sum(size for _, size, _ in found)
+        if total > self.limit_bytes:
+            evicted = 0
+            for _, size, path in sorted(found)[:-1]:  # what was written last stays, however large it is
+                if total <= self.limit_bytes * _LEFT_AFTER_EVICTION:
+                    break
+                evicted += _remove(path)
+                total -= size
+            self._count(evicted=evicted)
+            _LOG.debug("removed %d variants from %s, %d bytes are left", evicted, self.folder, total)
+        with self._lock:  # others may write too: look again when half of what is free is used up
+            self._room = max(self.limit_bytes - total, 0) // 2
+
+    # -- what is said ----------------------------------------------------------------------------------------------
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            counted = self._statistics
+            self._statistics = replace(counted, **{name: getattr(counted, name) + more[name] for name in more})
+
+    def _missed(self, key: VariantKey, reason: str, *, unusable: int) -> None:
+        self._count(misses=1, unusable=unusable)
+        _explain(key, f"missed, {reason}")
+        if _LOG.isEnabledFor(logging.DEBUG):
+            self._compare(key)
+
+    def _compare(self, key: VariantKey) -> None:
+        """Log in which factors the most similar of the variants used last differs."""
+        files = sorted(_files(self.folder), key=lambda each: each[1].st_mtime_ns, reverse=True)
+        paths = [Path(entry.path) for entry, _ in files if entry.name.endswith(_SUFFIX)]
+        closest: tuple[list[str], Path] | None = None
+        for path in paths[:_COMPARED_FILES]:
+            try:
+                there = read_factors(path)
+            except (OSError, VariantFileError):
+                continue  # nothing to compare with; reading it for its own key will say what is wrong
+            names = sorted({*key.factors, *there})
+            differing = [
+                f"{name} ({there.get(name, 'absent')} there)"
+                for name in names
+                if there.get(name) != key.factors.get(name)
+            ]
+            if closest is None or len(differing) < len(closest[0]):
+                closest = differing, path
+        if closest is not None and closest[0]:
+            _LOG.debug("variant %s: %s differs in %s", key.short, closest[1].name[:12], ", ".join(closest[0]))
+
+    def _unusable(self, path: Path, reason: str, is_damaged: bool) -> None:
+        removed = is_damaged and _remove(path)
+        outcome = "and was removed" if removed else "and is left alone"
+        self._say_once(
+            logging.WARNING if is_damaged else logging.INFO,
+            reason,
+            f"the stored variant {path} is not used {outcome}: {reason}",
+        )
+
+    def _say_unwritable(self, error: OSError) -> None:
+        remedy = _REMEDIES.get(error.errno or 0, "see to it")
+        self._say_once(
+            logging.WARNING,
+            f"write {error.errno}",
+            f"compiled variants cannot be kept in {self.folder} ({error.strerror or error}), so the next run compiles "
+            f"them again: {remedy}, or name another folder in TORCHINDUCTOR_CACHE_DIR",
+        )
+
+    def _say_once(self, level: int, reason: str, message: str) -> None:
+        with self._lock:
+            is_new = reason not in self._said
+            self._said.add(reason)
+        _LOG.log(level if is_new else logging.DEBUG, "%s", message)
+
+
+def default_store() -> VariantStore | None:
+    """The store in Inductor's cache folder, one for each folder; None where torch's compile caches are disabled.
+
+    None too, with one warning, where that folder cannot be made.
+    """
+    try:
+        cache = torch_internals.compiler_cache_dir()
+    except OSError as error:
+        _say_no_folder(f"compiled variants are not kept: Inductor's cache folder cannot be made ({error})")
+        return None
+    if cache is None:
+        return None
+    return _stores.get(cache) or _stores.setdefault(cache, VariantStore(Path(cache) / "esper"))
+
+
+_stores: dict[str, VariantStore] = {}
+_said_of_folders: set[str] = set()
+
+
+def _say_no_folder(message: str) -> None:
+    if message not in _said_of_folders:
+        _said_of_folders.add(message)
+        _LOG.warning("%s; name another in TORCHINDUCTOR_CACHE_DIR", message)
+
+
+def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """What lies in `folder` and its status; other processes may remove it meanwhile."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield entry, status
+    except OSError as error:
+        _LOG.debug("%s cannot be listed: %s", folder, error)
+
+
+def _remove(path: str | Path) -> bool:
+    """Remove a file; False if it is gone already or may not be removed."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        _LOG.debug("%s cannot be removed: %s", path, error)
+        return False
+    return True
+
+
+def _explain(key: VariantKey, outcome: str) -> None:
+    """Log what became of a look-up and everything that went into its key, one record each, so that logs compare."""
+    if not _LOG.isEnabledFor(logging.DEBUG):
+        return
+    _LOG.debug("variant %s: %s", key.short, outcome)
+    for name, value in key.factors.items():
+        _LOG.debug("variant %s: made of %s = %s", key.short, name, value)
