@@ -20,6 +20,7 @@ from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout
+from esper.logs import configure_logs
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig, load_config
@@ -69,4 +70,5 @@ def _default_sink() -> TelemetrySink | None:
     return None if platform is None else platform.oona
 
 
+configure_logs()
 set_defaults(_default_source, _default_sink, attach_from)

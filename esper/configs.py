@@ -20,7 +20,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from esper.compiler.debug import DEBUG_DIR_VARIABLE
 from esper.errors import EsperError
+from esper.logs import LOGS_VARIABLE
 
 __all__ = [
     "CONFIG_VARIABLE",
@@ -177,7 +179,7 @@ def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
 
 def _refuse_unknown_variables() -> None:
     """pydantic-settings overlooks variables that no field asks for; a misspelt one must not go unnoticed."""
-    known = {CONFIG_VARIABLE, *_variables(EsperConfig.model_fields, _PREFIX)}
+    known = {CONFIG_VARIABLE, LOGS_VARIABLE, DEBUG_DIR_VARIABLE, *_variables(EsperConfig.model_fields, _PREFIX)}
     unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
     if unknown:
         raise ConfigError(f"there is no setting for {', '.join(unknown)}; the variables are {', '.join(sorted(known))}")
