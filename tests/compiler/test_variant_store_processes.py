@@ -1,0 +1,194 @@
+"""The store of compiled variants on full disks, without permissions, and among many processes, some of them killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from esper.compiler.variant_store import VariantKey, VariantStore
+
+KEY = VariantKey.of({"torch": "2.13.0"})
+PRELUDE = """
+import logging, os, sys
+from esper.compiler.variant_store import VariantKey, VariantStore
+
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+key = VariantKey.of({"torch": "2.13.0"})
+store = VariantStore(sys.argv[1])
+"""
+
+
+def run(program: str, *arguments: str) -> list[str]:
+    """The lines that `program` prints in a process of its own, which must end well."""
+    process = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system can be mounted only by root: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_warning_and_what_was_stored_stays(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = VariantStore(small_disk / "store")
+    store.put(KEY, b"x" * 100_000)
+    for number in range(3):
+        store.put(VariantKey.of({"number": str(number)}), b"y" * 200_000)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert str(store.folder) in message
+    assert "free some space there, or name another folder in TORCHINDUCTOR_CACHE_DIR" in message
+    assert store.get(KEY) == b"x" * 100_000
+    assert len(list(store.folder.iterdir())) == 1, "no temporary file takes up the rest of the disk"
+    assert store.statistics.failed_writes == 3
+    store.put(VariantKey.of({"small": "one"}), b"z" * 1000)
+    assert store.get(VariantKey.of({"small": "one"})) == b"z" * 1000
+
+
+def test_a_limit_on_the_size_of_files_is_one_warning(tmp_path: Path) -> None:
+    lines = run(
+        """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+store.put(key, b"x" * 5000)
+store.put(key, b"x" * 5000)
+print(store.get(key), os.listdir(store.folder))
+store.put(key, b"x" * 1000)
+print(store.get(key) == b"x" * 1000)
+""",
+        str(tmp_path),
+    )
+    assert len(lines) == 3
+    assert lines[0].startswith("WARNING")
+    assert "ulimit -f" in lines[0]
+    assert lines[1:] == ["None []", "True"]
+
+
+def test_a_folder_that_may_only_be_read_is_read(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="esper-test-"))  # pytest's own folders are closed to other users
+    try:
+        store = VariantStore(folder / "store")
+        store.put(KEY, b"payload")
+        for path in (*store.folder.iterdir(), store.folder, folder):
+            path.chmod(0o444 if path.is_file() else 0o555)
+        lines = run(
+            """
+if os.geteuid() == 0:
+    os.seteuid(65534)
+other = VariantKey.of({"torch": "2.12.0"})
+print(store.get(key))
+store.put(other, b"x")
+store.put(other, b"x")
+print(store.get(other), VariantStore(sys.argv[1] + "/new/folder").put(other, b"x"))
+""",
+            str(store.folder),
+        )
+    finally:
+        folder.chmod(0o755)
+        (folder / "store").chmod(0o755)
+        shutil.rmtree(folder)
+    assert lines[0] == "b'payload'"
+    assert lines[1].startswith("WARNING")
+    assert f"{folder / 'store'} (Permission denied)" in lines[1]
+    assert "make it writable, or name another folder in TORCHINDUCTOR_CACHE_DIR" in lines[1]
+    assert lines[2].startswith("WARNING")  # another store, another folder
+    assert lines[3] == "None None"
+
+
+def test_a_variant_that_may_not_be_read_is_a_miss() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="esper-test-"))
+    try:
+        folder.chmod(0o755)
+        VariantStore(folder).put(KEY, b"payload")
+        (path,) = folder.iterdir()
+        path.chmod(0)
+        lines = run("if os.geteuid() == 0: os.seteuid(65534)\nprint(store.get(key), store.get(key))", str(folder))
+        assert path.exists()
+    finally:
+        shutil.rmtree(folder)
+    assert lines[-1] == "None None"
+    assert len(lines) == 2
+    assert "it cannot be read (Permission denied)" in lines[0]
+
+
+WRITER = """
+import random
+random.seed(int(sys.argv[2]))
+store = VariantStore(sys.argv[1], limit_bytes=int(sys.argv[3]))
+print("ready", flush=True)
+for turn in range(int(sys.argv[4])):
+    number = random.randrange(12)
+    key = VariantKey.of({"number": str(number)})
+    length = random.randrange(1, 40_000)
+    if random.random() < 0.5:
+        store.put(key, bytes([number]) * length)
+    else:
+        payload = store.get(key)
+        assert payload is None or set(payload) == {number}, (number, payload[:20])
+counted = store.statistics
+print(counted.failed_writes, counted.unusable, counted.hits > 0, counted.writes > 0)
+"""
+
+
+def writer(folder: Path, seed: int, limit_bytes: int, turns: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + WRITER, str(folder), str(seed), str(limit_bytes), str(turns)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_write_read_and_throw_out_at_once_see_only_whole_variants(tmp_path: Path) -> None:
+    limit = 150_000
+    processes = [writer(tmp_path, seed, limit, 1500) for seed in range(3)]
+    for process in processes:
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+        assert output.splitlines() == ["ready", "0 0 True True"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    VariantStore(tmp_path, limit_bytes=limit).put(KEY, b"")  # a new store looks at the folder with its first write
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+
+
+@pytest.mark.slow
+def test_killed_writers_leave_nothing_that_is_taken_for_a_variant(tmp_path: Path) -> None:
+    for seed in range(4):
+        process = writer(tmp_path, seed, 10_000_000, 1_000_000)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0.05, 0.3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    store = VariantStore(tmp_path)
+    for number in range(12):
+        payload = store.get(VariantKey.of({"number": str(number)}))
+        assert payload is None or set(payload) == {number}
+    assert store.statistics.hits > 0
+    assert store.statistics.unusable == 0
