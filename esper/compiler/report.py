@@ -19,6 +19,8 @@ _WIDTH = 100
 _PLAN_WIDTH = 44
 _COLUMNS = f"{{:<2}}{{:<{_PLAN_WIDTH}}}  {{:<12}}  {{:>9}}  {{:>9}}  "
 _NOTE_INDENT = 6
+_SHOWN_SITES = 12
+_PLAN_LINES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ class WorkerCounters:
 
 @dataclass(frozen=True, slots=True)
 class CompileReport:
-    """What the compiler did. `str()` is a table; `to_dict()` is for JSON.
+    """What the compiler did. `str()` is a table, `*` marking the variants in force; `to_dict()` is for JSON.
+
+    The table names the first sites of a graph and the first seeds of a long plan; `to_dict()` has all.
 
     `workers` is None if no compile worker was needed, `store` if compiled variants are not kept on disk; both count for
     the whole process.
@@ -96,13 +100,16 @@ class CompileReport:
 
 
 def _graph_lines(graph: GraphReport) -> list[str]:
-    sites = _numbered(len(graph.sites), "site")
-    title = f"{graph.name}: {sites}{': ' if graph.sites else ''}{', '.join(graph.sites)}; inner compiler {graph.inner}"
+    title = f"{graph.name}, inner compiler {graph.inner}, {_numbered(len(graph.sites), 'site')}"
+    if graph.sites:
+        others = len(graph.sites) - _SHOWN_SITES
+        title += f": {', '.join(graph.sites[:_SHOWN_SITES])}{f' and {others} more' if others > 0 else ''}"
     lines = _wrapped(title, indent=2)
-    lines.append(_COLUMNS.format("", "plan", "origin", "seconds", "KiB").rstrip())
+    if graph.variants:
+        lines.append(_COLUMNS.format("", "plan", "origin", "seconds", "KiB").rstrip())
     for variant in graph.variants:
         lines += _variant_lines(variant)
-    if not graph.variants:
+    if not graph.variants and not graph.waiting:
         lines.append("  no variant yet")
     if graph.waiting:
         lines.append(f"  {_numbered(graph.waiting, 'variant')} being compiled")
@@ -110,7 +117,7 @@ def _graph_lines(graph: GraphReport) -> list[str]:
 
 
 def _variant_lines(variant: VariantReport) -> list[str]:
-    first, *others = _wrapped(variant.plan, width=_PLAN_WIDTH) or [""]
+    first, *others = _wrapped(variant.plan, width=_PLAN_WIDTH, lines=_PLAN_LINES) or [""]
     seconds = "" if variant.seconds is None else f"{variant.seconds:.2f}"
     size = "" if variant.size_bytes is None else f"{variant.size_bytes / 1024:.0f}"
     mark = "*" if variant.in_force else ""
@@ -131,14 +138,20 @@ def _counter_lines(workers: WorkerCounters | None, store: StoreStatistics | None
 
 
 def _counted(counters: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counters)
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counters)
 
 
 def _numbered(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _wrapped(text: str, *, width: int = _WIDTH, indent: int = 0, first: int = 0) -> list[str]:
+def _wrapped(text: str, *, width: int = _WIDTH, indent: int = 0, first: int = 0, lines: int | None = None) -> list[str]:
     return textwrap.wrap(
-        text, width, initial_indent=" " * first, subsequent_indent=" " * indent, break_on_hyphens=False
+        text,
+        width,
+        initial_indent=" " * first,
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+        max_lines=lines,
+        placeholder=" ...",
     )
