@@ -86,10 +86,14 @@ class OonaConfig(_Section):
 
 
 class ExecutionConfig(_Section):
-    """How loaded kernels are kept."""
+    """How loaded kernels are kept, and compiled into the model."""
 
     cache_size_mb: float = Field(default=128, gt=0)
     """MiB of kernels kept in memory, per layer."""
+    compile_workers: int = Field(default=1, ge=1)
+    """Processes that compile for this one, each on one core; read when the first of them is needed."""
+    compile_timeout: float = Field(default=600, gt=0)
+    """Seconds that one compilation may take; then its process is killed and started anew."""
 
 
 class TelemetryConfig(_Section):

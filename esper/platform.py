@@ -27,6 +27,7 @@ from esper.execution.sources import (
     KernelSourceError,
     UnknownKernelError,
 )
+from esper.forking import reset_after_fork
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import (
     AmbiguousPrefixError,
@@ -37,7 +38,6 @@ from esper.services.errors import (
     StoreReadOnlyError,
     UnknownKernelReferenceError,
 )
-from esper.services.forking import reset_after_fork
 from esper.services.oona import Bus, InMemoryBus
 from esper.services.oona_client import OonaClient
 from esper.services.tezzeret.limits import ChildLimits
@@ -144,7 +144,7 @@ class Platform:
         self._service: TezzeretService | None = None
 
     def after_fork(self) -> None:
-        """Forget the parent's thread; see `esper.services.forking`."""
+        """Forget the parent's thread; see `esper.forking`."""
         self._start_afresh()
 
     # -- what it consists of, made when first asked for ----------------------------------------------------------------

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel
 
 from esper.contracts.messages import OonaMessage
-from esper.services.forking import reset_after_fork
+from esper.forking import reset_after_fork
 from esper.services.oona.bus import Bus, BusSubscription
 from esper.services.oona.memory import InMemoryBus
 
@@ -93,7 +93,7 @@ class OonaClient:
         return self  # a copied model goes on publishing here
 
     def after_fork(self) -> None:
-        """Begin afresh; see `esper.services.forking`."""
+        """Begin afresh; see `esper.forking`."""
         self._subscriptions = []
         self._reset()
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from esper.contracts.messages import OonaMessage
-from esper.services.forking import reset_after_fork
+from esper.forking import reset_after_fork
 
 __all__ = ["InMemoryBus"]
 
@@ -29,7 +29,7 @@ class InMemoryBus:
         reset_after_fork(self)
 
     def after_fork(self) -> None:
-        """Begin afresh; see `esper.services.forking`."""
+        """Begin afresh; see `esper.forking`."""
         self._lock = threading.Lock()
         for mailbox in self._mailboxes.values():
             mailbox.after_fork(self._lock)

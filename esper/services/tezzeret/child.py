@@ -7,9 +7,7 @@ blueprint ends up in the report; only the death of the process is silent.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from esper.artifacts import Artifact, Blueprint, KernelGraph, Node, Target, build_artifact
+from esper.child_processes import end_with_parent
 from esper.compiler.attachment import compile_attachment, load_attachment
 from esper.contracts.validation import AttachmentReport, LatencyMeasurement, ValidationCheck, ValidationReport
 from esper.services.contracts import KernelMetadata
@@ -179,14 +178,6 @@ def _peak_memory_mb() -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def _end_with_parent() -> None:
-    """Wait until the worker closes our standard input, or dies, and end the whole group: compilers too."""
-    sys.stdin.buffer.read()
-    if os.name == "posix" and os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os._exit(1)
-
-
 def _limit(request: ChildRequest) -> None:
     if os.name != "posix":
         return
@@ -205,7 +196,7 @@ def _limit(request: ChildRequest) -> None:
 def main() -> NoReturn:
     """Read a request, do it, leave the result, and end."""
     request = ChildRequest.model_validate_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(int(sys.argv[1]))
     _limit(request)
     torch.set_num_threads(1)
     folder = Path(request.folder)

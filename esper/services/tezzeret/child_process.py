@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
-import signal
-import site
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +15,7 @@ from typing import IO, Literal
 
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
 
+from esper.child_processes import ChildStartError, describe_exit, family, kill_family, read_tail, start_child
 from esper.services.errors import ServiceError
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import LOG, ChildRequest
@@ -31,7 +28,6 @@ LOOK_EVERY = 0.25
 """Seconds between two looks at the child's memory. Its exit and a stop are noticed at once."""
 
 _MODULE = "esper.services.tezzeret.child"
-_LOG_TAIL = 4096
 Kill = Literal["time", "memory", "stopped"]
 
 
@@ -81,11 +77,7 @@ class ChildExit:
 
     def __str__(self) -> str:
         """What happened to the process, for people."""
-        if self.returncode >= 0:
-            return f"ended with exit status {self.returncode}"
-        with suppress(ValueError):
-            return f"was killed by {signal.Signals(-self.returncode).name}"
-        return f"was killed by signal {-self.returncode}"
+        return describe_exit(self.returncode)
 
 
 def run_child(
@@ -110,11 +102,11 @@ def run_child(
     finally:
         child.kill("stopped")
         child.exited.wait()
+        kill_family(process.pid)  # compilers that a child which died has left behind
         child.hang_up()
     with open(log_path, "rb") as log:
-        log.seek(max(0, log_path.stat().st_size - _LOG_TAIL))
-        tail = log.read().decode(errors="replace")
-    return ChildExit(process.returncode, child.killed, child.age(), child.peak_bytes, tail.strip())
+        tail = read_tail(log)
+    return ChildExit(process.returncode, child.killed, child.age(), child.peak_bytes, tail)
 
 
 class _Child:
@@ -146,7 +138,7 @@ class _Child:
             self._process.stdin.close()
 
     def check(self, limits: ChildLimits) -> None:
-        used = sum(_resident(each) for each in self._family())
+        used = sum(_resident(each) for each in family(self._process.pid))
         self.peak_bytes = max(self.peak_bytes, used)
         if used > limits.memory_bytes:
             self.kill("memory")
@@ -159,20 +151,7 @@ class _Child:
             if self.killed is not None or self._process.poll() is not None:
                 return
             self.killed = reason
-            family = self._family()
-            if os.name == "posix":
-                with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)  # the child leads a group of its own
-            for each in family:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-
-    def _family(self) -> list[psutil.Process]:
-        try:
-            child = psutil.Process(self._process.pid)
-            return [child, *child.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+            kill_family(self._process.pid)
 
 
 def _resident(process: psutil.Process) -> int:
@@ -183,34 +162,7 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
-    if not sys.executable:
-        raise ServiceError("kernels are compiled by a new Python process, but sys.executable is not set; set it")
     try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C is for the worker, and a group can be killed whole
-        )
-    except OSError as cause:
+        return start_child(_MODULE, [str(os.getpid())], log=log)
+    except ChildStartError as cause:
         raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause
-
-
-def _environment() -> dict[str, str]:
-    """One thread each, for PyTorch and its compiler; and this process's `esper`, wherever it was imported from."""
-    environment = dict(os.environ)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
-        environment[name] = "1"
-    installed = {os.path.realpath(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}
-    roots = []
-    for package in ("esper", "esper_passes"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations if spec is not None else None) or ():
-            root = os.path.realpath(os.path.dirname(folder))
-            if root not in installed and root not in roots:
-                roots.append(root)
-    if roots:
-        environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [environment.get("PYTHONPATH")])])
-    return environment

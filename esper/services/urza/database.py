@@ -18,6 +18,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from esper.forking import reset_after_fork
 from esper.services.errors import (
     StoreBusyError,
     StoreCorruptError,
@@ -25,7 +26,6 @@ from esper.services.errors import (
     StoreFullError,
     StoreReadOnlyError,
 )
-from esper.services.forking import reset_after_fork
 
 __all__ = ["Database"]
 
@@ -70,7 +70,7 @@ class Database:
         return self._url.render_as_string(hide_password=True)
 
     def after_fork(self) -> None:
-        """Forget the parent's connections without closing them; see `esper.services.forking`."""
+        """Forget the parent's connections without closing them; see `esper.forking`."""
         self._inherited.append(self._engine)  # kept, so that no finaliser runs on a connection that is the parent's
         self._engine = self._connect()
 

@@ -1,0 +1,162 @@
+"""Python processes that this one starts for work that must not be done here, and how they end: with all they started.
+
+A child leads a session and a process group of its own. Ctrl-C in the parent's terminal does not reach it, and it can be
+killed together with the compilers that it runs. Its standard input is a pipe that the parent never closes: however the
+parent ends, the pipe's end tells.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import select
+import signal
+import site
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, NoReturn
+
+import psutil  # type: ignore[import-untyped]  # psutil ships no types
+
+from esper.errors import EsperError
+
+__all__ = [
+    "ChildStartError",
+    "describe_exit",
+    "end_with_parent",
+    "family",
+    "kill_family",
+    "read_tail",
+    "start_child",
+]
+
+_TAIL = 4096
+
+
+class ChildStartError(EsperError):
+    """A Python process cannot be started; the message says why."""
+
+
+def start_child(
+    module: str,
+    arguments: Sequence[str] = (),
+    *,
+    log: IO[bytes],
+    compile_threads: int = 1,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start `python -m module arguments...`, whose output goes to `log`, in a process group of its own.
+
+    It imports the `esper` that this process has, computes on one thread, and lets Inductor run `compile_threads` C++
+    compilers at a time. The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
+    """
+    if not sys.executable:
+        raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(compile_threads),
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+    except OSError as cause:
+        raise ChildStartError(f"{sys.executable} cannot be started: {cause}") from cause
+
+
+def end_with_parent(parent: int) -> None:
+    """In a child: end as soon as the process `parent` does, and kill whatever this one started.
+
+    Takes standard input over: from here on, whoever reads it finds it empty. Where the pipe does not tell, because a
+    process that the parent forked holds it open, the parent's pid does (Linux 5.3 and later).
+    """
+    lifeline = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    threading.Thread(target=_wait_for_end, args=(parent, lifeline), name="esper-parent-watch", daemon=True).start()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The process and its descendants, those that run."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_family(pid: int) -> None:
+    """Kill a child of this process and everything that it started. From any thread, also when it has ended itself."""
+    members = family(pid)
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):  # the second is what macOS says of a group of zombies
+            os.killpg(pid, signal.SIGKILL)
+    for each in members:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+
+
+def describe_exit(returncode: int) -> str:
+    """What became of a process with this ``Popen.returncode``, for people: "was killed by SIGSEGV"."""
+    if returncode >= 0:
+        return f"ended with exit status {returncode}"
+    with suppress(ValueError):
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"was killed by signal {-returncode}"
+
+
+def read_tail(log: IO[bytes]) -> str:
+    """The last 4 KiB of a child's log."""
+    end = log.seek(0, os.SEEK_END)
+    log.seek(max(0, end - _TAIL))
+    return log.read().decode(errors="replace").strip()
+
+
+def _environment(compile_threads: int) -> dict[str, str]:
+    """One thread each for PyTorch's operators; and this process's `esper`, wherever it was imported from."""
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = "1"
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(compile_threads)
+    installed = {os.path.realpath(folder) for folder in (*site.getsitepackages(), site.getusersitepackages())}
+    roots = []
+    for package in ("esper", "esper_passes"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations if spec is not None else None) or ():
+            root = os.path.realpath(os.path.dirname(folder))
+            if root not in installed and root not in roots:
+                roots.append(root)
+    if roots:
+        environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
+
+
+def _wait_for_end(parent: int, lifeline: int) -> NoReturn:
+    if os.name == "posix":
+        waiting = select.poll()
+        waiting.register(lifeline, select.POLLIN)
+        if sys.platform == "linux":
+            with suppress(OSError):  # an older kernel, or a sandbox without it
+                waiting.register(os.pidfd_open(parent), select.POLLIN)
+        while os.getppid() == parent:
+            if any(file == lifeline for file, _ in waiting.poll()) and not os.read(lifeline, 4096):
+                break
+    else:
+        while os.read(lifeline, 4096):
+            pass
+    _end_family()
+
+
+def _end_family() -> NoReturn:
+    me = os.getpid()
+    for each in family(me)[1:]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    if os.name == "posix" and os.getpgrp() == me:
+        os.killpg(me, signal.SIGKILL)
+    os._exit(1)
