@@ -22,6 +22,7 @@ from pathlib import Path
 from esper import torch_internals
 from esper.compiler.variant_file import VariantFileError, file_size, read_factors, read_variant, write_variant
 from esper.compiler.variant_key import VariantKey
+from esper.forking import reset_after_fork
 
 __all__ = ["DEFAULT_LIMIT_BYTES", "StoreStatistics", "VariantKey", "VariantStore", "default_store"]
 
@@ -78,6 +79,11 @@ class VariantStore:
         self._statistics = StoreStatistics()
         self._said: set[str] = set()
         self._room = 0  # bytes that this process may write before it looks at the folder again
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Replace the lock, which a thread of the parent may have held; see `esper.forking`."""
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"VariantStore({str(self.folder)!r}, limit_bytes={self.limit_bytes})"

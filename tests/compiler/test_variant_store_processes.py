@@ -192,3 +192,39 @@ def test_killed_writers_leave_nothing_that_is_taken_for_a_variant(tmp_path: Path
         assert payload is None or set(payload) == {number}
     assert store.statistics.hits > 0
     assert store.statistics.unusable == 0
+
+
+def test_a_forked_child_uses_the_store_whatever_threads_of_the_parent_were_doing(tmp_path: Path) -> None:
+    lines = run(
+        """
+import signal, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, about forks beside threads
+store.put(key, b"payload")
+others = [VariantKey.of({"number": str(number)}) for number in range(8)]
+ended = threading.Event()
+
+def work(other):
+    while not ended.is_set():
+        store.get(other), store.statistics
+
+threads = [threading.Thread(target=work, args=(other,)) for other in others]
+sys.setswitchinterval(1e-6)
+for thread in threads:
+    thread.start()
+codes = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)
+        os._exit(0 if store.get(key) == b"payload" and store.statistics.hits > 0 else 1)
+    codes.append(os.waitpid(child, 0)[1])
+    if codes[-1] != 0:
+        break
+ended.set()
+for thread in threads:
+    thread.join()
+print(codes == [0] * 40, codes)
+""",
+        str(tmp_path),
+    )
+    assert lines[0].startswith("True"), lines
