@@ -6,27 +6,55 @@ changes under it. Supported: torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import ctypes
+import hashlib
+import io
+import marshal
+import math
+import os
+import pickle
+import platform
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 __all__ = [
-    "assumptions_since",
+    "Ambient",
+    "Assumption",
+    "NotSendableError",
+    "StaleVariantError",
+    "ambient_state",
+    "assumption_since",
     "backend_being_traced",
+    "boxed",
+    "compile_graph",
     "compile_with_inductor",
+    "compiler_cache_dir",
     "constant_while_tracing",
     "copy_for_recompile",
+    "describe_graph",
     "deserialise_compiled",
     "fake_inputs",
     "fake_like",
+    "fake_tensors",
     "guard_count",
     "inductor_mode_options",
     "inside_backward",
+    "load_graph",
+    "pack_graph",
     "recompile_context",
     "serialise_compiled",
+    "shared_inputs",
+    "static_inputs",
+    "system_factors",
+    "unpack_graph",
 ]
 
 
@@ -121,6 +149,19 @@ def fake_like(tensors: Sequence[torch.Tensor], among: Sequence[Any]) -> list[tor
     return [faked(tensor) for tensor in tensors]
 
 
+def fake_tensors(
+    described: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device, bool]], among: Sequence[Any]
+) -> list[torch.Tensor]:
+    """Fake tensors of given shape, stride, dtype, device and requires-grad flag, in the fake mode of `among`."""
+    from torch._subclasses import FakeTensorMode
+
+    with _fake_mode(among) or FakeTensorMode():
+        return [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device).requires_grad_(requires_grad)
+            for shape, stride, dtype, device, requires_grad in described
+        ]
+
+
 def _fake_mode(values: Sequence[Any]) -> Any:
     return next((value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor)), None)
 
@@ -131,34 +172,54 @@ def guard_count(values: Sequence[Any]) -> int:
     return 0 if mode is None or mode.shape_env is None else len(mode.shape_env.guards)
 
 
-def assumptions_since(values: Sequence[Any], count: int) -> Callable[..., bool] | None:
-    """A check of what a compilation assumed about sizes: the guards beyond the first `count`; None if there are none.
+@dataclass(frozen=True)
+class Assumption:
+    """What a compilation assumed about sizes: a Python expression over names, and where each name's value is read.
 
-    `values` are the fake inputs of the graph. The check takes the real inputs, in their order, and says whether every
-    assumption holds for them. Dynamo hands each symbolic size over as an input of its own, and that is where it is
-    read; an assumption about anything else never holds.
+    A place is the position of an input and, for a tensor, the dimension. An expression of None never holds.
     """
-    import sympy
+
+    expression: str | None
+    places: tuple[tuple[str, int, int | None], ...] = ()
+
+    def check(self) -> Callable[[Sequence[Any]], bool]:
+        """A function that takes the real inputs, in their order, and says whether the assumption holds for them."""
+        if self.expression is None:
+            return lambda _: False
+        names = ", ".join(name for name, _, _ in self.places)
+        holds: Callable[..., object] = eval(f"lambda {names}: {self.expression}", {"math": math, "torch": torch})
+        places = [(position, dimension) for _, position, dimension in self.places]
+
+        def check(inputs: Sequence[Any]) -> bool:
+            return bool(holds(*[inputs[p] if d is None else inputs[p].shape[d] for p, d in places]))
+
+        return check
+
+
+def assumption_since(values: Sequence[Any], count: int) -> Assumption | None:
+    """What a compilation assumed about sizes: the guards beyond the first `count`; None if there are none.
+
+    `values` are the fake inputs of the graph. A size is read from an input that is this size, or from a dimension of
+    a tensor; an assumption about anything else never holds.
+    """
+    from torch.utils._sympy.printers import PythonPrinter
 
     mode = _fake_mode(values)
     if mode is None or mode.shape_env is None or len(mode.shape_env.guards) == count:
         return None
     expressions = [guard.expr for guard in mode.shape_env.guards[count:]]
-    symbols = {
-        value.node.expr: position
-        for position, value in enumerate(values)
-        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
-    }
+    places: dict[Any, tuple[int, int | None]] = {}
+    for position, value in enumerate(values):
+        sizes = [(None, value)] if isinstance(value, torch.SymInt) else list(enumerate(getattr(value, "shape", ())))
+        for dimension, size in sizes:
+            if isinstance(size, torch.SymInt):
+                places.setdefault(size.node.expr, (position, dimension))
     needed = sorted(set().union(*(expression.free_symbols for expression in expressions)), key=str)
-    if not all(symbol in symbols for symbol in needed):
-        return lambda *_: False
-    positions = [symbols[symbol] for symbol in needed]
-    holds = sympy.lambdify(needed, sympy.And(*expressions), modules="math")
-
-    def check(*inputs: Any) -> bool:
-        return bool(holds(*[inputs[position] for position in positions]))
-
-    return check
+    if not all(symbol in places for symbol in needed):
+        return Assumption(None)
+    printer = PythonPrinter()
+    text = " and ".join(f"({printer.doprint(expression)})" for expression in expressions)
+    return Assumption(text, tuple((str(symbol), *places[symbol]) for symbol in needed))
 
 
 @contextlib.contextmanager
@@ -209,3 +270,432 @@ def deserialise_compiled(data: bytes) -> Callable[..., Any]:
 
     loaded: Callable[..., Any] = AOTCompiledArtifact.deserialize(data)
     return loaded
+
+
+class NotSendableError(Exception):
+    """A Dynamo graph that no other process can be given; the message says why."""
+
+
+class StaleVariantError(Exception):
+    """Compiled code that cannot be loaded here: a library it needs is gone, or another torch or Python made it."""
+
+
+def compiler_cache_dir() -> str | None:
+    """Inductor's cache directory; None where compiled code is not to be kept."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return None
+    directory: str = cache_dir()
+    return directory
+
+
+# -- a graph for another process ---------------------------------------------------------------------------------------
+
+
+def pack_graph(module: fx.GraphModule) -> bytes:
+    """A Dynamo graph as bytes that :func:`unpack_graph` reads in another process of the same torch.
+
+    Nodes keep operator, arguments and name. Placeholders keep what their fake values are like, symbolic sizes included,
+    but no longer share memory (:func:`shared_inputs` names those that did). Other fake values are left behind and
+    computed anew where the graph is read. Raises :class:`NotSendableError` for a graph that holds parameters or
+    buffers, and for what pickle refuses.
+    """
+    from torch.fx._graph_pickler import GraphPickler, Options
+
+    sent = copy_for_recompile(module)
+    sent.meta.clear()
+    held = [name for name, _ in (*sent.named_parameters(), *sent.named_buffers())]
+    if held:
+        raise NotSendableError(f"it holds tensors of its own: {', '.join(held[:3])}")
+    _forget_values(sent)
+    options = Options(ops_filter=None, node_metadata_key_filter=lambda key: key == "example_value")
+    try:
+        data: bytes = GraphPickler.dumps(sent, options)
+    except Exception as error:  # pickle and the pickler of graphs raise almost anything
+        raise NotSendableError(f"{type(error).__name__}: {error}") from error
+    return data
+
+
+def _forget_values(module: fx.GraphModule) -> None:
+    from torch._subclasses import FakeTensor
+
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        node.meta = {}
+        if node.op == "placeholder":
+            node.meta["example_value"] = _alone(value) if type(value) is FakeTensor else value
+    for name, child in module.named_children():
+        if isinstance(child, fx.GraphModule):  # the body of a higher-order operator, shared with the original
+            body = copy_for_recompile(child)
+            body.meta.clear()
+            for node in body.graph.nodes:
+                node.meta = {}
+            module.add_submodule(name, body)
+
+
+def _alone(value: Any) -> torch.Tensor:
+    """A fake tensor like `value` that is no view of another and has no gradient."""
+    with value.fake_mode:
+        fresh = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+    return fresh.requires_grad_(value.requires_grad)
+
+
+def describe_graph(module: fx.GraphModule, rename: Callable[[fx.Node], fx.Node | str]) -> str:
+    """What a graph computes, as text that is the same in every process: nodes, constants, and what inputs are like.
+
+    `rename` may give a text of its own for a node.
+    """
+    lines: list[str] = []
+    for node in module.graph.nodes:
+        text = rename(node)
+        lines.append(text if isinstance(text, str) else f"{node.op} {node.format_node()}")
+        value = node.meta.get("example_value")
+        if node.op == "placeholder":
+            lines.append(_describe_input(value))
+        elif node.op == "get_attr":
+            lines.append(_describe_constant(module, str(node.target), rename))
+    mode = _fake_mode(fake_inputs(module.graph))
+    if mode is not None and mode.shape_env is not None:
+        environment = mode.shape_env
+        lines += sorted(f"{symbol} in {bounds}" for symbol, bounds in environment.var_to_range.items())
+        lines += sorted(f"{symbol} is {other}" for symbol, other in environment.replacements.items())
+        lines += sorted(str(guard.expr) for guard in environment.guards)
+    return "\n".join(lines)
+
+
+def _describe_input(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value}"
+    sizes, strides = ([str(each) for each in group] for group in (value.shape, value.stride()))
+    kind = type(value).__name__
+    return f"{kind} {value.dtype} {value.device} {sizes} {strides} {value.storage_offset()} {value.requires_grad}"
+
+
+def _describe_constant(module: fx.GraphModule, name: str, rename: Callable[[fx.Node], fx.Node | str]) -> str:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    if isinstance(value, fx.GraphModule):
+        return f"{{{describe_graph(value, rename)}}}"
+    if isinstance(value, torch.Tensor):
+        data = io.BytesIO()
+        torch.save(value.detach().cpu(), data)
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data.getvalue()).hexdigest()}"
+    return repr(value)
+
+
+def system_factors() -> dict[str, str]:
+    """What machine code depends on besides the graph: versions of torch and Python, and the hardware."""
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    return {
+        "torch": torch.__version__,
+        "torch sources": torch_key().hex(),
+        "python": sys.version,
+        "system": repr(sorted(CacheBase.get_system().items())),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def shared_inputs(values: Sequence[Any]) -> frozenset[int]:
+    """The positions of fake inputs that share memory with another input."""
+    owners: dict[int, list[int]] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            owners.setdefault(value.untyped_storage()._cdata, []).append(position)
+    return frozenset(position for group in owners.values() if len(group) > 1 for position in group)
+
+
+def static_inputs(graph: fx.Graph) -> frozenset[int]:
+    """The positions of the inputs of a Dynamo graph whose address stays the same: parameters and buffers."""
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    key = "_dynamo_static_input_type"
+    return frozenset(i for i, node in enumerate(nodes) if node.meta.get("tensor_dict", {}).get(key) is not None)
+
+
+def unpack_graph(data: bytes) -> fx.GraphModule:
+    """The graph that :func:`pack_graph` wrote, in a fake mode and a shape environment of its own."""
+    from torch._subclasses import FakeTensorMode
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    module: Any = GraphPickler.loads(data, mode)
+    module.recompile()
+    unpacked: fx.GraphModule = module
+    return unpacked
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """The process-wide settings under which a graph was captured, and which its compilation depends on."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast_cache: bool
+    deterministic: tuple[bool, bool]
+    default_dtype: torch.dtype
+    matmul_precision: str
+    threads: int
+    cache_dir: str | None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    functorch: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """These settings; for a process of its own, where nothing has to be put back but what is scoped anyway."""
+        from torch._functorch import config as functorch_config
+        from torch._inductor import config as inductor_config
+
+        if self.cache_dir is not None:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache_dir
+        torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
+        torch.set_default_dtype(self.default_dtype)
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        threads = {} if "cpp.threads" in self.inductor else {"cpp.threads": self.threads}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inductor_config.patch({**threads, **self.inductor}))
+            stack.enter_context(functorch_config.patch(dict(self.functorch)))
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.autocast_cache)
+                )
+            yield
+
+
+_LOCAL_TO_A_PROCESS = ("compile_threads", "worker_", "_", "trace.", "quiesce_async_compile")
+
+
+def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]) -> Ambient:
+    """The settings in force on this thread, with `config_patches` over Inductor's own.
+
+    Raises :class:`NotSendableError` for a setting that is a function or anything else that pickle refuses.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    inductor = inductor_config._get_dict(skip_default=True)  # type: ignore[attr-defined]  # added at import
+    inductor = {name: value for name, value in inductor.items() if not name.startswith(_LOCAL_TO_A_PROCESS)}
+    functorch = functorch_config._get_dict(skip_default=True)  # type: ignore[attr-defined]
+    ambient = Ambient(
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
+        torch.is_autocast_cache_enabled(),
+        (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+        {**inductor, **config_patches},
+        functorch,
+    )
+    for name, value in (*ambient.inductor.items(), *ambient.functorch.items()):
+        try:
+            pickle.dumps(value)
+        except Exception as error:  # pickle raises almost anything
+            raise NotSendableError(f"the compiler setting {name} cannot be sent: {error}") from error
+    return ambient
+
+
+# -- compiled code from another process --------------------------------------------------------------------------------
+
+
+def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozenset[int]) -> bytes:
+    """Compile forward and backward with Inductor; returns what :func:`load_graph` loads with little Python.
+
+    `module` is a graph whose placeholders have fake values. `shared` are the positions of inputs that share memory
+    with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. Slow,
+    and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to an
+    input that shares memory, and what the compiler raises.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo.source import ConstantSource
+    from torch._functorch import config as functorch_config
+    from torch._inductor import standalone_compile
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta["example_value"] for node in placeholders]
+    mode = _fake_mode(fakes)
+    known = guard_count(fakes)
+    if mode is not None:
+        with enable_python_dispatcher():  # for operators that know symbolic sizes by their decomposition alone
+            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+    for node in module.graph.nodes:  # AOTAutograd's cache asks for example_value, and gives up without it
+        node.meta = {"example_value": node.meta["val"]} if "val" in node.meta else {}
+    for position, node in enumerate(placeholders):
+        node.meta["example_value"] = fakes[position]
+        node._dynamo_source = ConstantSource(f"esper_input_{position}")
+        if position in static:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    module.meta["dynamo_compile_id"] = None
+    module._param_name_to_source = {}  # type: ignore[assignment]  # with which AOTAutograd looks for static inputs
+    with functorch_config.patch(force_non_lazy_backward_lowering=True):  # torch 2.11 compiles backwards on first use
+        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
+        entry, *kernels = pickle.loads(compiled.serialize())
+    written = [
+        i for i, each in enumerate(entry.runtime_metadata.input_info) if each.mutates_data or each.mutates_metadata
+    ]
+    if not shared.isdisjoint(written):
+        raise NotSendableError("it writes to an input that shares memory with another input")
+    code = [_loadable(part.result) for part in (entry.compiled_fw, entry.compiled_bw) if part is not None]
+    assumption = assumption_since(fakes, known)
+    return pickle.dumps((sys.version, torch.__version__, assumption, code, pickle.dumps((entry, *kernels))))
+
+
+def _loadable(graph: Any) -> bytes:
+    """The Python that Inductor wrote for `graph`, compiled, with its C++ kernels named by their files."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    tree = ast.parse(graph.source_code)
+
+    def is_call(node: ast.AST, name: str) -> bool:
+        return isinstance(node, ast.Call) and ast.unparse(node.func) == name
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and is_call(node.value, "AsyncCompile"):
+            node.value = ast.copy_location(ast.Name(_LIBRARIES, ast.Load()), node.value)
+        elif isinstance(node, ast.Call) and is_call(node, "async_compile.cpp_pybinding"):
+            kernel = CppPythonBindingsCodeCache.load_pybinding(*(ast.literal_eval(each) for each in node.args))
+            library: Any = kernel.__self__
+            places = [library.__spec__.name, library.__file__]
+            node.args = [ast.copy_location(ast.Constant(each), node) for each in places]
+    graph.source_code = ""
+    return marshal.dumps(
+        compile(ast.fix_missing_locations(tree), f"<esper {graph.cache_key}>", "exec", dont_inherit=True)
+    )
+
+
+_LIBRARIES = "__esper_libraries__"
+
+
+def load_graph(
+    data: bytes, config_patches: Mapping[str, Any], pause: Callable[[], None]
+) -> tuple[Callable[[list[Any]], Any], Assumption | None]:
+    """What :func:`compile_graph` compiled, as a function of the list of inputs, and what it assumed about sizes.
+
+    For a background thread: the work is done in small pieces, and `pause` is called between them, when the lock of the
+    interpreter should be left to others for a moment. Loads machine code: only for bytes from this machine's own
+    workers and cache. Raises :class:`StaleVariantError` for code that does not fit this process.
+    """
+    from torch._functorch import config as functorch_config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config as inductor_config
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    python, version, assumption, code, packed = pickle.loads(data)
+    if (python, version) != (sys.version, torch.__version__):
+        raise StaleVariantError(f"it was made by torch {version} on Python {python}")
+    pause()
+    entry, triton_kernels, triton_arguments = pickle.loads(packed)
+    _restore_triton_kernels(triton_kernels, triton_arguments)
+    pause()
+    for part, marshalled in zip((entry.compiled_fw, entry.compiled_bw), code, strict=False):
+        _load_ahead(part.result, marshalled, pause)
+    entry.guards_expr = None
+    patches = {
+        name: value for name, value in config_patches.items() if name.startswith(("triton.cudagraph", "graph_p"))
+    }
+    with (
+        tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))),
+        inductor_config.patch(patches),
+        functorch_config.patch(bundled_autograd_cache=True),
+    ):
+        kwargs = {
+            "cudagraphs": BoxedBool(inductor_config.triton.cudagraphs),
+            "boxed_forward_device_index": BoxedDeviceIndex(None),
+        }
+        compiled: Callable[[list[Any]], Any] = entry.wrap_post_compile([], entry.sanitized_aot_config, kwargs)
+    return compiled, assumption
+
+
+def _restore_triton_kernels(kernels: Mapping[int, Any], arguments: Mapping[int, Any]) -> None:
+    if kernels or arguments:
+        from torch._dynamo.aot_compile_types import _deserialize_triton_kernel
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        for index, where in kernels.items():
+            kernel = _deserialize_triton_kernel(where)
+            kernel_side_table.id_to_kernel[index] = kernel
+            kernel_side_table.kernel_to_id[kernel] = index
+        kernel_side_table.constant_args.update(arguments)
+
+
+def _load_ahead(graph: Any, marshalled: bytes, pause: Callable[[], None]) -> None:
+    """Execute the generated code of `graph` already, and have its own loading find that."""
+    namespace = types.ModuleType(f"esper_variant_{graph.cache_key}")
+    vars(namespace)[_LIBRARIES] = _Libraries(pause)
+    exec(marshal.loads(marshalled), vars(namespace))
+    pause()
+
+    def after_deserialization(constants: Any) -> str:
+        vars(namespace).update(constants.unwrap(graph))
+        graph.current_callable = namespace.call
+        graph.recursively_apply_fns = getattr(namespace, "recursively_apply_fns", None)
+        graph.compiled_fn_runner = getattr(namespace, "runner", None)
+        return namespace.__name__
+
+    graph.after_deserialization = after_deserialization
+
+
+class _Libraries:
+    """Stands for Inductor's `AsyncCompile` in generated code: loads C++ kernels by the path of their library."""
+
+    def __init__(self, pause: Callable[[], None]) -> None:
+        from torch._inductor.async_compile import AsyncCompile
+
+        self._others = AsyncCompile()
+        self._pause = pause
+
+    def cpp_pybinding(self, name: str, path: str) -> Callable[..., Any]:
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        if not os.path.exists(path):
+            raise StaleVariantError(f"the library {path} is gone")
+        _open_library(path)
+        library: Any = CppPythonBindingsCodeCache._load_library_inner(path, name.rsplit(".", 1)[0])
+        kernel: Callable[..., Any] = library.kernel
+        self._pause()
+        return kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._others, name)
+
+
+def _open_library(path: str) -> None:
+    """Have the system load a library without holding the interpreter's lock, as Python's import does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).dlopen(path.encode(), os.RTLD_NOW)
+
+
+def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """`compiled`, which takes inputs one by one, as a function of the list of inputs.
+
+    What AOTAutograd returns puts its inputs into a list for the function inside: that function is taken out, which
+    saves a call at each step.
+    """
+    inside = _inside_aot_wrapper(compiled)
+    return (lambda inputs: compiled(*inputs)) if inside is None else inside
+
+
+def _inside_aot_wrapper(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any] | None:
+    code = getattr(compiled, "__code__", None)
+    if code is None or code.co_qualname not in (
+        "aot_module_simplified.<locals>.forward",
+        "deserialize_bundled_cache_entry.<locals>.forward",
+    ):
+        return None
+    cells = dict(zip(code.co_freevars, getattr(compiled, "__closure__", None) or (), strict=True))
+    if "compiled_fn" not in cells or ((parameters := cells.get("params_buffers_flat")) and parameters.cell_contents):
+        return None
+    inside: Callable[[list[Any]], Any] = cells["compiled_fn"].cell_contents
+    return inside

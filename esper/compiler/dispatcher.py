@@ -1,87 +1,112 @@
-"""The callable that a compiled graph holds: it forwards to the variant for the plan in force.
+"""What a compiled graph holds: it forwards to the variant for the plan in force.
 
-Dynamo gets one dispatcher for each graph that contains sites. A call costs one attribute read more than the variant
-itself. All methods but `__call__` are for the thread that runs the model, at a commit or between two calls.
+Dynamo gets the `entry` of one dispatcher for each graph that contains sites. A call costs one counter and one attribute
+read more than the variant itself. `prepare` is for background threads; everything else is for the thread that runs the
+model, at a commit or between two calls.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor
 
-from esper import torch_internals
-from esper.compiler.inner import InnerCompiler
+from esper.compiler.report import CompileReport, GraphReport, VariantReport
+from esper.compiler.variant_cache import Boxed, Variant, VariantCache
+from esper.compiler.variant_compiler import Compilation, VariantCompiler
+from esper.compiler.variant_store import default_store
+from esper.compiler.workers import workers_so_far
 from esper.execution.call_counter import CallCounter
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
-from esper_passes import ElideDormant, InlineKernels, Pipeline, site_calls_in
 
-__all__ = ["Dispatcher"]
-
-_LOG = logging.getLogger("esper.compiler")
-_KEPT_VARIANTS = 8  # besides the dormant one
+__all__ = ["Dispatcher", "report_on"]
 
 
 class Dispatcher:
     """Forwards to `variant`, which is specialised for the plan in force.
 
-    `marked` is the graph with its site markers, `inputs` its fake inputs, `roots` the runtimes whose forward begins in
-    this graph (only there may a commit happen), `runtimes` all whose sites it holds.
+    `roots` are the runtimes whose forward begins in this graph (only there may a commit happen), `runtimes` all whose
+    sites it holds, `site_calls` the sites that it calls, in order.
     """
 
     __slots__ = (
-        "__weakref__", "_armed", "_compiled", "_current", "_inner", "_inputs", "_known_guards", "_marked", "_plan",
-        "_tick", "counter", "roots", "runtimes", "site_calls", "variant",
+        "__weakref__", "_armed", "_compiler", "_current", "_plan", "_under_way", "_variants", "counter", "entry",
+        "roots", "runtimes", "site_calls", "variant",
     )  # fmt: skip
 
     def __init__(
         self,
-        marked: fx.GraphModule,
-        inputs: Sequence[Any],
-        inner: InnerCompiler,
+        compiler: VariantCompiler,
+        site_calls: Sequence[int],
         runtimes: Sequence[Runtime],
         roots: Sequence[Runtime],
     ) -> None:
-        self._marked = marked
-        self._inputs = list(inputs)
-        self._known_guards = torch_internals.guard_count(self._inputs)
-        self._inner = inner
-        self._compiled: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+        self._compiler = compiler
+        self._variants = VariantCache(compiler.options.variant_cache_mb * 2**20)
+        self._under_way = 0
         self._armed = False
         self.counter = CallCounter()
-        self._tick = self.counter.tick
         self.runtimes = tuple(runtimes)
         self.roots = tuple(roots)
-        self.site_calls = site_calls_in(marked.graph)
-        self._plan = self._plan_in_force()
-        self._current: Callable[..., Any] = self._resolve
-        self.variant: Callable[..., Any] = self._resolve
+        self.site_calls = tuple(site_calls)
+        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
+        self._current: Boxed = self._resolve
+        self.variant: Boxed = self._resolve
+        self.entry = self._make_entry()
         for runtime in self.runtimes:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
 
-    def __call__(self, *inputs: Any) -> Any:
-        self._tick()
-        return self.variant(*inputs)
+    def _make_entry(self) -> Callable[..., Any]:
+        tick = self.counter.tick
+
+        def entry(*inputs: Any) -> Any:
+            tick()
+            return self.variant(list(inputs))
+
+        return entry
 
     # -- Executor, as the runtime sees it --------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan) -> None:
-        """Nothing to prepare away from the training thread: a new variant is compiled at its first call."""
+    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+        """Whether `plan` can come into force for `runtime` without a compilation that workers could do."""
+        wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
+        return not self._compiler.remote or self._variants.get(wanted.structure) is not None
+
+    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
+        """Begin to make the variant that `plan` needs, unless it is there or has to be compiled at its first call."""
+        wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
+        if self._variants.get(wanted.structure) is not None:
+            return None
+        if not self._compiler.remote:
+            if self._compiler.options.inner_name == "eager":
+                self._variants.put(wanted.structure, self._compiler.uncompiled(wanted))
+            return None
+        started = self._compiler.start(wanted)
+        if isinstance(started, Variant):
+            self._variants.put(wanted.structure, started)
+            return None
+        self._under_way += 1
+        return Preparation(self, wanted, started)
+
+    def finished(self, plan: Plan, variant: Variant | None) -> None:
+        """A preparation has ended; without a variant, if it failed or was called off."""
+        self._under_way -= 1
+        if variant is not None:
+            self._variants.put(plan.structure, variant)
 
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`, that of one of the runtimes; the others keep theirs."""
         del plan  # several runtimes may share this graph: ask each
-        self._plan = self._plan_in_force()
-        self._point_to(self._resolve)
+        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
+        variant = self._variants.get(self._plan.structure)
+        self._point_to(self._resolve if variant is None else self._bound(variant))
 
     def arm(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
@@ -99,11 +124,11 @@ class Dispatcher:
         current = self._current
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
-        def timed(*inputs: Any) -> Any:
+        def timed(inputs: list[Any]) -> Any:
             if self.variant is timed:
                 self.variant = self._enter if self._armed else current
             watch = telemetry.stopwatch()
-            outputs = current(*inputs)
+            outputs = current(inputs)
             watch.stop()
             for site in sites:
                 telemetry.record(site, watch)
@@ -114,83 +139,114 @@ class Dispatcher:
 
     # -- variants --------------------------------------------------------------------------------------------------
 
-    def adopt(self, compiled: Callable[..., Any]) -> None:
-        """Take `compiled` as the dormant variant: what the backend compiled while Dynamo was calling it."""
-        self._compiled[Plan().structure] = compiled
-        self._known_guards = torch_internals.guard_count(self._inputs)  # Dynamo has yet to make its guards of these
-        if self._plan.is_dormant:
-            self._point_to(compiled)
+    @property
+    def plan(self) -> Plan:
+        """The part of the plan in force that concerns this graph."""
+        return self._plan
 
-    def _plan_in_force(self) -> Plan:
+    def provide(self, plan: Plan, variant: Variant | None) -> None:
+        """Take `variant` for plans like `plan`; None has it compiled at the next call. On any thread.
+
+        If such a plan is in force, the next forward runs it.
+        """
+        self._variants.put(plan.structure, variant)
+        if self._plan.structure == plan.structure and self._current != self._resolve:
+            self.runtimes[0].renew(self)
+
+    def _restricted(self, plans: Mapping[Runtime, Plan]) -> Plan:
         sites: dict[int, Any] = {}
-        for runtime in self.runtimes:
-            sites.update(runtime.plan.restricted(self.site_calls).sites)
+        for plan in plans.values():
+            sites.update(plan.restricted(self.site_calls).sites)
         return Plan(dict(sorted(sites.items())))
 
-    def _point_to(self, variant: Callable[..., Any]) -> None:
+    def _point_to(self, variant: Boxed) -> None:
         self._current = variant
         if not self._armed:
             self.variant = variant
 
-    def _enter(self, *inputs: Any) -> Any:
+    def _enter(self, inputs: list[Any]) -> Any:
         for runtime in self.roots:
             runtime.boundary()
-        return self._current(*inputs)
+        return self._current(inputs)
 
-    def _resolve(self, *inputs: Any) -> Any:
-        variant = self._variant(self._plan)
-        self._point_to(variant)
-        return variant(*inputs)
+    def _resolve(self, inputs: list[Any]) -> Any:
+        variant = self._variants.get(self._plan.structure)
+        if variant is None:
+            variant = self._compiler.compile_here(self._plan)
+            self._variants.put(self._plan.structure, variant)
+        self._point_to(self._bound(variant))
+        return self._current(inputs)
 
-    def _variant(self, plan: Plan) -> Callable[..., Any]:
-        structure = plan.structure
-        compiled = self._compiled.get(structure)
-        if compiled is None:
-            compiled = self._compile(plan)
-            self._compiled[structure] = compiled
-            self._evict()
-        self._compiled.move_to_end(structure)
+    def _bound(self, variant: Variant) -> Boxed:
+        """The variant with the tensors of the plan in force as its last inputs."""
+        plan, call = self._plan, variant.call
+        self._variants.in_force = plan.structure
         if plan.is_dormant:
-            return compiled
-        parameters = tuple(parameter for seed in plan.seeds() for parameter in seed.kernel.parameters)
+            return call
+        parameters = [parameter for seed in plan.seeds() for parameter in seed.kernel.parameters]
         readers = [runtime.alpha_reader(plan) for runtime in self.runtimes]
-        if len(readers) == 1:
-            read = readers[0]
-            return lambda *inputs: compiled(*inputs, *parameters, read())
-        return lambda *inputs: compiled(*inputs, *parameters, torch.cat([read() for read in readers]))
+        read = readers[0] if len(readers) == 1 else lambda: torch.cat([reader() for reader in readers])
 
-    def _evict(self) -> None:
-        active = [structure for structure in self._compiled if structure != Plan().structure]
-        for structure in active[: max(len(active) - _KEPT_VARIANTS, 0)]:
-            del self._compiled[structure]
+        def bound(inputs: list[Any]) -> Any:
+            inputs += parameters
+            inputs.append(read())
+            return call(inputs)
 
-    def _compile(self, plan: Plan) -> Callable[..., Any]:
-        module = torch_internals.copy_for_recompile(self._marked)
-        kernels = {
-            site: tuple(seed.kernel.seed_graph(seed.isolate) for seed in seeds) for site, seeds in plan.sites.items()
-        }
-        elide = ElideDormant(frozenset(kernels))
-        module = Pipeline((InlineKernels(kernels), elide) if kernels else (elide,))(module).graph_module
-        seeds = list(plan.seeds())
-        inputs = self._inputs
-        if seeds:
-            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self.runtimes[0].state.device)
-            extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
-            fakes = torch_internals.fake_like(extra, among=inputs)
-            new = [node for node in module.graph.nodes if node.op == "placeholder"][len(inputs) :]
-            for node, fake in zip(new, fakes, strict=True):
-                node.meta["example_value"] = fake
-            inputs = [*inputs, *fakes]
-        started = time.perf_counter()
+        return bound
+
+    # -- what is known of it ---------------------------------------------------------------------------------------
+
+    def report(self, names: Mapping[int, str]) -> GraphReport:
+        """Its variants; `names` are those of the sites."""
+        in_force = self._plan.structure
+        variants = [
+            VariantReport(
+                plan=_plan_text(structure, names),
+                origin=variant.origin,
+                seconds=variant.seconds,
+                size_bytes=variant.size_bytes,
+                reason=variant.reason,
+                in_force=structure == in_force,
+            )
+            for structure, variant in self._variants.items()
+        ]
+        sites = tuple(names.get(site, f"site {site}") for site in dict.fromkeys(self.site_calls))
+        inner = self._compiler.options.inner_name
+        return GraphReport(self._compiler.name, sites, inner, tuple(variants), max(self._under_way, 0))
+
+
+class Preparation:
+    """A variant that a dispatcher waits for. For the background thread that began it."""
+
+    def __init__(self, dispatcher: Dispatcher, plan: Plan, compilation: Compilation) -> None:
+        self._dispatcher, self._plan, self._compilation = dispatcher, plan, compilation
+        self.future: Future[Tensor] | Future[bytes] = compilation.future
+
+    def finish(self) -> None:
+        """Load the variant once `future` is done; raises what kept it from being compiled."""
+        variant = None
         try:
-            with torch_internals.recompile_context(inputs, module):
-                compiled = self._inner(module, inputs)
-        except Exception as error:  # noqa: BLE001  # whatever the inner compiler raises, the forward has to go on
-            _LOG.warning("the inner compiler failed on a graph with seeds; it runs uncompiled", exc_info=error)
-            return cast(Callable[..., Any], module.forward)
-        holds = torch_internals.assumptions_since(inputs, self._known_guards)
-        _LOG.info("compiled a variant with %d active seeds in %.2f s", len(seeds), time.perf_counter() - started)
-        if holds is None:
-            return compiled
-        uncompiled = module.forward
-        return lambda *inputs: compiled(*inputs) if holds(*inputs) else uncompiled(*inputs)
+            variant = self._compilation.finish()
+        finally:
+            self._dispatcher.finished(self._plan, variant)
+
+    def abandon(self) -> None:
+        """Nobody waits any more. What a worker has begun goes on, for the store."""
+        self._compilation.future.cancel()
+        self._dispatcher.finished(self._plan, None)
+
+
+def report_on(executors: Iterable[object], names: Mapping[int, str]) -> CompileReport:
+    """What is known of the dispatchers among `executors`, and of workers and store; `names` are those of sites."""
+    dispatchers = [executor for executor in executors if isinstance(executor, Dispatcher)]
+    graphs = sorted((each.report(names) for each in dispatchers), key=lambda graph: int(graph.name.split()[-1]))
+    store = default_store() if graphs else None
+    return CompileReport(tuple(graphs), workers_so_far(), None if store is None else store.statistics)
+
+
+def _plan_text(structure: Any, names: Mapping[int, str]) -> str:
+    parts = [
+        f"{names.get(site, f'site {site}')}[{', '.join(str(seed[0])[:12] for seed in seeds)}]"
+        for site, seeds in structure
+    ]
+    return "; ".join(parts) or "dormant"

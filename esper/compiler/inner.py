@@ -12,7 +12,7 @@ from torch import fx
 from esper import torch_internals
 from esper.errors import EsperError
 
-__all__ = ["BackendOptionError", "InnerCompiler", "resolve_inner"]
+__all__ = ["BackendOptionError", "Inductor", "InnerCompiler", "resolve_inner"]
 
 InnerCompiler = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 """What Dynamo calls a backend: a graph and example inputs in, a callable on flat inputs out."""
@@ -23,7 +23,9 @@ class BackendOptionError(EsperError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Inductor:
+class Inductor:
+    """Inductor, with `config_patches` over the settings in force."""
+
     config_patches: Mapping[str, Any]
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -40,7 +42,7 @@ def resolve_inner(mode: str | None, options: Mapping[str, Any] | None) -> InnerC
     inner = remaining.pop("inner", "inductor")
     if inner == "inductor":
         patches = torch_internals.inductor_mode_options(mode) if mode and mode != "default" else {}
-        return _Inductor({**patches, **remaining})
+        return Inductor({**patches, **remaining})
     if remaining or (mode and mode != "default"):
         named = ", ".join([*remaining, *([f"mode={mode!r}"] if mode else [])])
         raise BackendOptionError(f"{named} are Inductor's own options, and the inner compiler is {inner!r}: drop them")

@@ -10,7 +10,7 @@ from types import MappingProxyType
 __all__ = ["VariantKey"]
 
 _DOMAIN = b"esper variant key 1"
-_LONGEST_TEXT = 80  # characters of a factor that are kept as they are; longer ones are kept as their digest
+_LONGEST_TEXT = 1000  # characters of a factor that are kept as they are; longer ones are kept as their digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ __all__ = ["DEFAULT_LIMIT_BYTES", "StoreStatistics", "VariantKey", "VariantStore
 DEFAULT_LIMIT_BYTES = 2 * 1024**3
 """2 GiB: several thousand variants."""
 
-_LOG = logging.getLogger("esper.compiler.store")
+_LOG = logging.getLogger(__name__)
 _SUFFIX = ".variant"
 _TEMPORARY = ".tmp"
 _ABANDONED_SECONDS = 3600.0  # a temporary file that nobody has renamed for so long was left by a killed process

@@ -53,20 +53,28 @@ class WorkerLink:
         with theirs:
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-            arguments = [str(theirs.fileno()), str(os.getpid()), str(nice), target]
             try:
-                self._process = start_child(
-                    _MODULE,
-                    arguments,
-                    log=self._log,
-                    compile_threads=_compile_threads(),
-                    pass_fds=[theirs.fileno()],
-                )
-            except ChildStartError as cause:
+                self._process = self._start(theirs, nice)
+            except (ChildStartError, OSError) as cause:
                 ours.close()
                 self._log.close()
                 raise WorkerStartError(f"no compile worker can be started: {cause}") from cause
         self._line = _Line(ours, self._process.pid)
+
+    def _start(self, theirs: socket.socket, nice: int) -> subprocess.Popen[bytes]:
+        import fcntl  # not on Windows
+
+        descriptor = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)  # a daemon's socket may have one below
+        try:
+            return start_child(
+                _MODULE,
+                [str(descriptor), str(os.getpid()), str(nice), self._target],
+                log=self._log,
+                compile_threads=_compile_threads(),
+                pass_fds=[descriptor],
+            )
+        finally:
+            os.close(descriptor)
 
     def wait_until_ready(self, seconds: float) -> None:
         """Wait until the target is imported. Raises ``WorkerStartError`` if that fails, or what :meth:`call` does."""

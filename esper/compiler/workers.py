@@ -20,7 +20,7 @@ from esper.compiler.report import WorkerCounters
 from esper.compiler.worker_link import LinkEndedError, LinkTimeoutError, WorkerLink
 from esper.forking import reset_after_fork
 
-__all__ = ["CompileWorkers", "default_workers"]
+__all__ = ["CompileWorkers", "default_workers", "workers_so_far"]
 
 _log = logging.getLogger(__name__)
 
@@ -250,16 +250,19 @@ class _Seat:
             self._ready_link()
         except LinkEndedError:
             if not self._pool.is_closed:
-                _log.warning("a compile worker %s while it started; its output:\n%s", *self._fail())
+                _log.warning("%s", _start_error(*self._fail()))
         except WorkerStartError as error:
             _log.warning("%s", error)
 
     def _outcome(self, job: _Job) -> bytes | BaseException:
         """The job's result, or why there is none."""
         how = tail = ""
+        ready = False
         for attempt in range(1, _ATTEMPTS + 1):
+            ready = False
             try:
                 link = self._ready_link()
+                ready = True
                 outcome = link.call(job.payload, job.timeout)
                 if _log.isEnabledFor(logging.DEBUG) and (tail := link.log_tail()):
                     _log.debug("a compile worker's output:\n%s", tail)
@@ -268,14 +271,15 @@ class _Seat:
                 how, tail = self._fail()
                 if self._pool.is_closed:
                     return _closed_error()
-                _log.warning("a compile worker %s, with a job in hand, attempt %d of %d", how, attempt, _ATTEMPTS)
+                doing = "in the middle of a job" if ready else "while it started"
+                _log.warning("a compile worker %s %s, attempt %d of %d", how, doing, attempt, _ATTEMPTS)
             except LinkTimeoutError:
                 return self._too_late(job)
             except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
                 if self._link is not None:
                     self._drop(self._link)
                 return error.with_traceback(None)  # which would keep the payload
-        return WorkerCrashedError(_crash_message(how, tail), how, tail)
+        return _crash_error(how, tail) if ready else _start_error(how, tail)
 
     def _ready_link(self) -> WorkerLink:
         """The worker, started anew if it has died. Raises ``WorkerStartError`` or :class:`LinkEndedError`."""
@@ -297,16 +301,21 @@ class _Seat:
             raise
         except LinkTimeoutError:
             _, tail = self._drop(link)
-            late = f"a compile worker was not ready within {_START_SECONDS:g} s; its output:\n{tail}"
-            raise WorkerStartError(late) from None
+            late = f"a compile worker was not ready within {_START_SECONDS:g} s"
+            raise WorkerStartError(_with_tail(late, tail)) from None
         return link
 
     def _too_late(self, job: _Job) -> WorkerTimeoutError:
         assert self._link is not None
         _, tail = self._drop(self._link)
         self._pool.count("timeouts")
-        message = f"a compile worker was killed since its job took longer than {job.timeout:g} s; raise the time limit"
-        return WorkerTimeoutError(f"{message}; its last words:\n{tail}" if tail else message)
+        return WorkerTimeoutError(
+            _with_tail(
+                f"the compile worker was killed because its job took longer than {job.timeout:g} s; "
+                "raise the setting execution.compile_timeout, or the job's own limit",
+                tail,
+            )
+        )
 
     def _fail(self) -> tuple[str, str]:
         """Clear away a worker that died by itself; how it ended, and the last that it printed."""
@@ -344,6 +353,12 @@ def default_workers() -> CompileWorkers:
     return workers
 
 
+def workers_so_far() -> WorkerCounters | None:
+    """What this process's pool has done; None if there is none yet."""
+    workers = _default.get("")
+    return None if workers is None else workers.statistics
+
+
 def _checked(timeout: float) -> float:
     if not timeout > 0:
         raise ValueError(f"timeout must be more than 0 seconds, got {timeout}")
@@ -354,8 +369,16 @@ def _closed_error() -> WorkersClosedError:
     return WorkersClosedError("the compile workers were closed before the job was done")
 
 
-def _crash_message(how: str, tail: str) -> str:
+def _crash_error(how: str, tail: str) -> WorkerCrashedError:
     message = f"two compile workers died of the same job; the second {how}"
     if how.endswith("SIGKILL"):
-        message += ", as the system does when memory runs out"
+        message += ", as happens when memory runs out"
+    return WorkerCrashedError(_with_tail(message, tail), how, tail)
+
+
+def _start_error(how: str, tail: str) -> WorkerStartError:
+    return WorkerStartError(_with_tail(f"compile workers die while they start; the last one {how}", tail))
+
+
+def _with_tail(message: str, tail: str) -> str:
     return f"{message}; its last words:\n{tail}" if tail else message

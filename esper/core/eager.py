@@ -129,8 +129,14 @@ class EagerExecutor:
 
     # -- Executor --------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan) -> None:
+    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+        """Always: what is not there is generated at the next call, in some milliseconds and without tracing."""
+        del plan, runtime
+        return True
+
+    def prepare(self, plan: Plan, runtime: Runtime) -> None:
         """Generate the code for `plan`."""
+        del runtime
         if self._regions is not None:
             self._function(self._regions, plan)
 

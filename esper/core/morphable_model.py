@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from esper.compiler.dispatcher import report_on
+from esper.compiler.report import CompileReport
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
@@ -61,6 +63,7 @@ class MorphableModel(nn.Module):
     _eager: EagerExecutor
     _selection: Selection
     _options: WrapOptions
+    _owners: tuple[nn.Module, ...]
     _runtime_id: int
     _run: Callable[..., Any]
     runtime: Runtime
@@ -93,6 +96,7 @@ class MorphableModel(nn.Module):
             _eager=eager,
             _selection=selection,
             _options=options,
+            _owners=_owners_of_tensors(root),
             _runtime_id=runtime.id,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
@@ -110,6 +114,7 @@ class MorphableModel(nn.Module):
         bank = {BANK_NAME: self._bank} if BANK_NAME in self._modules else {}
         self._modules.clear()
         self._modules.update({**self._root._modules, **bank})
+        self.__dict__["_owners"] = _owners_of_tensors(self._root)
 
     def _hold_kernels(self, plan: Plan) -> None:
         """Register the kernels of `plan`; a dormant model has the host's modules and no others."""
@@ -125,6 +130,8 @@ class MorphableModel(nn.Module):
         """The host's forward."""
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
+                for module in self._owners:  # that Dynamo finds their tensors by a short path, which it takes each time
+                    _ = module.training
                 ENTER(self._runtime_id)
             elif self.runtime.scheduled:
                 enter_uncompiled(self._runtime_id)
@@ -322,9 +329,21 @@ class MorphableModel(nn.Module):
         layers = {name: layer.get_layer_stats() for name, layer in self.kasmina_layers.items()}
         return {"total_layers": len(layers), "layers": layers}
 
+    def compile_report(self) -> CompileReport:
+        """What `torch.compile(..., backend="esper")` did for this model. `str()` of it is a table.
+
+        Its graphs, their variants, where each came from, and what that took.
+        """
+        names = {layer.site: name for name, layer in self.kasmina_layers.items()}
+        return report_on(self.runtime.executors(), names)
+
     def explain(self) -> Explanation:
         """What was traced, what was not, and why. `str()` of it is a table."""
         return self._eager.explain()
+
+
+def _owners_of_tensors(root: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(module for module in root.modules() if module._parameters or module._buffers)
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -151,8 +151,14 @@ class KasminaLayer(nn.Linear):
 
     # -- Executor --------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan) -> None:
-        """Nothing to prepare: the layer calls its kernels one by one."""
+    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+        """Always: the layer calls its kernels one by one."""
+        del plan, runtime
+        return True
+
+    def prepare(self, plan: Plan, runtime: Runtime) -> None:
+        """Nothing to prepare."""
+        del plan, runtime
 
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`."""

@@ -25,12 +25,14 @@ class SeedPlan:
     isolate: bool
     uses_host: bool
     alpha_index: int
+    constant_alpha: float | None = None
+    """The alpha of a fossil, which a compiled variant has as a constant; None while the seed is active."""
 
     @property
     def structure(self) -> Hashable:
         """What a compiled variant is specialised for; kernels of equal structure differ only in their tensors."""
         requires_grad = tuple(parameter.requires_grad for parameter in self.kernel.parameters)
-        return self.kernel.graph.digest, self.isolate, requires_grad
+        return self.kernel.graph.digest, self.isolate, requires_grad, self.constant_alpha
 
 
 @dataclass(frozen=True, slots=True)

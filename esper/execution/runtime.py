@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,16 @@ from esper.execution.plan import DORMANT, Plan
 from esper.execution.state_layout import KasminaStateLayout, checked_alpha
 from esper.execution.telemetry import Telemetry
 
-__all__ = ["Change", "CommitError", "CommitMode", "Executor", "Runtime", "Schedule"]
+__all__ = [
+    "CalledOffError",
+    "Change",
+    "CommitError",
+    "CommitMode",
+    "Executor",
+    "Preparation",
+    "Runtime",
+    "Schedule",
+]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -37,11 +47,34 @@ class CommitError(EsperError, RuntimeError):
     """A commit was asked for at a moment at which the plan must not change."""
 
 
+class CalledOffError(EsperError):
+    """A preparation was given up, since nobody wants its plan any more."""
+
+
+class Preparation(Protocol):
+    """Work that another process does for an executor, and that a background thread waits for."""
+
+    @property
+    def future(self) -> Future[Any]:
+        """Done when :meth:`finish` need not wait."""
+        ...
+
+    def finish(self) -> None:
+        """Make the executor ready; raises what kept it from being."""
+
+    def abandon(self) -> None:
+        """Instead of :meth:`finish`: nobody waits any more."""
+
+
 class Executor(Protocol):
     """Something that executes (a part of) the model and is specialised for a plan."""
 
-    def prepare(self, plan: Plan) -> None:
-        """Make ready to follow `plan`. On a background thread; may be slow, may raise."""
+    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+        """Whether following `plan`, as that of `runtime`, needs no preparation. On any thread."""
+        ...
+
+    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
+        """Make ready to follow `plan`, or begin to. On a background thread; may be slow, may raise."""
 
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`. On the thread that runs the model, at a commit; a pointer change, must not raise."""
@@ -92,6 +125,9 @@ class Runtime:
         self._staged: list[Change] = []
         self._schedules: dict[int, Schedule] = {}
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self._renewed: weakref.WeakSet[Executor] = weakref.WeakSet()
+        self.executors_added = 0
+        """How many executors there have been."""
         self.lock = threading.RLock()
         """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
@@ -118,6 +154,7 @@ class Runtime:
         """Have `executor` follow this runtime's plan for as long as it lives."""
         with self.lock:
             self._executors.add(executor)
+            self.executors_added += 1
             if self._needs_boundary():
                 executor.arm()
 
@@ -128,10 +165,38 @@ class Runtime:
 
     # -- staging ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, plan: Plan) -> None:
-        """Have every executor make ready for `plan`. On a background thread; raises what they raise."""
-        for executor in self.executors():
-            executor.prepare(plan)
+    def ready(self, plan: Plan) -> bool:
+        """Whether every executor could follow `plan` at once."""
+        return all(executor.ready(plan, self) for executor in self.executors())
+
+    def prepare(self, plan: Plan, called_off: Future[None] | None = None) -> None:
+        """Have every executor make ready for `plan`. On a background thread; raises what they raise.
+
+        Raises :class:`CalledOffError` as soon as `called_off` is done.
+        """
+        preparations: list[Preparation] = []
+        try:
+            for executor in self.executors():
+                preparation = executor.prepare(plan, self)
+                if preparation is not None:
+                    preparations.append(preparation)
+            while preparations:
+                wait([preparations[0].future, *([called_off] if called_off else [])], return_when=FIRST_COMPLETED)
+                if called_off is not None and called_off.done():
+                    raise CalledOffError("the kernel is not wanted any more")
+                preparations.pop(0).finish()
+        finally:
+            for preparation in preparations:
+                preparation.abandon()
+
+    def renew(self, executor: Executor) -> None:
+        """Have `executor` follow the plan anew where the next forward begins, whatever the commit mode.
+
+        For an executor that has something better for the same plan. On any thread.
+        """
+        with self.lock:
+            self._renewed.add(executor)
+            self._arm()
 
     def publish(self, *changes: Change, valid: Callable[[], bool] = lambda: True) -> bool:
         """Stage `changes` for the next commit, unless `valid` says, under the lock, that nobody wants them any more.
@@ -162,6 +227,8 @@ class Runtime:
         self._thread, self._has_run = threading.get_ident(), True
         if self._staged and self.commit_mode == "auto":
             self._flip()
+        if self._renewed:
+            self._follow_renewed()
         if self._schedules and torch.is_grad_enabled() and self.is_training():
             self._advance_schedules()
         with self.lock:
@@ -219,8 +286,16 @@ class Runtime:
             _LOG.info("%s", transition)
         return transitions
 
+    def _follow_renewed(self) -> None:
+        with self.lock:
+            renewed = list(self._renewed)
+            self._renewed.clear()
+        for executor in renewed:
+            executor.follow(self._plan)
+
     def _needs_boundary(self) -> bool:
-        return not self._has_run or bool(self._schedules) or (bool(self._staged) and self.commit_mode == "auto")
+        staged = bool(self._staged) and self.commit_mode == "auto"
+        return not self._has_run or staged or bool(self._schedules) or bool(self._renewed)
 
     def _arm(self) -> None:
         for executor in self._executors:
@@ -231,19 +306,26 @@ class Runtime:
     def alpha_reader(self, plan: Plan) -> Callable[[], torch.Tensor]:
         """A function that reads the alphas of `plan`'s seeds at this runtime's sites, in the plan's order.
 
-        It returns a new float32 tensor `[active seeds]` on the model's device, so that a later change of an alpha
-        does not reach into a backward that still needs the old one.
+        It returns a float32 tensor `[active seeds]` on the model's device, which is never written to: after a change of
+        an alpha it returns another, so that the change does not reach into a backward that still needs the old value.
         """
         own = [seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds]
         state = self.state
         index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64, device=state.device)
+        read_from: torch.Tensor | None = None
+        version = -1
+        values = torch.empty(0)
 
         def read() -> torch.Tensor:
-            nonlocal index
+            nonlocal index, read_from, version, values
             alphas = state.alpha_blend
-            if index.device != alphas.device:  # the model has moved since
-                index = index.to(alphas.device)
-            return alphas.index_select(0, index).float()
+            if alphas is not read_from or alphas._version != version:
+                if index.device != alphas.device:  # the model has moved since
+                    index = index.to(alphas.device)
+                read_from, version = alphas, alphas._version
+                with torch.inference_mode(False):  # a later forward may be one that trains
+                    values = alphas.index_select(0, index).float()
+            return values
 
         return read
 

@@ -1,14 +1,17 @@
 """Loading a kernel into a seed: everything between the request and the moment at which it is staged.
 
 Requests are checked on the caller's thread (which layer, which seed, which alpha), carried out on one background
-thread, and end in a change published to the runtime. Whatever fails leaves the model as it was: the seed goes to
+thread, and end in a change published to the runtime. Requests that wait at the same time are prepared together, so that
+what is compiled for them is compiled once. Whatever fails leaves the model as it was: the seed goes to
 `ERROR_RECOVERY`, or stays active if its old kernel still is, and keeps the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -25,7 +28,7 @@ from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transition
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.plan import Plan, SeedPlan
-from esper.execution.runtime import Change, Runtime, now
+from esper.execution.runtime import CalledOffError, Change, Runtime, now
 from esper.execution.state_layout import FIELDS, checked_alpha
 
 if TYPE_CHECKING:
@@ -38,19 +41,36 @@ _State = SeedLifecycleState
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
+class _Request:
+    """What is asked of one seed. `ticket` tells whether it is still the latest request for it."""
+
     layer: KasminaLayer
     seed: int
+    ticket: int
+    staged: Future[bool]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.layer.site, self.seed
+
+
+@dataclass(frozen=True, slots=True)
+class _Load(_Request):
     reference: str
     alpha: float | AlphaSchedule
     first_alpha: float
     trainable: bool
     isolate: bool
-    ticket: int
 
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.layer.site, self.seed
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """A request whose change is known: `change` to be published, unless `failed` has to be told why not."""
+
+    request: _Request
+    change: Change
+    failed: Callable[[Exception | None], None]
+    before_publishing: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +103,8 @@ class Stager:
         self._attach = attach
         self.sink = sink
         self._thread = BackgroundThread("esper-staging")
+        self._queue: deque[Callable[[], _Edit | None]] = deque()
+        self._waiting: tuple[frozenset[tuple[int, int]], Future[None]] | None = None  # seeds being prepared for
         self._tickets: dict[tuple[int, int], int] = {}  # the number of each seed's latest request
         self._under_way: dict[tuple[int, int], int] = {}  # the ticket of a load that has not ended
         self._fossilizing: set[tuple[int, int]] = set()  # staged, not yet committed
@@ -109,8 +131,11 @@ class Stager:
                 layer.state.set_lifecycle(seed, _State.LOADING)
             ticket = self._take_ticket(layer, seed)
             self._under_way[layer.site, seed] = ticket
-        request = _Load(layer, seed, reference, alpha, first, trainable, isolate, ticket)
-        return self._thread.submit(lambda: self._carry_out(request))
+        staged: Future[bool] = Future()
+        staged.set_running_or_notify_cancel()  # not to be cancelled from outside: unload() calls a load off
+        request = _Load(layer, seed, ticket, staged, reference, alpha, first, trainable, isolate)
+        self._enqueue(lambda: self._fetched(request))
+        return staged
 
     def unload(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage the return of `seed` to dormancy; a load under way is called off. False if there is nothing to unload.
@@ -137,7 +162,9 @@ class Stager:
                 self._runtime.forget_schedules([layer.first_seed + seed])
                 return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
 
-            return self._runtime.publish(Change(lambda plan: plan.without_seed(layer.site, seed), applied))
+            return self._publish_when_ready(
+                layer, seed, Change(lambda plan: plan.without_seed(layer.site, seed), applied)
+            )
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage making `seed`'s kernel permanent, at the alpha it has then. False unless it is active."""
@@ -240,43 +267,117 @@ class Stager:
             self._runtime.prepare(edit(self._runtime.target))
             self._runtime.publish(Change(edit, lambda: None))
 
-    def _carry_out(self, request: _Load) -> bool:
+    def _enqueue(self, make: Callable[[], _Edit | None]) -> None:
+        self._queue.append(make)
+        self._thread.submit(self._work)
+
+    def _work(self) -> None:
+        """Take what waits in the queue, and what comes meanwhile, and stage it together."""
+        edits: list[_Edit] = []
+        while self._queue:
+            edit = self._queue.popleft()()
+            if edit is not None:
+                edits.append(edit)
+        self._stage(edits)
+
+    def _stage(self, edits: Sequence[_Edit]) -> None:
+        while edits := self._still_wanted(edits):
+            base, executors, plan = self._runtime.target, self._runtime.executors_added, self._runtime.target
+            for edit in edits:
+                plan = edit.change.edit(plan)
+            try:
+                with self._called_off(edits) as called_off:
+                    self._runtime.prepare(plan, called_off)
+            except CalledOffError:
+                continue
+            except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
+                if len(edits) > 1:  # it need not be the fault of all
+                    for edit in edits:
+                        self._stage([edit])
+                else:
+                    edits[0].failed(error)
+                return
+
+            def valid(edits: Sequence[_Edit] = edits, known: tuple[Plan, int] = (base, executors)) -> bool:
+                if known[0] is not self._runtime.target or known[1] != self._runtime.executors_added:
+                    return False  # what was prepared is not what would come into force
+                if not all(self._wanted(edit.request) for edit in edits):
+                    return False
+                for edit in edits:
+                    self._under_way.pop(edit.request.key, None)
+                    edit.before_publishing()
+                return True
+
+            if self._runtime.publish(*(edit.change for edit in edits), valid=valid):
+                for edit in edits:
+                    edit.request.staged.set_result(True)
+                return
+
+    def _still_wanted(self, edits: Sequence[_Edit]) -> list[_Edit]:
+        wanted = [edit for edit in edits if self._wanted(edit.request)]
+        for edit in edits:
+            if edit not in wanted:
+                edit.failed(None)
+        return wanted
+
+    @contextlib.contextmanager
+    def _called_off(self, edits: Sequence[_Edit]) -> Iterator[Future[None]]:
+        """A future that is done as soon as a later request is made for one of the seeds of `edits`."""
+        future: Future[None] = Future()
+        with self._runtime.lock:
+            self._waiting = frozenset(edit.request.key for edit in edits), future
+            if not all(self._wanted(edit.request) for edit in edits):
+                future.set_result(None)
+        try:
+            yield future
+        finally:
+            with self._runtime.lock:
+                self._waiting = None
+
+    def _publish_when_ready(self, layer: KasminaLayer, seed: int, change: Change) -> bool:
+        """Stage a change at once if every executor could follow it, else on the background thread. Lock held."""
+        if self._runtime.ready(change.edit(self._runtime.target)):
+            return self._runtime.publish(change)
+        request = _Request(layer, seed, self._tickets[layer.site, seed], Future())
+
+        def failed(error: Exception | None) -> None:
+            if error is not None:
+                self._keep_error(layer, seed, error)
+                layer.state.record_error(seed)
+                _LOG.warning("seed %d of %s stays as it is: %s", seed, layer.layer_id, layer.seed_errors[seed])
+                self._report(layer, seed, layer.seed_errors[seed])
+
+        self._enqueue(lambda: _Edit(request, change, failed))
+        return True
+
+    def _fetched(self, request: _Load) -> _Edit | None:
+        """Fetch the kernel of a load and check that it fits."""
         layer, seed = request.layer, request.seed
         if not self._wanted(request):
-            return False
+            request.staged.set_result(False)
+            return None
         try:
             kernel = self._kernel(request)
-        except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
+        except Exception as error:  # noqa: BLE001  # law 4, as above
             self._failed(request, error)
-            return False
-        try:
-            index = layer.first_seed + seed
-            planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
+            return None
+        index = layer.first_seed + seed
+        planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
 
-            def edit(plan: Plan) -> Plan:
-                return plan.with_seed(layer.site, planned)
+        def applied() -> Transition:
+            self._runtime.start_alpha(index, request.alpha, request.first_alpha)
+            layer.seed_errors.pop(seed, None)
+            return self._enter(layer, seed, _State.ACTIVE, "committed", kernel.artifact_id)
 
-            def applied() -> Transition:
-                self._runtime.start_alpha(index, request.alpha, request.first_alpha)
-                layer.seed_errors.pop(seed, None)
-                return self._enter(layer, seed, _State.ACTIVE, "committed", kernel.artifact_id)
-
-            self._runtime.prepare(edit(self._runtime.target))
-        except Exception as error:  # noqa: BLE001  # as above
+        def failed(error: Exception | None) -> None:
             layer.kernel_cache.unpin(kernel.artifact_id)
             self._failed(request, error)
-            return False
 
-        def valid() -> bool:
-            if not self._ends(request):
-                return False
-            kernel.module.to(layer.weight.device, layer.weight.dtype)  # the model may have been moved or cast meanwhile
-            return True
+        def before_publishing() -> None:  # the model may have been moved or cast meanwhile
+            kernel.module.to(layer.weight.device, layer.weight.dtype)
 
-        published = self._runtime.publish(Change(edit, applied), valid=valid)
-        if not published:
-            layer.kernel_cache.unpin(kernel.artifact_id)
-        return published
+        change = Change(lambda plan: plan.with_seed(layer.site, planned), applied)
+        return _Edit(request, change, failed, before_publishing)
 
     def _kernel(self, request: _Load) -> LoadedKernel:
         layer = request.layer
@@ -293,18 +394,27 @@ class Stager:
             raise
         return kernel
 
-    def _failed(self, request: _Load, error: Exception) -> None:
+    def _failed(self, request: _Load, error: Exception | None) -> None:
+        """A load has ended without success; without an error, because it was called off."""
         layer, seed = request.layer, request.seed
+        if error is not None:
+            with self._runtime.lock:
+                counts = self._ends(request)
+                if counts:
+                    self._keep_error(layer, seed, error)
+                    layer.state.fail_load(seed)
+            if counts:
+                reason = layer.seed_errors[seed]
+                _LOG.warning(
+                    "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason
+                )
+                self._report(layer, seed, reason)
+        request.staged.set_result(False)
+
+    def _keep_error(self, layer: KasminaLayer, seed: int, error: Exception) -> None:
         if not isinstance(error, EsperError):
-            _LOG.error("loading %s failed with an error that is not Esper's own", request.reference, exc_info=error)
-        reason = f"{type(error).__name__}: {error}"
-        with self._runtime.lock:
-            if not self._ends(request):
-                return
-            layer.seed_errors[seed] = reason
-            layer.state.fail_load(seed)
-        _LOG.warning("kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason)
-        self._report(layer, seed, reason)
+            _LOG.error("staging failed with an error that is not Esper's own", exc_info=error)
+        layer.seed_errors[seed] = f"{type(error).__name__}: {error}"
 
     # -- bookkeeping -----------------------------------------------------------------------------------------------
 
@@ -315,9 +425,11 @@ class Stager:
     def _take_ticket(self, layer: KasminaLayer, seed: int) -> int:
         key = (layer.site, seed)
         self._tickets[key] = self._tickets.get(key, 0) + 1
+        if self._waiting is not None and key in self._waiting[0] and not self._waiting[1].done():
+            self._waiting[1].set_result(None)
         return self._tickets[key]
 
-    def _wanted(self, request: _Load) -> bool:
+    def _wanted(self, request: _Request) -> bool:
         return self._tickets[request.key] == request.ticket
 
     def _ends(self, request: _Load) -> bool:

@@ -1,0 +1,74 @@
+"""The compiled variants of one graph."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from esper.compiler.report import Origin
+from esper.execution.plan import DORMANT
+
+__all__ = ["Boxed", "Variant", "VariantCache"]
+
+Boxed = Callable[[list[Any]], Any]
+"""Compiled code: takes the list of a graph's inputs, which it may empty."""
+
+_UNKNOWN_SIZE = 2**20  # of what was compiled in the process and never measured
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Compiled code for one structure of plans, and where it came from."""
+
+    call: Boxed
+    origin: Origin
+    seconds: float | None = None
+    size_bytes: int | None = None
+    reason: str = ""
+
+
+class VariantCache:
+    """Variants by the structure of their plan: the dormant one for good, others up to a budget of bytes.
+
+    Least recently used out first; the one `in_force` and the latest one, which may be staged, stay. From any thread;
+    the lock is held for look-ups only.
+    """
+
+    def __init__(self, limit_bytes: float) -> None:
+        self._limit = limit_bytes
+        self._lock = threading.Lock()
+        self._variants: OrderedDict[Hashable, Variant] = OrderedDict()
+        self.in_force: Hashable = DORMANT.structure
+
+    def get(self, structure: Hashable) -> Variant | None:
+        """The variant, which is the most recently used one now."""
+        with self._lock:
+            variant = self._variants.get(structure)
+            if variant is not None:
+                self._variants.move_to_end(structure)
+            return variant
+
+    def put(self, structure: Hashable, variant: Variant | None) -> None:
+        """Keep `variant`, in the place of an earlier one; None removes that."""
+        with self._lock:
+            if variant is None:
+                self._variants.pop(structure, None)
+                return
+            self._variants[structure] = variant
+            self._variants.move_to_end(structure)
+            movable = [key for key in self._variants if key not in (DORMANT.structure, self.in_force, structure)]
+            sizes = {key: each.size_bytes or _UNKNOWN_SIZE for key, each in self._variants.items()}
+            total = sum(sizes[key] for key in movable)
+            for key in movable:
+                if total <= self._limit:
+                    return
+                total -= sizes[key]
+                del self._variants[key]
+
+    def items(self) -> list[tuple[Hashable, Variant]]:
+        """All variants, the least recently used one first."""
+        with self._lock:
+            return list(self._variants.items())

@@ -1,0 +1,254 @@
+"""Makes the variants of one graph: by a compile worker, from the store of earlier runs, or in this process."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from esper import torch_internals
+from esper.compiler.errors import WorkerJobError
+from esper.compiler.inner import Inductor
+from esper.compiler.options import BackendOptions
+from esper.compiler.variant_cache import Boxed, Variant
+from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, specialise
+from esper.compiler.variant_store import VariantKey, default_store
+from esper.compiler.workers import default_workers
+from esper.errors import EsperError
+from esper.execution.plan import Plan
+from esper_passes import is_enter, is_site, site_id
+
+__all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
+
+_LOG = logging.getLogger("esper.compiler")
+_FORMAT = "1"  # of what a stored variant holds
+_PAUSE_SECONDS = 0.001
+
+
+class VariantCompilationError(EsperError, RuntimeError):
+    """The inner compiler refused a graph with seeds, or cannot run here."""
+
+    @classmethod
+    def of(cls, graph: str, error: WorkerJobError) -> VariantCompilationError:
+        """What a compile worker reported, with a remedy."""
+        remedy = 'options={"fallback": "eager"} runs such graphs uncompiled'
+        if error.type_name in _NO_COMPILER:
+            return cls(f"{graph} cannot be compiled without a C++ compiler: install g++, or name one in CXX; {remedy}")
+        return cls(f"the inner compiler failed on {graph}: {error.type_name}: {error.message}; {remedy}")
+
+
+_NO_COMPILER = ("InvalidCxxCompiler", "FileNotFoundError")
+
+
+class Compilation:
+    """A variant under way. `future`, if there is one, is done when :meth:`finish` need not wait."""
+
+    def __init__(self, compiler: VariantCompiler, plan: Plan, key: VariantKey | None, future: Future[bytes]) -> None:
+        self._compiler, self._plan, self._key = compiler, plan, key
+        self._started = time.perf_counter()
+        self.future = future
+
+    def finish(self) -> Variant | None:
+        """Load what the worker compiled; None if it turns out that this process has to compile it.
+
+        Raises :class:`VariantCompilationError` and what the pool raises.
+        """
+        return self._compiler._finish(self._plan, self._key, self.future, self._started)
+
+
+class VariantCompiler:
+    """For one graph. `remote` says whether workers compile its variants; `reason` why they cannot, if they should.
+
+    :meth:`start` and what it returns belong to background threads, the rest to the thread that runs the model.
+    """
+
+    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions, device: torch.device) -> None:
+        self.name = name
+        self.options = options
+        self.inputs: Sequence[Any] = torch_internals.fake_inputs(marked.graph)
+        self.reason = ""
+        self._marked = marked
+        self._device = device
+        self._known_guards = torch_internals.guard_count(self.inputs)
+        self._job: VariantJob | None = None
+        self._factors: dict[str, str | bytes] = {}
+        self._ordinals: dict[int, int] = {}
+
+    # -- for workers -----------------------------------------------------------------------------------------------
+
+    @property
+    def remote(self) -> bool:
+        """Whether new variants come from workers."""
+        return self._job is not None
+
+    def make_sendable(self) -> None:
+        """Pack the graph for workers, under the settings that are in force; while the backend is being called."""
+        if not isinstance(self.options.inner, Inductor):
+            return
+        types = sorted({value.device.type for value in self.inputs if isinstance(value, torch.Tensor)})
+        try:
+            self._job = VariantJob(
+                self.name,
+                torch_internals.pack_graph(self._marked),
+                {},
+                self._device,
+                torch_internals.shared_inputs(self.inputs),
+                torch_internals.static_inputs(self._marked.graph),
+                torch_internals.ambient_state(types or ["cpu"], self.options.inner.config_patches),
+                self.options.batch_seeds,
+            )
+        except torch_internals.NotSendableError as error:
+            self._keep_here(str(error))
+        else:
+            settings = repr(self._job.ambient)
+            self._factors = {"format": _FORMAT, **_system(), "graph": self._describe(), "settings": settings}
+            default_workers().warm()
+
+    def _keep_here(self, reason: str) -> None:
+        self._job, self.reason = None, reason
+        _LOG.warning(
+            "%s cannot be given to a compile worker: %s. A kernel of a new structure in it is compiled on the training "
+            "thread, at the first forward that runs it", self.name, reason,
+        )  # fmt: skip
+
+    def _describe(self) -> str:
+        """The graph as text; sites are numbered anew, since their ids depend on what was wrapped before."""
+
+        def rename(node: fx.Node) -> fx.Node | str:
+            if is_enter(node):
+                return "enter"
+            if is_site(node):
+                ordinal = self._ordinals.setdefault(site_id(node), len(self._ordinals))
+                return f"site {ordinal} {node.name} {node.args[:3]}"
+            return node
+
+        return torch_internals.describe_graph(self._marked, rename)
+
+    def start(self, plan: Plan) -> Compilation | Variant:
+        """Have a variant for `plan` compiled; a stored one is loaded at once. Only if `remote`."""
+        assert self._job is not None
+        seeds = {site: tuple(_spec(seed) for seed in each) for site, each in plan.sites.items()}
+        key, store = None, default_store()
+        if store is not None:
+            by_site = sorted((self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items())
+            key = VariantKey.of({**self._factors, "plan": repr(by_site), "batched": str(self.options.batch_seeds)})
+            stored = store.get(key)
+            if stored is not None:
+                started = time.perf_counter()
+                try:
+                    return self._load(stored, plan, "store", started)
+                except torch_internals.StaleVariantError as error:
+                    _LOG.info("a stored variant of %s is not used: %s", self.name, error)
+        job = VariantJob(**{**vars(self._job), "seeds": seeds})
+        return Compilation(self, plan, key, default_workers().submit(job.pack()))
+
+    def _finish(self, plan: Plan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
+        try:
+            payload = future.result()
+        except WorkerJobError as error:
+            if error.type_name == torch_internals.NotSendableError.__name__:
+                self._keep_here(error.message)
+                return None
+            if self.options.fallback == "eager":
+                _LOG.warning("%s runs uncompiled: %s", self.name, error)
+                return self.uncompiled(plan, str(error))
+            raise VariantCompilationError.of(self.name, error) from error
+        store = default_store()
+        if store is not None and key is not None:
+            store.put(key, payload)
+        return self._load(payload, plan, "worker", started)
+
+    def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
+        assert self._job is not None
+        patches = self._job.ambient.inductor
+        call, assumption = torch_internals.load_graph(payload, patches, lambda: time.sleep(_PAUSE_SECONDS))
+        if assumption is not None:
+            call = self._guarded(call, assumption, plan)
+        seconds = time.perf_counter() - started
+        _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
+        return Variant(call, origin, seconds, len(payload))
+
+    # -- in this process -------------------------------------------------------------------------------------------
+
+    def uncompiled(self, plan: Plan, reason: str = "") -> Variant:
+        """The graph for `plan` as it is."""
+        forward = self._specialised(plan).forward
+        return Variant(lambda inputs: forward(*inputs), "uncompiled", reason=reason)
+
+    def compile_here(self, plan: Plan) -> Variant:
+        """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model."""
+        module = self._specialised(plan)
+        inputs = torch_internals.fake_inputs(module.graph)
+        started = time.perf_counter()
+        try:
+            with torch_internals.recompile_context(inputs, module):
+                compiled = self.options.inner(module, inputs)
+        except Exception as error:  # noqa: BLE001  # whatever the inner compiler raises, the forward has to go on
+            _LOG.warning("the inner compiler failed on a graph with seeds; it runs uncompiled", exc_info=error)
+            return self.uncompiled(plan, f"{type(error).__name__}: {error}")
+        call = torch_internals.boxed(compiled)
+        assumption = torch_internals.assumption_since(inputs, self._known_guards)
+        if assumption is not None:
+            call = self._guarded(call, assumption, plan)
+        seconds = time.perf_counter() - started
+        _LOG.info("compiled a variant of %s with %d active seeds in %.2f s", self.name, _count(plan), seconds)
+        return Variant(call, "in process", seconds, reason=self.reason)
+
+    def note_guards(self) -> None:
+        """Dynamo's own guards, which it has yet to make, will have everything that was assumed so far."""
+        self._known_guards = torch_internals.guard_count(self.inputs)
+
+    def _specialised(self, plan: Plan) -> fx.GraphModule:
+        module = torch_internals.copy_for_recompile(self._marked)
+        kernels = {site: [seed.kernel.seed_graph(seed.isolate) for seed in each] for site, each in plan.sites.items()}
+        seeds = list(plan.seeds())
+        constants = {i: seed.constant_alpha for i, seed in enumerate(seeds) if seed.constant_alpha is not None}
+        batched = self.options.batch_seeds and isinstance(self.options.inner, Inductor)
+        module = specialise(module, kernels, constants, batched, self.name)
+        if seeds:
+            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self._device)
+            extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
+            added = [node for node in module.graph.nodes if node.op == "placeholder"][len(self.inputs) :]
+            for node, fake in zip(added, torch_internals.fake_like(extra, among=self.inputs), strict=True):
+                node.meta["example_value"] = fake
+        return module
+
+    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: Plan) -> Boxed:
+        """`call` where the sizes are as it assumed, and the graph as it is elsewhere."""
+        holds = assumption.check()
+        uncompiled: Boxed | None = None
+
+        def guarded(inputs: list[Any]) -> Any:
+            nonlocal uncompiled
+            if holds(inputs):
+                return call(inputs)
+            if uncompiled is None:
+                _LOG.warning("%s runs uncompiled for sizes that its compiled code does not cover", self.name)
+                uncompiled = self.uncompiled(plan).call
+            return uncompiled(inputs)
+
+        return guarded
+
+
+def _spec(seed: Any) -> SeedSpec:
+    parameters = tuple(InputSpec.of(parameter) for parameter in seed.kernel.parameters)
+    return SeedSpec(seed.kernel.graph, parameters, seed.isolate, seed.constant_alpha)
+
+
+def _key_of(spec: SeedSpec) -> tuple[Any, ...]:
+    return spec.graph.digest, spec.parameters, spec.isolate, spec.constant_alpha
+
+
+def _count(plan: Plan) -> int:
+    return len(list(plan.seeds()))
+
+
+@cache
+def _system() -> Mapping[str, str]:
+    return torch_internals.system_factors()

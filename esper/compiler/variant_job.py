@@ -1,0 +1,121 @@
+"""One compilation of one graph for one plan, as a value that travels to a compile worker, and what the worker does.
+
+The graph travels with its site markers and the plan beside it, so that the process that trains does none of the work:
+applying the plan, propagating shapes and compiling all happen here.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from esper import torch_internals
+from esper.artifacts import KernelGraph
+from esper.compiler.debug import pass_callback
+from esper_passes import ElideDormant, GraphPass, InlineKernels, Pipeline, SeedGraph
+
+__all__ = ["InputSpec", "SeedSpec", "VariantJob", "run", "specialise"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A tensor that a variant takes besides the graph's own inputs."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> InputSpec:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+
+@dataclass(frozen=True)
+class SeedSpec:
+    """An active seed: its kernel's graph, what its parameters are like, and how it is attached.
+
+    `constant_alpha` is the share of a fossil, which never changes any more.
+    """
+
+    graph: KernelGraph
+    parameters: tuple[InputSpec, ...]
+    isolate: bool
+    constant_alpha: float | None = None
+
+    def seed_graph(self) -> SeedGraph:
+        """What the passes take."""
+        return SeedGraph(self.graph.to_fx(), self.graph.parameter_names, self.graph.uses_host, self.isolate)
+
+
+@dataclass(frozen=True)
+class VariantJob:
+    """Everything that a variant depends on.
+
+    `graph` is a packed graph with markers; `seeds` the active ones at its sites, in index order; `shared` and `static`
+    are positions of the graph's inputs, see :func:`esper.torch_internals.compile_graph`.
+    """
+
+    name: str
+    graph: bytes
+    seeds: Mapping[int, tuple[SeedSpec, ...]]
+    device: torch.device
+    shared: frozenset[int]
+    static: frozenset[int]
+    ambient: torch_internals.Ambient
+    batch_seeds: bool
+
+    def pack(self) -> bytes:
+        """As bytes for :func:`run`."""
+        return pickle.dumps(self)
+
+
+def specialise(
+    module: fx.GraphModule,
+    seeds: Mapping[int, Sequence[SeedGraph]],
+    constant_alphas: Mapping[int, float],
+    batch_seeds: bool,
+    name: str,
+) -> fx.GraphModule:
+    """The marked graph `module`, changed into what a variant computes: kernels where seeds are active, no markers.
+
+    `constant_alphas` gives the alphas of fossils by their index among all active seeds.
+    """
+    active = {site: tuple(graphs) for site, graphs in seeds.items() if graphs}
+    passes: list[GraphPass] = [ElideDormant(frozenset(active))]
+    if active:
+        passes.insert(0, InlineKernels(active))
+    specialised: fx.GraphModule = Pipeline(tuple(passes), pass_callback(name))(module).graph_module
+    return specialised
+
+
+def run(payload: bytes) -> bytes:
+    """Do a packed job; returns what :func:`esper.torch_internals.load_graph` loads. In a compile worker only."""
+    job: VariantJob = pickle.loads(payload)
+    module = torch_internals.unpack_graph(job.graph)
+    own = torch_internals.fake_inputs(module.graph)
+    seeds = [seed for site in sorted(job.seeds) for seed in job.seeds[site]]
+    graphs = {site: [seed.seed_graph() for seed in each] for site, each in job.seeds.items()}
+    constants = {i: seed.constant_alpha for i, seed in enumerate(seeds) if seed.constant_alpha is not None}
+    module = specialise(module, graphs, constants, job.batch_seeds, job.name)
+    added = [node for node in module.graph.nodes if node.op == "placeholder"][len(own) :]
+    for node, fake in zip(added, _fake_extras(seeds, job.device, own), strict=True):
+        node.meta["example_value"] = fake
+    with job.ambient.restored():
+        return torch_internals.compile_graph(module, job.shared, job.static)
+
+
+def _fake_extras(seeds: Sequence[SeedSpec], device: torch.device, among: Sequence[Any]) -> list[Tensor]:
+    if not seeds:
+        return []
+    alphas = InputSpec((len(seeds),), (1,), torch.float32, device, False)
+    specs = [spec for seed in seeds for spec in seed.parameters] + [alphas]
+    return torch_internals.fake_tensors(
+        [(spec.shape, spec.stride, spec.dtype, spec.device, spec.requires_grad) for spec in specs], among
+    )
