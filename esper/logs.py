@@ -21,7 +21,7 @@ PARTS = MappingProxyType(
         "all": "esper",
         "compiler": "esper.compiler",
         "workers": "esper.compiler.workers",
-        "store": "esper.compiler.store",
+        "store": "esper.compiler.variant_store",
         "execution": "esper.execution",
         "platform": "esper.platform",
         "services": "esper.services",

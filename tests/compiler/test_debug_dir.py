@@ -6,8 +6,6 @@ import ast
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from torch import fx, nn
 
 from esper.compiler.debug import pass_callback
+from esper.compiler.workers import CompileWorkers
 from esper_passes import ElideDormant, Pipeline, RewriteSites
 
 PASSES = (RewriteSites({"0": 7}), ElideDormant())
@@ -91,18 +90,19 @@ def test_no_name_leads_out_of_the_folder(name: str, directory: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
 
 
-def test_a_process_that_inherits_the_variable_dumps_beside_its_parent(directory: Path) -> None:
-    program = (
-        "from esper.compiler.debug import pass_callback\n"
-        "from tests.compiler.test_debug_dir import PASSES, Pipeline, traced\n"
-        "import os\n"
-        "Pipeline(PASSES, pass_callback('graph'))(traced())\n"
-        "print(os.getpid())"
-    )
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    Pipeline(PASSES, pass_callback("graph"))(traced())
-    for pid in (child.stdout.strip(), str(os.getpid())):
-        assert len(dumped(directory / pid / "graph" / "000")) == 5
+def dump_in_worker(payload: bytes) -> bytes:
+    """What the compile worker of the test below runs."""
+    Pipeline(PASSES, pass_callback(payload.decode()))(traced())
+    return str(os.getpid()).encode()
+
+
+def test_a_compile_worker_dumps_beside_the_process_that_trains(directory: Path) -> None:
+    with CompileWorkers(target="tests.compiler.test_debug_dir:dump_in_worker") as workers:
+        pid = workers.submit(b"graph 0").result(120).decode()
+    Pipeline(PASSES, pass_callback("graph 0"))(traced())
+    assert pid != str(os.getpid())
+    for each in (pid, str(os.getpid())):
+        assert len(dumped(directory / each / "graph_0" / "000")) == 5
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:

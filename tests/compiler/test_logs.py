@@ -155,7 +155,7 @@ def test_every_logger_belongs_to_a_part_and_every_part_has_a_logger() -> None:
     def is_under(logger: str, name: str) -> bool:
         return logger == name or logger.startswith(f"{name}.")
 
-    assert "esper.compiler.store" in used
+    assert "esper.compiler.variant_store" in used
     for logger in used - {"esper"}:
         assert any(is_under(logger, name) for name in parts.values()), f"{logger} is in no part of ESPER_LOGS"
     for part, name in parts.items():

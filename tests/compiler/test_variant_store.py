@@ -15,7 +15,7 @@ import torch
 
 from esper.compiler.variant_store import VariantKey, VariantStore, default_store
 
-LOGGER = "esper.compiler.store"
+LOGGER = "esper.compiler.variant_store"
 KEY = VariantKey.of({"torch": "2.13.0", "graph": b"one"})
 OTHER = VariantKey.of({"torch": "2.13.0", "graph": b"other"})
 PAYLOAD = bytes(range(256))
