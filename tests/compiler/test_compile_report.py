@@ -12,19 +12,17 @@ from esper.compiler.report import CompileReport, GraphReport, VariantReport, Wor
 from esper.compiler.variant_store import StoreStatistics
 
 DORMANT = VariantReport("dormant", "host compile", 3.214, None, "", in_force=False)
-SEED = VariantReport("blocks.2.fc1[0]=3fa9c1d2e4b5", "worker", 1.93, 331_776, "", in_force=True)
-STORED = VariantReport("blocks.0.fc1[1]=0b1c2d3e4f50", "store", 0.071, 330_000, "", in_force=False)
+SEED = VariantReport("blocks.2.fc1[3fa9c1d2e4b5]", "worker", 1.93, 331_776, "", in_force=True)
+STORED = VariantReport("blocks.0.fc1[0b1c2d3e4f50]", "store", 0.071, 330_000, "", in_force=False)
 HERE = VariantReport(
-    "head[0]=aa00bb11cc22",
+    "head[aa00bb11cc22]",
     "in process",
     2.5,
     None,
     "the graph cannot be given to a compile worker: it calls the operator demo::scale, which only this process has",
     in_force=True,
 )
-FAILED = VariantReport(
-    "head[0]=aa00bb11cc22, head[1]=dd33ee44ff55, head[2]=0123456789ab", "uncompiled", None, None, "no g++", False
-)
+FAILED = VariantReport("head[aa00bb11cc22, dd33ee44ff55, 0123456789ab]", "uncompiled", None, None, "no g++", False)
 REPORT = CompileReport(
     (
         GraphReport(
@@ -45,17 +43,17 @@ def test_the_report_is_a_table() -> None:
 graph 0, inner compiler inductor, 3 sites: blocks.0.fc1, blocks.0.fc2, blocks.2.fc1
   plan                                          origin          seconds        KiB
   dormant                                       host compile       3.21
-* blocks.2.fc1[0]=3fa9c1d2e4b5                  worker             1.93        324
-  blocks.0.fc1[1]=0b1c2d3e4f50                  store              0.07        322
+* blocks.2.fc1[3fa9c1d2e4b5]                    worker             1.93        324
+  blocks.0.fc1[0b1c2d3e4f50]                    store              0.07        322
   2 variants being compiled
 
 graph 1, inner compiler inductor, 1 site: head
   plan                                          origin          seconds        KiB
-* head[0]=aa00bb11cc22                          in process         2.50
+* head[aa00bb11cc22]                            in process         2.50
       the graph cannot be given to a compile worker: it calls the operator demo::scale, which only
       this process has
-  head[0]=aa00bb11cc22, head[1]=dd33ee44ff55,   uncompiled
-  head[2]=0123456789ab
+  head[aa00bb11cc22, dd33ee44ff55,              uncompiled
+  0123456789ab]
       no g++
 
 graph 2, inner compiler aot_eager, 0 sites
@@ -73,7 +71,7 @@ def test_a_report_of_nothing_says_so() -> None:
 
 def test_a_report_of_large_graphs_keeps_to_the_width_and_names_everything_once() -> None:
     sites = tuple(f"model.layers.{layer}.self_attention.query_projection" for layer in range(96))
-    plan = ", ".join(f"{site}[0]=0123456789ab" for site in sites)
+    plan = "; ".join(f"{site}[0123456789ab]" for site in sites)
     reason = "the compile worker died twice on it, " * 20
     graph = GraphReport("graph 0", sites, "inductor", (VariantReport(plan, "uncompiled", None, None, reason, True),), 0)
     lines = str(CompileReport((graph,))).splitlines()
