@@ -28,7 +28,7 @@ class VariantReport:
     """One variant of a graph."""
 
     plan: str
-    """"dormant", or for each site the digests of its active kernels' graphs: "blocks.2.fc1[3fa9c1d2e4b5]; head[...]"."""
+    """"dormant", or for each site the digests of its active kernels' graphs: "fc1[3fa9c1d2e4b5]; head[...]"."""
     origin: Origin
     seconds: float | None
     """What making it took: compiling, or loading from the store. None if that was not measured."""
