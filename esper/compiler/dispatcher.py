@@ -23,6 +23,7 @@ from esper.execution.call_counter import CallCounter
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
+from esper.execution.transition import Transition
 
 __all__ = ["Dispatcher", "report_on"]
 
@@ -35,8 +36,20 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "__weakref__", "_armed", "_compiler", "_current", "_plan", "_under_way", "_variants", "counter", "entry",
-        "roots", "runtimes", "site_calls", "variant",
+        "__weakref__",
+        "_armed",
+        "_compiler",
+        "_current",
+        "_plan",
+        "_under_way",
+        "_unresolved",
+        "_variants",
+        "counter",
+        "entry",
+        "roots",
+        "runtimes",
+        "site_calls",
+        "variant",
     )  # fmt: skip
 
     def __init__(
@@ -55,9 +68,13 @@ class Dispatcher:
         self.roots = tuple(roots)
         self.site_calls = tuple(site_calls)
         self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
-        self._current: Boxed = self._resolve
-        self.variant: Boxed = self._resolve
+        self._unresolved: Boxed | None = None
+        self._current: Boxed = self._at(self._plan)
+        self.variant: Boxed = self._current
         self.entry = self._make_entry()
+        if not self.roots:  # a graph after a graph break, or of a part of the model that was compiled alone
+            for runtime in self.runtimes:
+                runtime.divide()
         for runtime in self.runtimes:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
@@ -105,8 +122,13 @@ class Dispatcher:
         """Switch to `plan`, that of one of the runtimes; the others keep theirs."""
         del plan  # several runtimes may share this graph: ask each
         self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
-        variant = self._variants.get(self._plan.structure)
-        self._point_to(self._resolve if variant is None else self._bound(variant))
+        self._variants.in_force, self._unresolved = self._plan.structure, None
+        before, new = self._current, self._at(self._plan)
+        self._point_to(new if self.roots else Transition(self.runtimes, before, new, self._settle))
+
+    def _settle(self, transition: Transition) -> None:
+        if self._current is transition:
+            self._point_to(transition.new)
 
     def arm(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
@@ -117,11 +139,19 @@ class Dispatcher:
     def disarm(self) -> None:
         """Back to the direct path."""
         self._armed = False
-        self.variant = self._current
+        self.variant = self._at_rest()
+
+    def _at_rest(self) -> Boxed:
+        return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
+
+    def _begin(self, inputs: list[Any]) -> Any:
+        for runtime in self.roots:
+            runtime.begin()
+        return self._current(inputs)
 
     def sample(self, telemetry: Telemetry) -> None:
         """Time the next call. A graph is timed as a whole, so its sites all get the time of the graph."""
-        current = self._current
+        current = self._at_rest()
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
         def timed(inputs: list[Any]) -> Any:
@@ -134,7 +164,7 @@ class Dispatcher:
                 telemetry.record(site, watch)
             return outputs
 
-        if self.variant is current and current != self._resolve:
+        if self.variant == current and self._unresolved is None:
             self.variant = timed
 
     # -- variants --------------------------------------------------------------------------------------------------
@@ -150,7 +180,7 @@ class Dispatcher:
         If such a plan is in force, the next forward runs it.
         """
         self._variants.put(plan.structure, variant)
-        if self._plan.structure == plan.structure and self._current != self._resolve:
+        if self._plan.structure == plan.structure and self._unresolved is None:
             self.runtimes[0].renew(self)
 
     def _restricted(self, plans: Mapping[Runtime, Plan]) -> Plan:
@@ -162,25 +192,39 @@ class Dispatcher:
     def _point_to(self, variant: Boxed) -> None:
         self._current = variant
         if not self._armed:
-            self.variant = variant
+            self.variant = self._at_rest()
 
     def _enter(self, inputs: list[Any]) -> Any:
         for runtime in self.roots:
             runtime.boundary()
         return self._current(inputs)
 
-    def _resolve(self, inputs: list[Any]) -> Any:
-        variant = self._variants.get(self._plan.structure)
-        if variant is None:
-            variant = self._compiler.compile_here(self._plan)
-            self._variants.put(self._plan.structure, variant)
-        self._point_to(self._bound(variant))
-        return self._current(inputs)
+    def _at(self, plan: Plan) -> Boxed:
+        """What runs `plan`: its variant, or a function that finds or makes it at the first call."""
+        variant = self._variants.get(plan.structure)
+        if variant is not None:
+            return self._bound(variant, plan)
 
-    def _bound(self, variant: Variant) -> Boxed:
-        """The variant with the tensors of the plan in force as its last inputs."""
-        plan, call = self._plan, variant.call
-        self._variants.in_force = plan.structure
+        def resolve(inputs: list[Any]) -> Any:
+            variant = self._variants.get(plan.structure)
+            if variant is None:
+                variant = self._compiler.compile_here(plan)
+                self._variants.put(plan.structure, variant)
+            bound = self._bound(variant, plan)
+            if self._unresolved is resolve:
+                self._unresolved = None
+                if isinstance(self._current, Transition):
+                    self._current.new = bound
+                else:
+                    self._point_to(bound)
+            return bound(inputs)
+
+        self._unresolved = resolve
+        return resolve
+
+    def _bound(self, variant: Variant, plan: Plan) -> Boxed:
+        """The variant with the tensors of `plan` as its last inputs."""
+        call = variant.call
         if plan.is_dormant:
             return call
         parameters = [parameter for seed in plan.seeds() for parameter in seed.kernel.parameters]

@@ -58,7 +58,9 @@ class EagerExecutor:
         self._model: weakref.ref[MorphableModel] | None = None
         self._armed = False
         self._current: _Run = self._tree if regions is None else self._first_call
-        if regions is not None:
+        if regions is None:
+            runtime.divide()
+        else:
             regions.on_change = self._renew_at_next_call
 
     def attach_to(self, model: MorphableModel) -> None:
@@ -71,12 +73,14 @@ class EagerExecutor:
 
     def _tree(self, *args: Any, **kwargs: Any) -> Any:
         self.counter.tick()
+        self._runtime.begin()
         return self._root.forward(*args, **kwargs)
 
     def _set(self, run: _Run) -> None:
         model = self._model() if self._model is not None else None
         if model is not None:
-            model.__dict__["_run"] = run
+            in_parts = self._runtime.in_parts and self._regions is not None and not self._armed
+            model.__dict__["_run"] = self._begin if in_parts and run is self._current else run
 
     def _point_to(self, run: _Run) -> None:
         self._current = run
@@ -154,6 +158,10 @@ class EagerExecutor:
     def disarm(self) -> None:
         self._armed = False
         self._set(self._current)
+
+    def _begin(self, *args: Any, **kwargs: Any) -> Any:
+        self._runtime.begin()
+        return self._current(*args, **kwargs)
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
         self._runtime.boundary()

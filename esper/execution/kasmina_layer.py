@@ -26,6 +26,7 @@ from esper.execution.staging import Stager
 from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
+from esper.execution.transition import Transition
 from esper_passes import ENTER, SITE
 
 __all__ = ["KasminaLayer"]
@@ -162,14 +163,21 @@ class KasminaLayer(nn.Linear):
 
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`."""
-        seeds = plan.sites.get(self.site, ())
+        seeds, before = plan.sites.get(self.site, ()), self._current
         if seeds:
             self._current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
         elif self._seeds:
             self._current = dormant_path(self)
+        if self.runtime.in_parts and self._current is not before:
+            self._current = Transition([self.runtime], before, self._current, self._settle)
         self._alphas = self.state.alpha_blend
         self._seeds = seeds
         self._run = self._at_rest()
+
+    def _settle(self, transition: Transition) -> None:
+        if self._current is transition:
+            self._current = transition.new
+            self._run = self._at_rest()
 
     def arm(self) -> None:
         """A layer inside a model leaves the boundary to the model."""

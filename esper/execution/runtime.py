@@ -26,6 +26,7 @@ from esper.execution.lifecycle import Transition
 from esper.execution.plan import DORMANT, Plan
 from esper.execution.state_layout import KasminaStateLayout, checked_alpha
 from esper.execution.telemetry import Telemetry
+from esper.execution.transition import ForwardStarts
 
 __all__ = [
     "CalledOffError",
@@ -118,6 +119,9 @@ class Runtime:
         self.on_commit: Callable[[Plan], None] = lambda _: None
         self.telemetry: Telemetry | None = None
         self.version = 0
+        self.starts = ForwardStarts()
+        self.in_parts = False
+        """Whether a forward consists of several parts, so that :meth:`begin` has to be called where it begins."""
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
         self._plan = DORMANT
@@ -157,6 +161,17 @@ class Runtime:
             self.executors_added += 1
             if self._needs_boundary():
                 executor.arm()
+
+    def divide(self) -> None:
+        """From now on a forward consists of several parts."""
+        with self.lock:
+            if not self.in_parts:
+                self.in_parts = True
+                self._arm()  # whoever begins a forward learns of it when the boundary is behind it
+
+    def begin(self) -> None:
+        """A forward begins on this thread; called at least where :attr:`in_parts`."""
+        self.starts.note(self.version)
 
     def executors(self) -> list[Any]:
         """Those alive now."""
@@ -231,6 +246,7 @@ class Runtime:
             self._follow_renewed()
         if self._schedules and torch.is_grad_enabled() and self.is_training():
             self._advance_schedules()
+        self.begin()
         with self.lock:
             if not self._needs_boundary():
                 for executor in self._executors:
@@ -243,6 +259,7 @@ class Runtime:
         """
         self.refuse_in_backward()
         transitions = self._flip()
+        self.begin()  # or what this thread calls next, without a forward's beginning, would see the plan before
         with self.lock:
             if not self._needs_boundary():
                 for executor in self._executors:

@@ -135,3 +135,60 @@ def test_loads_from_several_threads_at_once(shelf: KernelShelf) -> None:
     assert list(results.values()) == [True] * 6
     model(x)
     assert states(model) == {layer: ["ACTIVE", "ACTIVE"] for layer in layers}
+
+
+class Halted(nn.Module):
+    """Two layers, and between them a stop that compilers cannot look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.arrived, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    @torch._dynamo.disable
+    def halt(self, x: torch.Tensor) -> torch.Tensor:
+        self.arrived.set()
+        assert self.go_on.wait(30)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.halt(self.first(x).tanh()))
+
+
+@pytest.mark.parametrize("mode", ["fx", "module", "compiled"])
+def test_a_forward_that_another_threads_commit_overtakes_ends_as_it_began(
+    shelf: KernelShelf, mode: str, fresh_dynamo: None
+) -> None:
+    host = Halted()
+    model = esper.wrap(host, platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]
+    run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
+    kernels, x = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(2)], torch.randn(5, 8)
+    before = outputs(run, x)
+    results: list[torch.Tensor] = []
+    go_again = threading.Event()
+
+    def infer() -> None:
+        results.append(outputs(run, x))
+        go_again.wait(30)
+        results.append(outputs(run, x))
+
+    host.arrived.clear()
+    host.go_on.clear()
+    thread = threading.Thread(target=infer)
+    thread.start()
+    assert host.arrived.wait(30)
+    for layer, kernel in zip(("first", "second"), kernels, strict=True):
+        assert model.request_kernel(layer, 0, kernel, alpha=0.5).result(30)
+    model.commit()  # here, while the other thread is between the two layers
+    assert states(model)["second"][0] == "ACTIVE"
+    host.go_on.set()
+    after = outputs(run, x)
+    go_again.set()
+    thread.join()
+    assert not torch.allclose(after, before)
+    assert torch.equal(results[0], before)
+    assert torch.equal(results[1], after)
+    assert model.unload_kernel("first", 0)
+    assert model.unload_kernel("second", 0)
+    assert torch.equal(outputs(run, x), before)

@@ -1,0 +1,85 @@
+"""Which plan a forward sees that other threads' commits overtake.
+
+A forward that consists of several parts (graphs between graph breaks, modules that run one by one) must see one plan,
+while another thread may commit at any time. Nobody waits for anybody: each thread notes the version of the plan at
+which its forward began, and parts go on offering what they were before a commit to threads whose forward began then.
+That ends when every thread has begun another forward, and after a minute at the latest: a thread may as well have ended
+its last forward and call parts of the model by themselves since.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+__all__ = ["ForwardStarts", "Transition"]
+
+_LONGEST_FORWARD = 60.0  # seconds
+
+
+class ForwardStarts:
+    """The version of the plan at which the latest forward of each thread began. From any thread, without a lock."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, int] = {}
+
+    def note(self, version: int) -> None:
+        """A forward begins on this thread."""
+        self._starts[threading.get_ident()] = version
+
+    def of_this_thread(self, otherwise: int) -> int:
+        """The version at which this thread's forward began; `otherwise` if none ever did."""
+        return self._starts.get(threading.get_ident(), otherwise)
+
+    def settled(self, version: int) -> bool:
+        """Whether no living thread can be in a forward that began before `version`."""
+        earlier = [thread for thread, start in list(self._starts.items()) if start < version]
+        if not earlier:
+            return True
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread in earlier:
+            if thread not in alive:
+                self._starts.pop(thread, None)
+        return not alive.intersection(earlier)
+
+
+class Versioned(Protocol):
+    """What a transition has to know of a runtime."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def starts(self) -> ForwardStarts: ...
+
+
+class Transition:
+    """Calls `old` on threads whose forward began before the commit that has just happened, and `new` on all others.
+
+    `settle` is called once nobody needs `old` any more.
+    """
+
+    def __init__(
+        self,
+        runtimes: Sequence[Versioned],
+        old: Callable[..., Any],
+        new: Callable[..., Any],
+        settle: Callable[[Transition], None],
+    ) -> None:
+        self._since = [(runtime, runtime.version) for runtime in runtimes]
+        self._old = old
+        self._settle = settle
+        self._end = time.monotonic() + _LONGEST_FORWARD
+        self.new = new
+
+    def __call__(self, *args: Any) -> Any:
+        if time.monotonic() < self._end:
+            for runtime, version in self._since:
+                if runtime.starts.of_this_thread(version) < version:
+                    return self._old(*args)
+            if not all(runtime.starts.settled(version) for runtime, version in self._since):
+                return self.new(*args)
+        self._settle(self)
+        return self.new(*args)
