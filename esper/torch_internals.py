@@ -511,8 +511,8 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
 
     `module` is a graph whose placeholders have fake values. `shared` are the positions of inputs that share memory
     with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. Slow,
-    and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to an
-    input that shares memory, and what the compiler raises.
+    and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to
+    an input that shares memory, and what the compiler raises.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
@@ -683,7 +683,10 @@ def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     What AOTAutograd returns puts its inputs into a list for the function inside: that function is taken out, which
     saves a call at each step.
     """
-    inside = _inside_aot_wrapper(compiled)
+    from torch._dynamo.eval_frame import innermost_fn
+
+    # Dynamo disables itself for what it calls, once for all: `compiled` need not do so again.
+    inside = _inside_aot_wrapper(innermost_fn(compiled))
     return (lambda inputs: compiled(*inputs)) if inside is None else inside
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,18 @@ def _captured(dynamic: bool) -> tuple[fx.GraphModule, list[Any]]:
     return caught[0]
 
 
+def _arguments(
+    module: fx.GraphModule, rows: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> list[Any]:
+    """The inputs of a captured graph, in its order."""
+    order = {"weight": weight, "bias": bias}
+    return [
+        next((value for key, value in order.items() if key in node.name), rows if node.name[0] == "s" else x)
+        for node in module.graph.nodes
+        if node.op == "placeholder"
+    ]
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.slow
 def test_a_copied_graph_compiles_again_outside_of_dynamo(dynamic: bool, fresh_dynamo: None) -> None:
@@ -78,17 +92,12 @@ def test_a_copied_graph_compiles_again_outside_of_dynamo(dynamic: bool, fresh_dy
     guards = torch_internals.guard_count(inputs)
     with torch_internals.recompile_context(inputs, module):
         compiled = torch_internals.compile_with_inductor(module, inputs, None)
-    holds = torch_internals.assumptions_since(inputs, guards)
+    assumption = torch_internals.assumption_since(inputs, guards)
     weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
     for rows in (5, 7) if dynamic else (5,):
         x = torch.randn(rows, 4)
-        order = {"weight": weight, "bias": bias}
-        arguments = [
-            next((value for key, value in order.items() if key in node.name), rows if node.name[0] == "s" else x)
-            for node in module.graph.nodes
-            if node.op == "placeholder"
-        ]
-        assert holds is None or holds(*arguments)
+        arguments = _arguments(module, rows, x, weight, bias)
+        assert assumption is None or assumption.check()(arguments)
         (output,) = compiled(*arguments)
         torch.testing.assert_close(output, x @ weight.T + bias)
         output.sum().backward()
@@ -98,13 +107,169 @@ def test_an_assumption_about_a_symbolic_size_is_checked_on_the_real_one(fresh_dy
     _, inputs = _captured(dynamic=True)
     (size,) = (value for value in inputs if isinstance(value, torch.SymInt))
     guards = torch_internals.guard_count(inputs)
-    assert torch_internals.assumptions_since(inputs, guards) is None
+    assert torch_internals.assumption_since(inputs, guards) is None
     assert size < 100  # the shape environment notes what it was asked
-    holds = torch_internals.assumptions_since(inputs, guards)
-    assert holds is not None
+    assert size // 2 > 1
+    assumption = torch_internals.assumption_since(inputs, guards)
+    assert assumption is not None
+    holds = pickle.loads(pickle.dumps(assumption)).check()
     position = next(index for index, value in enumerate(inputs) if value is size)
-    assert holds(*[7 if index == position else None for index in range(len(inputs))])
-    assert not holds(*[100 if index == position else None for index in range(len(inputs))])
+    for rows in (7, 99, 100, 3):
+        arguments = [rows if index == position else None for index in range(len(inputs))]
+        assert holds(arguments) == (4 <= rows < 100)
+
+
+def test_an_assumption_about_a_size_that_is_no_input_is_read_from_a_tensor(fresh_dynamo: None) -> None:
+    _, inputs = _captured(dynamic=True)
+    guards = torch_internals.guard_count(inputs)
+    assert next(value for value in inputs if isinstance(value, torch.SymInt)) < 100
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    assumption = torch_internals.assumption_since(tensors, guards)
+    assert assumption is not None
+    for rows in (7, 100):
+        assert assumption.check()([torch.empty(rows, 4) for _ in tensors]) == (rows < 100)
+    nothing_known = torch_internals.assumption_since([tensors[0].new_empty(3)], guards)
+    assert nothing_known is not None
+    assert not nothing_known.check()([torch.empty(3)])
+
+
+def _unpacked(module: fx.GraphModule) -> fx.GraphModule:
+    return torch_internals.unpack_graph(torch_internals.pack_graph(module))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_travels_with_sizes_dtypes_and_gradients(dynamic: bool, fresh_dynamo: None) -> None:
+    module, inputs = _captured(dynamic)
+    unpacked = _unpacked(module)
+    assert str(unpacked.graph) == str(module.graph)
+    for ours, theirs in zip(torch_internals.fake_inputs(unpacked.graph), inputs, strict=True):
+        assert str(ours) == str(theirs) if isinstance(theirs, torch.SymInt) else ours.dtype == theirs.dtype
+        if isinstance(theirs, torch.Tensor):
+            assert str(ours.shape) == str(theirs.shape)
+            assert ours.requires_grad == theirs.requires_grad
+    same = torch_internals.describe_graph(unpacked, lambda node: node)
+    assert same == torch_internals.describe_graph(module, lambda node: node)
+
+
+def test_inputs_that_share_memory_are_named_and_travel(fresh_dynamo: None) -> None:
+    caught: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        caught.append(torch_internals.copy_for_recompile(module))
+        return module.forward
+
+    whole = torch.randn(4, 6)
+    torch.compile(lambda a, b, c: a + b + c, backend=backend)(whole[:, :3], whole[:, 3:], torch.randn(4, 3))
+    inputs = torch_internals.fake_inputs(caught[0].graph)
+    assert torch_internals.shared_inputs(inputs) == {0, 1}
+    unpacked = torch_internals.fake_inputs(_unpacked(caught[0]).graph)
+    assert torch_internals.shared_inputs(unpacked) == frozenset()
+    assert [each.stride() for each in unpacked] == [(6, 1), (6, 1), (3, 1)]
+
+
+def test_graphs_that_hold_tensors_or_closures_are_not_sent() -> None:
+    with pytest.raises(torch_internals.NotSendableError, match=r"tensors of its own: 0\.weight"):
+        torch_internals.pack_graph(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
+    graph = fx.Graph()
+    graph.output(graph.call_function(lambda x: x, (graph.placeholder("x"),)))
+    with pytest.raises(torch_internals.NotSendableError, match="lambda"):
+        torch_internals.pack_graph(fx.GraphModule(nn.Module(), graph))
+
+
+def test_parameters_are_static_inputs(fresh_dynamo: None) -> None:
+    module, inputs = _captured(dynamic=False)
+    static = torch_internals.static_inputs(module.graph)
+    assert [inputs[position].requires_grad for position in range(3)] == [position in static for position in range(3)]
+
+
+def test_settings_of_this_thread_are_captured_and_restored() -> None:
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch._inductor.config.patch(epilogue_fusion=False),
+    ):
+        ambient = pickle.loads(pickle.dumps(torch_internals.ambient_state(["cpu"], {"max_autotune": True})))
+    assert not torch.is_autocast_enabled("cpu")
+    with ambient.restored():
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.get_autocast_dtype("cpu") is torch.bfloat16
+        assert not torch._inductor.config.epilogue_fusion
+        assert torch._inductor.config.max_autotune
+        assert torch._inductor.config.cpp.threads == torch.get_num_threads()
+    assert torch._inductor.config.epilogue_fusion
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(torch_internals.NotSendableError, match="post_grad_custom_post_pass"):
+        torch_internals.ambient_state(["cpu"], {"post_grad_custom_post_pass": lambda graph: None})
+
+
+def test_the_cache_directory_is_inductors_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "there"))
+    assert torch_internals.compiler_cache_dir() == str(tmp_path / "there")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert torch_internals.compiler_cache_dir() is None
+
+
+def test_what_machine_code_depends_on_is_known() -> None:
+    factors = torch_internals.system_factors()
+    assert factors["torch"] == torch.__version__
+    assert all(factors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_graph_compiles_elsewhere_and_loads_here(dynamic: bool, grad: bool, fresh_dynamo: None) -> None:
+    module, _ = _captured(dynamic)
+    unpacked, pauses = _unpacked(module), []
+    with torch.set_grad_enabled(grad):
+        data = torch_internals.compile_graph(unpacked, frozenset(), torch_internals.static_inputs(module.graph))
+    compiled, assumption = torch_internals.load_graph(data, {}, lambda: pauses.append(None))
+    assert pauses
+    weight, bias = torch.randn(3, 4, requires_grad=grad), torch.randn(3, requires_grad=grad)
+    for rows in (5, 7) if dynamic else (5,):
+        arguments = _arguments(module, rows, torch.randn(rows, 4), weight, bias)
+        x = next(each for each in arguments if isinstance(each, torch.Tensor) and each.shape == (rows, 4))
+        assert assumption is None or assumption.check()(arguments)
+        (output,) = compiled(list(arguments))
+        torch.testing.assert_close(output, x @ weight.T + bias)
+        if grad:
+            got = torch.autograd.grad(output.square().sum(), [weight, bias])
+            expected = torch.autograd.grad((x @ weight.T + bias).square().sum(), [weight, bias])
+            torch.testing.assert_close(got, expected)
+    python, _, *rest = pickle.loads(data)
+    with pytest.raises(torch_internals.StaleVariantError, match=r"was made by torch 0\.1"):
+        torch_internals.load_graph(pickle.dumps((python, "0.1", *rest)), {}, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_graph_that_writes_to_shared_memory_is_refused(fresh_dynamo: None) -> None:
+    caught: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        caught.append(torch_internals.copy_for_recompile(module))
+        return module.forward
+
+    whole = torch.randn(4, 6)
+    torch.compile(lambda a, b: a.add_(b), backend=backend)(whole[:, :3], whole[:, 3:])
+    shared = torch_internals.shared_inputs(torch_internals.fake_inputs(caught[0].graph))
+    with pytest.raises(torch_internals.NotSendableError, match="shares memory"):
+        torch_internals.compile_graph(_unpacked(caught[0]), shared, frozenset())
+
+
+def test_what_aotautograd_returns_is_called_without_its_wrapper(fresh_dynamo: None) -> None:
+    boxed: list[Any] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        compiled = torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+        boxed.append(torch_internals.boxed(compiled))
+        return compiled
+
+    x = torch.randn(3)
+    torch.compile(lambda x: x * 2, backend=backend)(x)
+    torch.testing.assert_close(boxed[0]([x])[0], x * 2)
+    assert boxed[0].__code__.co_name != "<lambda>"  # the one that calls any other callable
+    assert torch_internals.boxed(lambda a, b: a + b)([1, 2]) == 3
 
 
 def test_fake_tensors_join_the_mode_of_the_graph(fresh_dynamo: None) -> None:
