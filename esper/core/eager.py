@@ -68,8 +68,13 @@ class EagerExecutor:
         self._model = weakref.ref(model)
         self._point_to(self._current)
         self._runtime.add_executor(self)
+        self._runtime.runs_eagerly = self._runs_eagerly
         if self._runtime.telemetry is not None:
             self._runtime.telemetry.watch(self, [layer.site for layer in self._layers.values()])
+
+    def _runs_eagerly(self) -> bool:
+        others = (self, *self._layers.values())
+        return bool(self.counter.value) or not any(each not in others for each in self._runtime.executors())
 
     def _tree(self, *args: Any, **kwargs: Any) -> Any:
         self.counter.tick()
@@ -139,9 +144,9 @@ class EagerExecutor:
         return True
 
     def prepare(self, plan: Plan, runtime: Runtime) -> None:
-        """Generate the code for `plan`."""
+        """Generate the code for `plan`, unless the model only runs compiled."""
         del runtime
-        if self._regions is not None:
+        if self._regions is not None and self._runs_eagerly():
             self._function(self._regions, plan)
 
     def follow(self, plan: Plan) -> None:

@@ -117,6 +117,8 @@ class Runtime:
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
         self.on_commit: Callable[[Plan], None] = lambda _: None
+        self.runs_eagerly: Callable[[], bool] = lambda: True
+        """Whether forwards run outside of compiled graphs, where a kernel's attachment is of use."""
         self.telemetry: Telemetry | None = None
         self.version = 0
         self.starts = ForwardStarts()

@@ -387,7 +387,7 @@ class Stager:
             cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_id)
             kernel = cached.place(weight.device, trainable=request.trainable)
             source = layer.kernel_cache.source
-            if self._attach is not None and source is not None:
+            if self._attach is not None and source is not None and self._runtime.runs_eagerly():
                 self._attach(source, kernel)
         except BaseException:
             layer.kernel_cache.unpin(cached.artifact_id)
