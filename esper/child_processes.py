@@ -22,6 +22,7 @@ from typing import IO, NoReturn
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
 
 from esper.errors import EsperError
+from esper.forking import no_forks
 
 __all__ = [
     "ChildStartError",
@@ -55,16 +56,18 @@ def start_child(
     """
     if not sys.executable:
         raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
+    environment = _environment(compile_threads)
     try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(compile_threads),
-            pass_fds=pass_fds,
-            start_new_session=True,
-        )
+        with no_forks():
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=pass_fds,
+                start_new_session=True,
+            )
     except OSError as cause:
         raise ChildStartError(f"{sys.executable} cannot be started: {cause}") from cause
 
@@ -79,6 +82,8 @@ def end_with_parent(parent: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
+    if sys.platform == "linux" and os.getpgrp() == os.getpid():
+        _have_group_killed(lifeline)
     threading.Thread(target=_wait_for_end, args=(parent, lifeline), name="esper-parent-watch", daemon=True).start()
 
 
@@ -134,6 +139,15 @@ def _environment(compile_threads: int) -> dict[str, str]:
     if roots:
         environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [environment.get("PYTHONPATH")])])
     return environment
+
+
+def _have_group_killed(lifeline: int) -> None:
+    """By the kernel, when the pipe's other end closes. No thread can do it while C code keeps the interpreter lock."""
+    import fcntl  # not on Windows
+
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _wait_for_end(parent: int, lifeline: int) -> NoReturn:

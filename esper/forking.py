@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
-__all__ = ["Forkable", "reset_after_fork"]
+__all__ = ["Forkable", "no_forks", "reset_after_fork"]
 
 
 class Forkable(Protocol):
@@ -25,10 +28,25 @@ def reset_after_fork(owner: Forkable) -> None:
     _live.add(owner)
 
 
+_forking = threading.RLock()
+
+
+@contextmanager
+def no_forks() -> Iterator[None]:
+    """Until the block is left, other threads that fork wait. Only for what takes no longer than to start a process.
+
+    A process that is forked while `subprocess` starts another one inherits both ends of its pipes: whoever waits for
+    such a pipe to close, as `subprocess` itself does, waits for the forked process to end.
+    """
+    with _forking:
+        yield
+
+
 def _in_child() -> None:
+    _forking.release()
     for owner in list(_live):
         owner.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_in_child)

@@ -18,7 +18,7 @@ from esper.compiler.errors import (
 )
 from esper.compiler.report import WorkerCounters
 from esper.compiler.worker_link import LinkEndedError, LinkTimeoutError, WorkerLink
-from esper.forking import reset_after_fork
+from esper.forking import no_forks, reset_after_fork
 
 __all__ = ["CompileWorkers", "default_workers", "workers_so_far"]
 
@@ -287,8 +287,8 @@ class _Seat:
             if not self._link.has_ended():
                 return self._link
             _log.warning("a compile worker %s while it had nothing to do", self._fail()[0])
-        link = self._pool.start_link()
-        self._link = link
+        with no_forks():  # a forked child must know of it to forget it
+            self._link = link = self._pool.start_link()
         if self._starts:
             self._pool.count("restarts")
         self._starts += 1

@@ -39,6 +39,7 @@ def test_defaults_need_nothing() -> None:
     assert (config.oona.queue_size, config.oona.batch_size) == (2048, 512)
     assert config.tezzeret.pipeline == "standard"
     assert config.platform.root is None
+    assert (config.execution.compile_workers, config.execution.compile_timeout) == (1, 600)
 
 
 def test_the_file_is_over_defaults_and_the_environment_over_the_file(
@@ -46,12 +47,14 @@ def test_the_file_is_over_defaults_and_the_environment_over_the_file(
 ) -> None:
     monkeypatch.setenv("ESPER_TEZZERET__PIPELINE", "aggressive")
     monkeypatch.setenv("ESPER_PLATFORM__ROOT", "~/kernels")
+    monkeypatch.setenv("ESPER_EXECUTION__COMPILE_WORKERS", "2")
     config = load_config(file)
     assert config.name == "lab"
     assert config.tezzeret.pipeline == "aggressive"
     assert config.tezzeret.memory_mb == 1024
     assert config.tezzeret.wall_seconds is None
     assert config.platform.root == Path.home() / "kernels"
+    assert config.execution.compile_workers == 2
 
 
 def test_the_environment_may_name_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +84,8 @@ def test_settings_do_not_change() -> None:
         ("tezzeret: {pipeline: slow}", "tezzeret.pipeline"),
         ("oona: {queue_size: 0}", "oona.queue_size"),
         ("oona: 3", "oona"),
+        ("execution: {compile_workers: 0}", "execution.compile_workers"),
+        ("execution: {compile_timeout: 0}", "execution.compile_timeout"),
         ("- a list", "does not hold settings"),
         ("1: 2", "does not hold settings"),
         ("a: [", "is not YAML"),
