@@ -268,7 +268,7 @@ def test_a_job_that_takes_too_long_ends_with_everything_that_it_started(pool: Co
 
 def test_the_pools_own_time_limit_holds_for_jobs_that_bring_none() -> None:
     with CompileWorkers(target=TARGET, timeout=0.2) as pool:
-        assert isinstance(failure(pool.submit(b"sleep 1000")), WorkerTimeoutError)
+        assert isinstance(failure(pool.submit(b"sleep 300")), WorkerTimeoutError)
         assert settled(pool.submit(b"sleep 0.4", timeout=AMPLE)) == b"0.4"
 
 
@@ -438,13 +438,13 @@ def program(source: str, *arguments: object, **environment: str) -> Program:
 
 
 def forking(fork: str) -> str:
-    return f"child = {fork}\nif child:\n    say(child)\n    os.kill(os.getpid(), 9)\ntime.sleep(1000)"
+    return f"child = {fork}\nif child:\n    say(child)\n    os.kill(os.getpid(), 9)\ntime.sleep(200)\nos._exit(0)"
 
 
 ENDINGS = {
     "exit": "sys.exit(0)",
     "os._exit": "os._exit(0)",
-    "exec": "os.execv('/bin/sleep', ['sleep', '1000'])",
+    "exec": "os.execv('/bin/sleep', ['sleep', '200'])",
     "SIGKILL": "os.kill(os.getpid(), 9)",
     "SIGKILL of a process that forked": forking("os.fork()"),
     "SIGKILL of a process of which C made a copy": forking("ctypes.CDLL(None).fork()"),
@@ -505,10 +505,11 @@ def test_processes_that_are_forked_while_a_worker_starts_do_not_hide_its_end(tmp
     source = """
 pool.warm()
 children = []
-for _ in range(100):
+for _ in range(30):
     child = os.fork()
     if child == 0:
-        time.sleep(1000)
+        time.sleep(200)
+        os._exit(0)
     children.append(child)
     time.sleep(0.001)
 say(pool.submit(b"once " + os.fsencode(sys.argv[1])).result(100).decode())
