@@ -118,7 +118,7 @@ def main() -> None:
         rows,
         details,
         plot,
-        options.device,
+        options,
     )
 
 

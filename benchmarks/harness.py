@@ -11,10 +11,12 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,22 +29,54 @@ from rich.table import Table
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
-__all__ = ["Figures", "arguments", "paired", "ratio", "report"]
+__all__ = ["Figures", "Section", "arguments", "paired", "ratio", "report"]
 
 RESULTS = Path(__file__).parent / "results"
+_FILE_WIDTH = 160  # of tables that are not shown on a terminal
 
 Figures = dict[str, list[float]]
 """Seconds per call, one value a round, by the name of what was timed."""
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line of every benchmark."""
+@dataclass(frozen=True)
+class Section:
+    """One more table of a benchmark, below its first."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def print(self, console: Console) -> None:
+        """Show it."""
+        table = Table(title=self.title)
+        for column in self.columns:
+            table.add_column(column, justify="left" if column == self.columns[0] else "right")
+        for row in self.rows:
+            table.add_row(*map(_shown, row))
+        console.print(table)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the JSON file."""
+        return {"title": self.title, "columns": list(self.columns), "rows": [list(row) for row in self.rows]}
+
+
+def _shown(cell: object) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.3f}" if abs(cell) < 100 else f"{cell:.1f}"
+
+
+def arguments(
+    description: str, extend: Callable[[argparse.ArgumentParser], None] = lambda _: None, rounds: int = 40
+) -> argparse.Namespace:
+    """The command line of every benchmark; `extend` adds a benchmark's own options."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds; the figures are medians over them")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds; the figures are medians over them")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file and the plot")
+    extend(parser)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     return parsed
@@ -113,30 +147,47 @@ def report(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     details: Mapping[str, Any],
-    plot: Callable[[Axes], None],
-    device: str = "cpu",
+    plot: Callable[..., None],
+    options: argparse.Namespace,
+    *,
+    sections: Sequence[Section] = (),
+    panels: tuple[int, int] = (1, 1),
 ) -> None:
-    """Print a table and write `results/<name>.json` and `.png` (with the device's type in the name, unless the CPU)."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for row in rows:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
-    about = machine(device)
+    """Print the tables and write `<name>.json` and `.png` (with the device's type in the name, unless the CPU).
+
+    `plot` gets one `Axes` for each of the rows times columns of `panels`; one panel has the title of the benchmark, of
+    several each has its own. `options` come from :func:`arguments`.
+    """
+    about = machine(options.device)
     console = Console()
-    console.print(table)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    for section in (Section(title, columns, rows), *sections):
+        section.print(console)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), style="dim")
-    RESULTS.mkdir(exist_ok=True)
-    stem = name if device == "cpu" else f"{name}-{device.split(':')[0]}"
+    options.results.mkdir(parents=True, exist_ok=True)
+    stem = name if options.device == "cpu" else f"{name}-{options.device.split(':')[0]}"
     document = {
         "machine": about,
         "columns": list(columns),
         "rows": [list(row) for row in rows],
         "details": dict(details),
     }
-    (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    plot(axes)
-    axes.set_title(title)
-    figure.savefig(RESULTS / f"{stem}.png", dpi=120)
+    if sections:
+        document["sections"] = [section.to_json() for section in sections]
+    (options.results / f"{stem}.json").write_text(_compact(json.dumps(document, indent=1)) + "\n")
+    down, across = panels
+    size = (8, 4.5) if panels == (1, 1) else (6.5 * across, 3.6 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    plot(*axes.flat)
+    if panels == (1, 1):
+        axes[0, 0].set_title(title)
+    else:
+        figure.suptitle(title)
+    figure.savefig(options.results / f"{stem}.png", dpi=120)
     plt.close(figure)
+
+
+def _compact(text: str) -> str:
+    """Indented JSON with lists of numbers on one line."""
+    return re.sub(r"\[\s+(?:-?\d[\d.eE+-]*,?\s+)+\]", lambda match: " ".join(match[0].split()), text)

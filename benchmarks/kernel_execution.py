@@ -91,7 +91,7 @@ def main() -> None:
         rows,
         details,
         plot,
-        options.device,
+        options,
     )
 
 

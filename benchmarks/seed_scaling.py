@@ -67,7 +67,7 @@ def main() -> None:
         rows,
         details,
         plot,
-        options.device,
+        options,
     )
 
 

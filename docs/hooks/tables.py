@@ -274,8 +274,96 @@ def _kernel_cache(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _verdict(figure: float, goal: float) -> str:
+    return "met" if figure <= goal else "missed"
+
+
+def _hot_swap(document: dict[str, Any]) -> list[str]:
+    """Every way to swap, the verdicts on ours, and the median steps."""
+    goals = document["details"]["goals"]
+    rows, verdicts = [], []
+    for row in document["rows"]:
+        case, *figures = row
+        model, _, way = case.rpartition(": ")
+        ours = way == "Esper"
+        rows.append((case, *((_against_us if ours else _exact)(figure) for figure in figures)))
+        if not ours:
+            continue
+        named = dict(zip(document["columns"], row, strict=True))
+        worst, idle = named["worst / median"], named["idle / plain"]
+        lost = max(0.0, named["seconds lost"] - named["control: seconds lost"])
+        judged = ((worst, goals["worst"]), (lost, goals["lost"]))
+        verdict = [text for figure, goal in judged for text in (_against_us(figure), _verdict(figure, goal))]
+        if idle == "":
+            verdicts.append((model, *verdict, "not measured", "missed"))
+            continue
+        rounds = document["details"]["models"][document["details"]["cases"][case]]["idle"]
+        low = _quarter(rounds["esper"], rounds["plain"])
+        met = "met" if idle <= goals["idle"] else "within noise" if low <= goals["idle"] else "missed"
+        verdicts.append((model, *verdict, _against_us(idle), met))
+    worst, lost, idle = (f"{goals[name]:g}" for name in ("worst", "lost", "idle"))
+    columns = (
+        "Esper", f"worst / median, goal {worst}", "", f"seconds lost beyond the control, goal {lost}", "",
+        f"idle / plain, goal {idle}", "",
+    )  # fmt: skip
+    return [_table(document["columns"], rows), _table(columns, verdicts), *_sections(document)]
+
+
+def _quarter(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The lower end of the middle half of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive")[0]
+
+
+def _sections(document: dict[str, Any]) -> list[str]:
+    parts = []
+    for section in document["sections"]:
+        rows = ([_exact(cell) for cell in row] for row in section["rows"])
+        parts += [f"{section['title']}:", _table(section["columns"], rows)]
+    return parts
+
+
+def _compile_time(document: dict[str, Any]) -> list[str]:
+    """First steps, cold starts, second processes and kernels, each with what became of its goal."""
+    goals, details = document["details"]["goals"], document["details"]
+    goal = goals["ratio"]
+    rows = [
+        (case, _exact(plain), _against_us(ours), _against_us(ratio), f"{goal:g}", _verdict(ratio, goal))
+        for case, plain, ours, ratio in document["rows"]
+    ]
+    starts, processes, depths = (_sections({"sections": [each]}) for each in document["sections"])
+    verdicts = [
+        "failed" if "failed" in each else _verdict(each["first"] / each["step"], goals["first"])
+        for each in details["starts"].values()
+    ]
+    second = next(row for row in document["sections"][1]["rows"] if row[0] == "second")
+    failed = "failed" in details["processes"]["second"]
+    compiled = "failed" if failed else _verdict(second[1] + second[2], goals["compilations"])
+    return [
+        _table((*document["columns"], "goal", "verdict"), rows),
+        *starts,
+        f"The goal, a first step of at most {goals['first']:g} eager ones: {', '.join(verdicts)}.",
+        *processes,
+        f"The goal, nothing compiled by or for the second process: {compiled}.",
+        *depths,
+    ]
+
+
+def _active_overhead(document: dict[str, Any]) -> list[str]:
+    goals = document["details"]["goals"]
+
+    def goal(case: str) -> float:
+        alone = document["details"][case]["seeds"] == 1  # then there is nothing to batch
+        return float(goals["one by one" if alone else document["details"][case]["batching"]])
+
+    return _ratios(document, "esper", "hand", goal)
+
+
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "active_overhead": _active_overhead,
+    "compile_time": _compile_time,
     "dormant_overhead": _dormant_overhead,
+    "hot_swap": _hot_swap,
     "kernel_cache": _kernel_cache,
     "kernel_execution": _kernel_execution,
     "seed_scaling": _seed_scaling,

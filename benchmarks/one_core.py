@@ -1,0 +1,35 @@
+"""Confining the training process to one core while the processes that it started may use every other."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+
+__all__ = ["ALL_CORES", "confine"]
+
+ALL_CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+"""The cores that this process could use when it was started; none where the system does not tell (only Linux does)."""
+
+
+def confine() -> None:
+    """Put every thread of this process on its last core, and every process below it on all cores.
+
+    Affinity belongs to threads and is inherited by what they start: threads that come later are confined as well, and
+    so are processes that come later, until this is called again. Without a second core, or on another system than
+    Linux, nothing is done.
+    """
+    if len(ALL_CORES) < 2:
+        return
+    process = psutil.Process()
+    _allow(process, frozenset({max(ALL_CORES)}))
+    for child in process.children(recursive=True):
+        _allow(child, ALL_CORES)
+
+
+def _allow(process: psutil.Process, cores: frozenset[int]) -> None:
+    try:
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return  # it has ended meanwhile
