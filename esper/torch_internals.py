@@ -479,9 +479,9 @@ def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
 
-    inductor = inductor_config._get_dict(skip_default=True)  # type: ignore[attr-defined]  # added at import
+    inductor = _changed_settings(inductor_config)
     inductor = {name: value for name, value in inductor.items() if not name.startswith(_LOCAL_TO_A_PROCESS)}
-    functorch = functorch_config._get_dict(skip_default=True)  # type: ignore[attr-defined]
+    functorch = _changed_settings(functorch_config)
     ambient = Ambient(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -501,6 +501,23 @@ def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]
         except Exception as error:  # pickle raises almost anything
             raise NotSendableError(f"the compiler setting {name} cannot be sent: {error}") from error
     return ambient
+
+
+def _changed_settings(config: Any) -> dict[str, Any]:
+    """Settings that are not at their default.
+
+    Torch itself counts a setting as changed for good once `patch` has set it, even to its default; Inductor does that
+    while it compiles, so a process that has compiled something would differ from one that took it from the cache.
+    """
+    from torch.utils._config_module import _UNSET_SENTINEL
+
+    def is_default(name: str, value: Any) -> bool:
+        entry = config._config[name]
+        from_environment = (entry.env_value_default, entry.env_value_force)
+        return all(each is _UNSET_SENTINEL for each in from_environment) and bool(value == entry.default)
+
+    changed = config._get_dict(skip_default=True)
+    return {name: value for name, value in changed.items() if not is_default(name, value)}
 
 
 # -- compiled code from another process --------------------------------------------------------------------------------

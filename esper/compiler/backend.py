@@ -17,13 +17,14 @@ from torch import fx
 
 from esper import torch_internals
 from esper.compiler.cold_start import start_cold
+from esper.compiler.debug import pass_callback
 from esper.compiler.dispatcher import Dispatcher
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompiler
 from esper.execution.registry import runtime_by_id, runtime_of_site
 from esper.execution.site_marker import mark_as_backend
-from esper_passes import ElideDormant, runtimes_in, site_calls_in, sites_in
+from esper_passes import ElideDormant, Pipeline, runtimes_in, site_calls_in, sites_in
 
 __all__ = ["esper_backend"]
 
@@ -64,16 +65,16 @@ def esper_backend(
             start_cold(dispatcher, compiler)
             return dispatcher.entry
     if all(runtime.plan.restricted(sites).is_dormant for runtime in runtimes):
-        dispatcher.provide(dispatcher.plan, _compile_host(module, inputs, chosen))
+        dispatcher.provide(dispatcher.plan, _compile_host(module, inputs, chosen, compiler.name))
         compiler.note_guards()
     if sites and not compiler.remote:
         compiler.make_sendable()
     return dispatcher.entry
 
 
-def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions) -> Variant:
+def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions, name: str) -> Variant:
     """The dormant variant: what the inner compiler makes of the host's own graph."""
-    host = ElideDormant()(module).graph_module
+    host = Pipeline((ElideDormant(),), pass_callback(name))(module).graph_module
     host.recompile()
     if not any(node.op.startswith("call") for node in host.graph.nodes):
         return Variant(lambda inputs: host.forward(*inputs), "uncompiled", reason="there is nothing to compile")
