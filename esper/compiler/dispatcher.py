@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.compiler.errors import WorkersClosedError
 from esper.compiler.report import CompileReport, GraphReport, VariantReport
 from esper.compiler.variant_cache import Boxed, Variant, VariantCache
 from esper.compiler.variant_compiler import Compilation, VariantCompiler
@@ -21,7 +22,7 @@ from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
 from esper.execution.call_counter import CallCounter
 from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
+from esper.execution.runtime import Runtime, ShutDownError
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
 
@@ -271,6 +272,8 @@ class Preparation:
         variant = None
         try:
             variant = self._compilation.finish()
+        except WorkersClosedError as error:
+            raise ShutDownError(str(error)) from error
         finally:
             self._dispatcher.finished(self._plan, variant)
 

@@ -37,6 +37,7 @@ __all__ = [
     "Preparation",
     "Runtime",
     "Schedule",
+    "ShutDownError",
 ]
 
 _LOG = logging.getLogger("esper.execution")
@@ -50,6 +51,10 @@ class CommitError(EsperError, RuntimeError):
 
 class CalledOffError(EsperError):
     """A preparation was given up, since nobody wants its plan any more."""
+
+
+class ShutDownError(EsperError):
+    """A preparation has no end, since the process ends, or what it needs was closed for good."""
 
 
 class Preparation(Protocol):
@@ -92,10 +97,14 @@ class Change:
     """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force.
 
     `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
+    `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else. What
+    it raises ends this change, without effect, and goes to `refused`.
     """
 
     edit: Callable[[Plan], Plan]
     applied: Callable[[], Transition | None]
+    first: Callable[[], None] | None = None
+    refused: Callable[[Exception], None] = lambda _: None
 
 
 @dataclass(slots=True)
@@ -117,6 +126,8 @@ class Runtime:
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
         self.on_commit: Callable[[Plan], None] = lambda _: None
+        self.uses_of: Callable[[torch.Tensor], int] = lambda _: 1
+        """In how many places of the model a parameter stands."""
         self.runs_eagerly: Callable[[], bool] = lambda: True
         """Whether forwards run outside of compiled graphs, where a kernel's attachment is of use."""
         self.telemetry: Telemetry | None = None
@@ -291,9 +302,13 @@ class Runtime:
         with self.lock:
             changes, self._staged = self._staged, []
             self.pending = False
-            if not changes:
-                return []
-            self._plan = self._target
+            target = self._target
+        if any(change.first is not None for change in changes):
+            changes, target = self._after_first(changes, target)
+        if not changes:
+            return []
+        with self.lock:
+            self._plan = target
             self.version += 1
             executors = list(self._executors)
             applied = [change.applied() for change in changes]
@@ -304,6 +319,28 @@ class Runtime:
         for transition in transitions:
             _LOG.info("%s", transition)
         return transitions
+
+    def _after_first(self, changes: list[Change], target: Plan) -> tuple[list[Change], Plan]:
+        """Do what the changes want done first: those that go on, and the plan that they lead to."""
+        going_on = []
+        for change in changes:
+            try:
+                if change.first is not None:
+                    change.first()
+            except Exception as error:  # noqa: BLE001  # law 4: a change that fails must not fail the forward
+                change.refused(error)
+            else:
+                going_on.append(change)
+        if len(going_on) == len(changes):
+            return changes, target
+        with self.lock:
+            plan = self._plan
+            for change in going_on:
+                plan = change.edit(plan)
+            self._target = plan
+            for change in self._staged:
+                self._target = change.edit(self._target)
+        return going_on, plan
 
     def _follow_renewed(self) -> None:
         with self.lock:

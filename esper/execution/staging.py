@@ -28,7 +28,7 @@ from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transition
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.plan import Plan, SeedPlan
-from esper.execution.runtime import CalledOffError, Change, Runtime, now
+from esper.execution.runtime import CalledOffError, Change, Runtime, ShutDownError, now
 from esper.execution.state_layout import FIELDS, checked_alpha
 
 if TYPE_CHECKING:
@@ -290,6 +290,11 @@ class Stager:
                     self._runtime.prepare(plan, called_off)
             except CalledOffError:
                 continue
+            except ShutDownError as error:
+                _LOG.info("not staged: %s", error)
+                for edit in edits:
+                    edit.failed(None)
+                return
             except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
                 if len(edits) > 1:  # it need not be the fault of all
                     for edit in edits:
