@@ -97,8 +97,8 @@ class Change:
     """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force.
 
     `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
-    `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else. What
-    it raises ends this change, without effect, and goes to `refused`.
+    `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else.
+    What it raises ends this change, without effect, and goes to `refused`.
     """
 
     edit: Callable[[Plan], Plan]

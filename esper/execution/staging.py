@@ -303,20 +303,27 @@ class Stager:
                     edits[0].failed(error)
                 return
 
-            def valid(edits: Sequence[_Edit] = edits, known: tuple[Plan, int] = (base, executors)) -> bool:
-                if known[0] is not self._runtime.target or known[1] != self._runtime.executors_added:
-                    return False  # what was prepared is not what would come into force
-                if not all(self._wanted(edit.request) for edit in edits):
-                    return False
-                for edit in edits:
-                    self._under_way.pop(edit.request.key, None)
-                    edit.before_publishing()
-                return True
-
-            if self._runtime.publish(*(edit.change for edit in edits), valid=valid):
-                for edit in edits:
-                    edit.request.staged.set_result(True)
+            if self._publish_prepared(edits, base, executors):
                 return
+
+    def _publish_prepared(self, edits: Sequence[_Edit], base: Plan, executors: int) -> bool:
+        """Stage what was prepared on top of `base`, unless that is not what would come into force any more."""
+
+        def valid() -> bool:
+            if base is not self._runtime.target or executors != self._runtime.executors_added:
+                return False
+            if not all(self._wanted(edit.request) for edit in edits):
+                return False
+            for edit in edits:
+                self._under_way.pop(edit.request.key, None)
+                edit.before_publishing()
+            return True
+
+        published = self._runtime.publish(*(edit.change for edit in edits), valid=valid)
+        if published:
+            for edit in edits:
+                edit.request.staged.set_result(True)
+        return published
 
     def _still_wanted(self, edits: Sequence[_Edit]) -> list[_Edit]:
         wanted = [edit for edit in edits if self._wanted(edit.request)]
