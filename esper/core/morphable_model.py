@@ -104,6 +104,7 @@ class MorphableModel(nn.Module):
         )
         runtime.is_training = lambda: self.training
         runtime.on_commit = self._hold_kernels
+        runtime.uses_of = self._uses_of
         eager.attach_to(self)
         signal = signal_of(root)
         if signal is not None:
@@ -115,6 +116,9 @@ class MorphableModel(nn.Module):
         self._modules.clear()
         self._modules.update({**self._root._modules, **bank})
         self.__dict__["_owners"] = _owners_of_tensors(self._root)
+
+    def _uses_of(self, parameter: torch.Tensor) -> int:
+        return sum(each is parameter for module in self._root.modules() for each in module._parameters.values())
 
     def _hold_kernels(self, plan: Plan) -> None:
         """Register the kernels of `plan`; a dormant model has the host's modules and no others."""

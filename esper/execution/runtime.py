@@ -98,12 +98,14 @@ class Change:
 
     `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
     `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else.
-    What it raises ends this change, without effect, and goes to `refused`.
+    What it raises ends this change, without effect, and goes to `refused`. A commit where a forward begins leaves a
+    change staged for which `safe` is not true; it is asked there each time.
     """
 
     edit: Callable[[Plan], Plan]
     applied: Callable[[], Transition | None]
     first: Callable[[], None] | None = None
+    safe: Callable[[], bool] = lambda: True
     refused: Callable[[Exception], None] = lambda _: None
 
 
@@ -254,7 +256,7 @@ class Runtime:
             return
         self._thread, self._has_run = threading.get_ident(), True
         if self._staged and self.commit_mode == "auto":
-            self._flip()
+            self._flip(lambda change: change.safe())
         if self._renewed:
             self._follow_renewed()
         if self._schedules and torch.is_grad_enabled() and self.is_training():
@@ -298,11 +300,18 @@ class Runtime:
         for executor in self.executors():
             executor.follow(self._plan)
 
-    def _flip(self) -> list[Transition]:
+    def _flip(self, now: Callable[[Change], bool] = lambda _: True) -> list[Transition]:
+        """Put what is staged in force, or the part of it that is to come `now`."""
         with self.lock:
             changes, self._staged = self._staged, []
-            self.pending = False
             target = self._target
+            later = [change for change in changes if not now(change)]
+            if later:
+                self._staged, target = later, self._plan
+                changes = [change for change in changes if change not in later]
+                for change in changes:
+                    target = change.edit(target)
+            self.pending = bool(later)
         if any(change.first is not None for change in changes):
             changes, target = self._after_first(changes, target)
         if not changes:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.contracts.messages import SeedReport, TopicNames
 from esper.errors import EsperError
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.background import BackgroundThread
 from esper.execution.defaults import AttachKernel, TelemetrySink, is_default
+from esper.execution.fossils import folded, is_affine
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState, Transition
 from esper.execution.loaded_kernel import LoadedKernel
@@ -71,6 +72,21 @@ class _Edit:
     change: Change
     failed: Callable[[Exception | None], None]
     before_publishing: Callable[[], None] = lambda: None
+
+
+def _after_a_step(weight: Tensor) -> Callable[[], bool]:
+    """To be asked where a forward begins: whether `weight` was written to since it was asked before.
+
+    Then an optimizer has taken a step, and no backward is to come that needs the weight as an earlier forward saw it.
+    """
+    seen: int | None = None
+
+    def stepped() -> bool:
+        nonlocal seen
+        before, seen = seen, weight._version
+        return before is not None and before != seen
+
+    return stepped
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +178,18 @@ class Stager:
                 self._runtime.forget_schedules([layer.first_seed + seed])
                 return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
 
-            return self._publish_when_ready(
-                layer, seed, Change(lambda plan: plan.without_seed(layer.site, seed), applied)
-            )
+            def refused(error: Exception) -> None:
+                self._refuse_change(layer, seed, error)
+
+            change = Change(lambda plan: plan.without_seed(layer.site, seed), applied, refused=refused)
+            return self._publish_when_ready(layer, seed, change)
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
-        """Stage making `seed`'s kernel permanent, at the alpha it has then. False unless it is active."""
+        """Stage making `seed`'s kernel permanent, at the alpha it has now. False unless it is active.
+
+        Where it can be, it becomes part of the host's weight and bias, see :meth:`_foldable`; else it stays a kernel,
+        of a share that is a constant.
+        """
         key = layer.site, seed
         with self._runtime.lock:
             active = layer.state.lifecycle(seed) is _State.ACTIVE
@@ -175,14 +197,47 @@ class Stager:
             if not active or planned is None or key in self._fossilizing:
                 return False
             self._fossilizing.add(key)
-            identity = planned.kernel.artifact_id
+            self._take_ticket(layer, seed)
+            self._runtime.forget_schedules([layer.first_seed + seed])
+            alpha, kernel = layer.state.alpha(seed), planned.kernel
+            fossil = replace(planned, constant_alpha=alpha)
+            fold = self._foldable(layer, planned)
 
             def applied() -> Transition:
                 self._fossilizing.discard(key)
-                self._runtime.forget_schedules([layer.first_seed + seed])
-                return self._enter(layer, seed, _State.FOSSILIZED, "fossilized", identity)
+                transition = self._enter(layer, seed, _State.FOSSILIZED, "fossilized", kernel.artifact_id)
+                if fold:
+                    layer.pin(seed, None)
+                return transition
 
-            return self._runtime.publish(Change(lambda plan: plan, applied))
+            def first() -> None:
+                layer.absorb(*folded(layer.weight, layer.bias, kernel, alpha))
+
+            def refused(error: Exception) -> None:
+                self._fossilizing.discard(key)
+                self._refuse_change(layer, seed, error)
+
+            if fold:
+                safe = _after_a_step(layer.weight)
+                change = Change(lambda plan: plan.without_seed(*key), applied, first, safe, refused)
+            else:
+                change = Change(lambda plan: plan.with_seed(layer.site, fossil), applied, refused=refused)
+            return self._publish_when_ready(layer, seed, change)
+
+    def _foldable(self, layer: KasminaLayer, planned: SeedPlan) -> bool:
+        """Whether the host's own weight and bias can take in a fossil without changing what anything else computes.
+
+        Its kernel is affine and gets the layer's input undetached; the weights stand nowhere else; no seed before it is
+        blended in, and none beside it reads the layer's own output.
+        """
+        others = [each for each in self._runtime.target.sites[layer.site] if each.seed != planned.seed]
+        own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+        return (
+            is_affine(planned.kernel.graph, constant=layer.bias is not None)
+            and not planned.isolate
+            and not any(each.seed < planned.seed or each.uses_host for each in others)
+            and all(type(each) is nn.Parameter and self._runtime.uses_of(each) == 1 for each in own)
+        )
 
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`. Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized."""
@@ -354,13 +409,17 @@ class Stager:
 
         def failed(error: Exception | None) -> None:
             if error is not None:
-                self._keep_error(layer, seed, error)
-                layer.state.record_error(seed)
-                _LOG.warning("seed %d of %s stays as it is: %s", seed, layer.layer_id, layer.seed_errors[seed])
-                self._report(layer, seed, layer.seed_errors[seed])
+                change.refused(error)
 
         self._enqueue(lambda: _Edit(request, change, failed))
         return True
+
+    def _refuse_change(self, layer: KasminaLayer, seed: int, error: Exception) -> None:
+        """A change of a seed in force came to nothing: keep the seed as it is, and the reason."""
+        self._keep_error(layer, seed, error)
+        layer.state.record_error(seed)
+        _LOG.warning("seed %d of %s stays as it is: %s", seed, layer.layer_id, layer.seed_errors[seed])
+        self._report(layer, seed, layer.seed_errors[seed])
 
     def _fetched(self, request: _Load) -> _Edit | None:
         """Fetch the kernel of a load and check that it fits."""
