@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from esper_passes._get_attr import get_attr
 from esper_passes._hooks import hooks_of
 from esper_passes.base import PassResult
 
@@ -94,7 +95,7 @@ def _argument(graph: fx.Graph, path: str, module: nn.Module, x: fx.Node, argumen
     if isinstance(argument, _Input):
         return x
     if isinstance(argument, _Own):
-        return None if getattr(module, argument.name) is None else graph.get_attr(f"{path}.{argument.name}")
+        return None if getattr(module, argument.name) is None else get_attr(graph, f"{path}.{argument.name}")
     return argument
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from esper_passes._get_attr import get_attr
 from esper_passes._hooks import hooks_of
 from esper_passes.base import PassResult
 from esper_passes.site_op import SITE
@@ -49,8 +50,8 @@ class RewriteSites:
         graph = node.graph
         (x,) = (*node.args, *node.kwargs.values())
         with graph.inserting_before(node):
-            weight = graph.get_attr(f"{path}.weight")
-            bias = None if getattr(module, "bias", None) is None else graph.get_attr(f"{path}.bias")
+            weight = get_attr(graph, f"{path}.weight")
+            bias = None if getattr(module, "bias", None) is None else get_attr(graph, f"{path}.bias")
             site = graph.call_function(SITE, (x, weight, bias, self.sites[path]))
         site.meta = dict(node.meta)
         node.replace_all_uses_with(site)

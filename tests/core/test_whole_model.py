@@ -56,6 +56,16 @@ def test_an_ensemble_of_copies(shelf: KernelShelf, x: torch.Tensor) -> None:
     torch.testing.assert_close(together, torch.stack([model(x) for model in models]))
 
 
+def test_a_first_call_with_other_parameters_warns_of_nothing(
+    shelf: KernelShelf, x: torch.Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    host = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
+    model = esper.wrap(host, platform=shelf.platform)
+    others = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    assert torch.equal(functional_call(model, others, x), functional_call(host, others, x))
+    assert not recwarn.list
+
+
 CASTS: dict[str, tuple[Callable[[nn.Module], object], torch.dtype]] = {
     "double": (lambda model: model.double(), torch.float64),
     "half": (lambda model: model.half(), torch.float16),
