@@ -16,7 +16,16 @@ from torch import nn
 __all__ = ["AttributeSnapshot"]
 
 _SIMPLE = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
-_IGNORED = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+_IGNORED = frozenset(
+    {
+        "training",
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_is_torch_compile",  # a note of torch.compile's, on modules that it was given; they stay what they were
+    }
+)
 _LONGEST = 1000
 _DEEPEST = 3
 

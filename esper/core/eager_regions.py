@@ -30,6 +30,9 @@ from esper_passes import ExpandModules, LowerFunctional, Pipeline, RewriteSites
 __all__ = ["EagerRegions", "Regions"]
 
 _MOST_VARIANTS = 4
+_COMPILED = "_compiled_call_impl"
+"""Where `nn.Module.compile` keeps what it made. It computes what the module does, so nothing was stale without it."""
+
 _Key = tuple[nn.Module, frozenset[str]]
 
 
@@ -118,10 +121,11 @@ class EagerRegions:
                     with self._lock:
                         self._graphs.pop(id(traced), None)
                     self._failures.clear()
-                    self._warn([f"{self.name_of(module)}.{name}".strip(".") for name in changed])
+                    names = [name for name in changed if name.rpartition(".")[2] != _COMPILED]
+                    self._warn([f"{self.name_of(module)}.{name}".strip(".") for name in names])
 
     def _warn(self, names: list[str]) -> None:
-        if not self._warned:
+        if names and not self._warned:
             self._warned = True
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             warnings.warn(
