@@ -320,9 +320,9 @@ class MorphableModel(nn.Module):
         """Make a seed's kernel a permanent part of the model at its present alpha; False unless it is active.
 
         An affine kernel becomes part of the layer's weight and bias where that computes the same: if the layer has its
-        weights to itself, and a bias if the kernel adds a constant; if no seed before it is active, none beside it reads
-        the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it as part
-        of the host. Any other kernel stays, of a constant share.
+        weights to itself, and a bias if the kernel adds a constant; if no seed before it is active, none beside it
+        reads the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it as
+        part of the host. Any other kernel stays, of a constant share.
         """
         return self._layer(layer_name).fossilize(seed_idx)
 
