@@ -32,6 +32,7 @@ __all__ = [
     "kill_family",
     "read_tail",
     "start_child",
+    "wait_for_family",
 ]
 
 _TAIL = 4096
@@ -97,7 +98,15 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def kill_family(pid: int) -> None:
-    """Kill a child of this process and everything that it started. From any thread, also when it has ended itself."""
+    """Kill a child of this process and everything that it started, also if it has ended itself. From any thread.
+
+    Does nothing once somebody has waited for the child: its number may be another process's then.
+    """
+    try:
+        if hasattr(os, "waitid"):
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return
     members = family(pid)
     if os.name == "posix":
         with suppress(ProcessLookupError, PermissionError):  # the second is what macOS says of a group of zombies
@@ -105,6 +114,15 @@ def kill_family(pid: int) -> None:
     for each in members:
         with suppress(psutil.NoSuchProcess):
             each.kill()
+
+
+def wait_for_family(child: subprocess.Popen[bytes]) -> None:
+    """Wait until a child of this process has ended, and kill whatever it has left running."""
+    if hasattr(os, "waitid"):
+        with suppress(ChildProcessError):  # the program waits for children that are not its own
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        kill_family(child.pid)
+    child.wait()
 
 
 def describe_exit(returncode: int) -> str:

@@ -21,7 +21,8 @@ from esper.compiler.worker_protocol import BUFFER_BYTES, HEADER, Kind
 __all__ = ["LinkEndedError", "LinkTimeoutError", "WorkerLink"]
 
 _MODULE = "esper.compiler.worker_process"
-_GRACE = 1.0  # seconds between a process that closes its socket and its end
+_GRACE = 1.0  # seconds; a process that closes its socket and does not end by then has not died
+_PART_BYTES = 2**18  # read at a time: copying it with the interpreter lock held takes 0.1 ms
 _LONGEST_WAIT = 1e6  # seconds; what poll(2) can count
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have switched SIGPIPE on again
 
@@ -120,16 +121,11 @@ class WorkerLink:
         kill_family(self._process.pid)
 
     def end(self) -> str:
-        """Kill what is left, and let go of it. How the worker ended, if it did so by itself."""
-        try:
-            self._process.wait(_GRACE if self._line.is_readable() else 0)
-        except subprocess.TimeoutExpired:
-            how = "no longer answered"
-        else:
-            how = describe_exit(self._process.returncode)
+        """Kill what is left, and wait for that. How the worker ended, if it did so by itself."""
+        died = self._line.has_died()
         self.kill()
         self._process.wait()
-        return how
+        return describe_exit(self._process.returncode) if died else "no longer answered"
 
     def close(self) -> None:
         """Close files and pipes. After :meth:`end`, or in a forked child."""
@@ -160,14 +156,14 @@ class _Line:
     def read(self, length: int) -> bytes:
         """Exactly `length` bytes. Raises ``LinkEndedError`` or ``LinkTimeoutError``.
 
-        They are gathered in the memory that is returned, a socket's buffer at a time: the interpreter lock is never
-        held for longer than copying that takes.
+        They are gathered part by part in the memory that is returned: the interpreter lock is never held for longer
+        than it takes to copy a part.
         """
         body = io.BytesIO()
         dead = False
         while missing := length - body.tell():
             try:
-                part = self._socket.recv(min(missing, BUFFER_BYTES))
+                part = self._socket.recv(min(missing, _PART_BYTES))
             except BlockingIOError:
                 if dead:
                     raise LinkEndedError from None
@@ -195,6 +191,14 @@ class _Line:
     def is_readable(self) -> bool:
         """Whether there are bytes, or the worker has died."""
         return bool(self._poll(select.POLLIN, 0.0))
+
+    def has_died(self) -> bool:
+        """Whether the worker has ended, or is about to: a process that ends closes its files first."""
+        if not self.is_readable() or self._pidfd is None:
+            return self.is_readable()
+        waiting = select.poll()
+        waiting.register(self._pidfd, select.POLLIN)
+        return bool(waiting.poll(_GRACE * 1000))
 
     def close(self) -> None:
         self._socket.close()

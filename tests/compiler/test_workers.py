@@ -250,6 +250,13 @@ def test_a_death_is_noticed_while_somebody_else_holds_the_connection_open(pool: 
     assert error.exit == "ended with exit status 4"
 
 
+def test_compilers_that_a_dead_worker_has_left_behind_are_ended(pool: CompileWorkers, tmp_path: Path) -> None:
+    error = failure(pool.submit(b"abandon " + bytes(tmp_path)))
+    assert isinstance(error, WorkerCrashedError)
+    for each in pids_in(tmp_path, 2):  # there were two attempts
+        assert_gone(each)
+
+
 def test_a_job_that_takes_too_long_ends_with_everything_that_it_started(pool: CompileWorkers, tmp_path: Path) -> None:
     before = pool.statistics
     settled(pool.submit(b"echo"))  # the worker is there

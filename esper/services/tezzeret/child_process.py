@@ -15,7 +15,15 @@ from typing import IO, Literal
 
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
 
-from esper.child_processes import ChildStartError, describe_exit, family, kill_family, read_tail, start_child
+from esper.child_processes import (
+    ChildStartError,
+    describe_exit,
+    family,
+    kill_family,
+    read_tail,
+    start_child,
+    wait_for_family,
+)
 from esper.services.errors import ServiceError
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import LOG, ChildRequest
@@ -102,7 +110,6 @@ def run_child(
     finally:
         child.kill("stopped")
         child.exited.wait()
-        kill_family(process.pid)  # compilers that a child which died has left behind
         child.hang_up()
     with open(log_path, "rb") as log:
         tail = read_tail(log)
@@ -120,7 +127,7 @@ class _Child:
         threading.Thread(target=self._wait, name="esper-tezzeret-child", daemon=True).start()
 
     def _wait(self) -> None:
-        self._process.wait()
+        wait_for_family(self._process)
         self.exited.set()
 
     def age(self) -> float:
