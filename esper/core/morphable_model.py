@@ -321,8 +321,8 @@ class MorphableModel(nn.Module):
 
         An affine kernel becomes part of the layer's weight and bias where that computes the same: if the layer has its
         weights to itself, and a bias if the kernel adds a constant; if no seed before it is active, none beside it
-        reads the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it as
-        part of the host. Any other kernel stays, of a constant share.
+        reads the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it
+        as part of the host. Any other kernel stays, of a constant share.
         """
         return self._layer(layer_name).fossilize(seed_idx)
 
