@@ -164,6 +164,8 @@ class KasminaLayer(nn.Linear):
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`."""
         seeds, before = plan.sites.get(self.site, ()), self._current
+        if not seeds and not self._seeds:
+            return
         if seeds:
             self._current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
         elif self._seeds:
