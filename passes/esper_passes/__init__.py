@@ -1,9 +1,11 @@
 """Graph passes for sites and kernels: `torch.fx` graphs in, `torch.fx` graphs out. Depends on torch alone."""
 
 from esper_passes.base import GraphPass, PassError, PassResult
+from esper_passes.batch_seeds import BatchSeeds
 from esper_passes.call_kernels import CallKernels, SeedCall
 from esper_passes.elide_dormant import ElideDormant
 from esper_passes.expand_modules import ExpandModules
+from esper_passes.fold_fossils import FoldFossils
 from esper_passes.inline_kernels import InlineKernels, KernelInput, SeedGraph, inputs
 from esper_passes.lower_functional import LowerFunctional
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Pipeline, Timings, chain, verify
@@ -24,11 +26,13 @@ from esper_passes.site_op import (
 __all__ = [
     "ENTER",
     "SITE",
+    "BatchSeeds",
     "CallKernels",
     "Callback",
     "DumpGraphs",
     "ElideDormant",
     "ExpandModules",
+    "FoldFossils",
     "GraphPass",
     "InlineKernels",
     "KernelInput",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -93,6 +94,7 @@ def _quiet(mode: FakeTensorMode) -> Iterator[None]:
     """Neither leave guards behind, nor pending symbols, nor another grad mode."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.enter_context(enable_python_dispatcher())  # some operators take symbolic sizes in no other way
         if mode.shape_env is not None:
             stack.enter_context(mode.shape_env.suppress_guards())
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())

@@ -5,24 +5,47 @@
 
 `isolate` detaches what the kernel is given. The kernel's output and the alpha take the dtype of `y`: in an autocast
 region the linear's output is in the lower precision, and `lerp` wants one dtype.
+
+Every node that a seed adds says which in `meta[SEED]`: the name of the linear's node, which is another one for each
+call of a site, and the seed's position there. The passes that come later know kernels and blends by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import fx
 
 from esper_passes.site_op import make_linear, site_call
 
-__all__ = ["Emit", "Seed", "after_placeholders", "blend", "first_indices"]
+__all__ = [
+    "ALPHAS",
+    "PARAMETER",
+    "SEED",
+    "TYPE_AS",
+    "Emit",
+    "Seed",
+    "after_placeholders",
+    "blend",
+    "carried",
+    "first_indices",
+]
+
+ALPHAS = "esper_alphas"
+"""Target of the placeholder whose entries are the alphas, and the name of it unless that was taken."""
+
+SEED = "esper_seed"
+"""Key in `node.meta`: `(name of the linear's node, position)` of the seed that the node was added for."""
+
+PARAMETER = "esper_parameter"
+"""Key in `node.meta`, true for the placeholders of kernels' parameters."""
 
 _CARRIED = ("stack_trace", "nn_module_stack", "custom")  # what tells a reader or a profiler where a node comes from
 
 # An operator overload, since AOTAutograd's cache gives up on a `call_method` node that has no `example_value`.
-_TYPE_AS = torch.ops.aten.type_as.default
+TYPE_AS = torch.ops.aten.type_as.default
 
 
 class Seed(Protocol):
@@ -59,22 +82,28 @@ def blend(node: fx.Node, seeds: Sequence[Seed], alphas: fx.Node, first: int, emi
     x = site_call(node).x
     make_linear(node)
     y = node
+    meta = carried(node)
+    added: set[fx.Node] = set()
     with graph.inserting_before(end):
         for position, seed in enumerate(seeds):
+            last = end.prev
             given: tuple[fx.Node, ...] = (x, node) if seed.uses_host else (x,)
             if seed.isolate:
                 given = tuple(graph.call_function(torch.detach, (value,)) for value in given)
-            kernel = graph.call_function(_TYPE_AS, (emit(position, given), node))
+            kernel = graph.call_function(TYPE_AS, (emit(position, given), node))
             alpha = graph.call_function(torch.select, (alphas, 0, first + position))
-            y = graph.call_function(torch.lerp, (y, kernel, graph.call_function(_TYPE_AS, (alpha, node))))
-    carried = {key: node.meta[key] for key in _CARRIED if key in node.meta}
-    added: set[fx.Node] = set()
-    new = node.next
-    while new is not end:
-        new.meta = dict(carried)
-        added.add(new)
-        new = new.next
+            y = graph.call_function(torch.lerp, (y, kernel, graph.call_function(TYPE_AS, (alpha, node))))
+            new = last.next
+            while new is not end:
+                new.meta = {**meta, SEED: (node.name, position)}
+                added.add(new)
+                new = new.next
     node.replace_all_uses_with(y, delete_user_cb=lambda user: user not in added)
+
+
+def carried(node: fx.Node) -> dict[str, Any]:
+    """What the nodes that are added for `node` keep of its metadata."""
+    return {key: node.meta[key] for key in _CARRIED if key in node.meta}
 
 
 def after_placeholders(graph: fx.Graph) -> fx.Node:

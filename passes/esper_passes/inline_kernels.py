@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from esper_passes._blend import after_placeholders, blend, first_indices
+from esper_passes._blend import ALPHAS, PARAMETER, after_placeholders, blend, first_indices
 from esper_passes._subgraphs import copy_body, subgraphs
 from esper_passes.base import PassResult
 from esper_passes.site_op import is_site, site_id, sites_in
@@ -17,8 +17,6 @@ __all__ = ["InlineKernels", "KernelInput", "SeedGraph", "inputs"]
 
 KernelInput = tuple[int, int, str]
 """An input that a kernel brings: the site's id, the seed's position at the site, the parameter's name."""
-
-_ALPHAS = "esper_alphas"
 
 # Higher-order operators whose operands are the last positional arguments and become the body's placeholders, in order.
 _FLAT_OPERANDS = tuple(
@@ -77,11 +75,16 @@ class InlineKernels:
     What the arithmetic is, `_blend.py` says. The module is changed in place: while Dynamo still works with a graph,
     which it does until its backend has returned, give this pass a copy.
 
+    `values` are example values of the new placeholders, in their order, fake tensors in a compilation; they are
+    recorded as `meta["example_value"]`, from which later passes take shapes, dtypes and whether a parameter learns.
+
     Raises `ValueError` for a site with seeds inside the body of a higher-order operator that cannot be given further
-    operands (everything but activation checkpoints, `wrap` and `invoke_subgraph`).
+    operands (everything but activation checkpoints, `wrap` and `invoke_subgraph`), and for another number of values
+    than there are new placeholders.
     """
 
     seeds: Mapping[int, tuple[SeedGraph, ...]]
+    values: tuple[torch.Tensor, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -92,15 +95,24 @@ class InlineKernels:
         if not seeds:
             return PassResult(graph_module, False)
         _check_reachable(graph_module.graph, seeds)
-        _Inlining(seeds).into(graph_module, list(seeds))
+        _Inlining(seeds, self._values_by_key(seeds)).into(graph_module, list(seeds))
         return PassResult(graph_module, True)
+
+    def _values_by_key(self, seeds: Mapping[int, tuple[SeedGraph, ...]]) -> dict[str, torch.Tensor]:
+        if self.values is None:
+            return {}
+        keys = [*(_key(*entry) for entry in inputs(seeds)), ALPHAS]
+        if len(keys) != len(self.values):
+            raise ValueError(f"{len(self.values)} example values for the {len(keys)} placeholders that the seeds bring")
+        return dict(zip(keys, self.values, strict=True))
 
 
 class _Inlining:
     """One application of the pass."""
 
-    def __init__(self, seeds: Mapping[int, tuple[SeedGraph, ...]]) -> None:
+    def __init__(self, seeds: Mapping[int, tuple[SeedGraph, ...]], values: Mapping[str, torch.Tensor]) -> None:
         self._seeds = seeds
+        self._values = values
         self._first = first_indices(seeds)
 
     def into(self, module: fx.GraphModule, sites: Sequence[int]) -> list[str]:
@@ -111,7 +123,7 @@ class _Inlining:
         for node in list(graph.nodes):
             if is_site(node) and (site := site_id(node)) in self._seeds:
                 emit = self._emitter(site, graph, added)
-                blend(node, self._seeds[site], added[_ALPHAS], self._first[site], emit)
+                blend(node, self._seeds[site], added[ALPHAS], self._first[site], emit)
             for reference, body in list(subgraphs(node)):
                 target = str(reference.target)
                 if target not in rewritten:
@@ -132,7 +144,12 @@ class _Inlining:
     def _append_placeholders(self, graph: fx.Graph, sites: Sequence[int]) -> dict[str, fx.Node]:
         keys = [_key(*entry) for entry in inputs({site: self._seeds[site] for site in sites})]
         with graph.inserting_before(after_placeholders(graph)):
-            return {key: graph.placeholder(key) for key in [*keys, _ALPHAS]}
+            added = {key: graph.placeholder(key) for key in [*keys, ALPHAS]}
+        for key in keys:
+            added[key].meta[PARAMETER] = True
+        for key in added.keys() & self._values.keys():
+            added[key].meta["example_value"] = self._values[key]
+        return added
 
     def _emitter(
         self, site: int, graph: fx.Graph, added: Mapping[str, fx.Node]
