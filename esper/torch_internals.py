@@ -300,7 +300,7 @@ def pack_graph(module: fx.GraphModule) -> bytes:
     Nodes keep operator, arguments and name. Placeholders keep what their fake values are like, symbolic sizes included,
     but no longer share memory (:func:`shared_inputs` names those that did). Other fake values are left behind and
     computed anew where the graph is read. Raises :class:`NotSendableError` for a graph that holds parameters or
-    buffers, and for what pickle refuses.
+    buffers, for one with selective activation checkpointing, and for what pickle refuses.
     """
     from torch.fx._graph_pickler import GraphPickler, Options
 
@@ -309,6 +309,8 @@ def pack_graph(module: fx.GraphModule) -> bytes:
     held = [name for name, _ in (*sent.named_parameters(), *sent.named_buffers())]
     if held:
         raise NotSendableError(f"it holds tensors of its own: {', '.join(held[:3])}")
+    if any("_checkpoint_context_fn" in each.meta for each in sent.modules() if isinstance(each, fx.GraphModule)):
+        raise NotSendableError("an activation checkpoint in it has a policy, which is a function of the program's")
     _forget_values(sent)
     options = Options(ops_filter=None, node_metadata_key_filter=lambda key: key == "example_value")
     try:
@@ -579,8 +581,12 @@ def _loadable(graph: Any) -> bytes:
         if isinstance(node, ast.Assign) and is_call(node.value, "AsyncCompile"):
             node.value = ast.copy_location(ast.Name(_LIBRARIES, ast.Load()), node.value)
         elif isinstance(node, ast.Call) and is_call(node, "async_compile.cpp_pybinding"):
-            kernel = CppPythonBindingsCodeCache.load_pybinding(*(ast.literal_eval(each) for each in node.args))
-            library: Any = kernel.__self__
+            arguments = [ast.literal_eval(each) for each in node.args]
+            library: Any = CppPythonBindingsCodeCache.load_pybinding(*arguments).__self__
+            if not os.path.exists(library.__file__):  # somebody has emptied the cache since this process loaded it
+                CppPythonBindingsCodeCache.cache_clear()
+                sys.modules.pop(library.__spec__.name, None)
+                library = CppPythonBindingsCodeCache.load_pybinding(*arguments).__self__
             places = [library.__spec__.name, library.__file__]
             node.args = [ast.copy_location(ast.Constant(each), node) for each in places]
     graph.source_code = ""

@@ -67,7 +67,7 @@ def esper_backend(
     if all(runtime.plan.restricted(sites).is_dormant for runtime in runtimes):
         dispatcher.provide(dispatcher.plan, _compile_host(module, inputs, chosen, compiler.name))
         compiler.note_guards()
-    if sites and not compiler.remote:
+    if sites and not compiler.remote and not compiler.reason:
         compiler.make_sendable()
     return dispatcher.entry
 

@@ -33,9 +33,10 @@ def _compile(waiting: weakref.ref[Dispatcher], compiler: VariantCompiler, plan: 
     try:
         started = compiler.start(plan)
         variant = started if isinstance(started, Variant) else started.finish()
-    except EsperError as error:
-        _LOG.warning("%s goes on uncompiled: %s", compiler.name, error)
-        variant = compiler.uncompiled(plan, str(error))
+    except Exception as error:  # noqa: BLE001  # whatever it is, the graph goes on as it is, and the report says why
+        unexpected = None if isinstance(error, EsperError) else error
+        _LOG.warning("%s goes on uncompiled: %s", compiler.name, error, exc_info=unexpected)
+        variant = compiler.uncompiled(plan, f"{type(error).__name__}: {error}")
     dispatcher = waiting()
     if dispatcher is not None:
         dispatcher.provide(plan, variant)

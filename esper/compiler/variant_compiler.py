@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,8 +22,8 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
-from esper.execution.plan import Plan
-from esper_passes import is_enter, is_site, site_id
+from esper.execution.plan import Plan, SeedPlan
+from esper_passes import is_enter, is_site, site_call, site_id
 
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
@@ -79,13 +80,14 @@ class VariantCompiler:
         self._job: VariantJob | None = None
         self._factors: dict[str, str | bytes] = {}
         self._ordinals: dict[int, int] = {}
+        self._weights = dict(_weights(marked))
 
     # -- for workers -----------------------------------------------------------------------------------------------
 
     @property
     def remote(self) -> bool:
         """Whether new variants come from workers."""
-        return self._job is not None
+        return self._job is not None and not self.reason
 
     def make_sendable(self) -> None:
         """Pack the graph for workers, under the settings that are in force; while the backend is being called."""
@@ -111,7 +113,9 @@ class VariantCompiler:
             default_workers().warm()
 
     def _keep_here(self, reason: str) -> None:
-        self._job, self.reason = None, reason
+        if self.reason:
+            return
+        self.reason = reason
         _LOG.warning(
             "%s cannot be given to a compile worker: %s. A kernel of a new structure in it is compiled on the training "
             "thread, at the first forward that runs it", self.name, reason,
@@ -130,10 +134,21 @@ class VariantCompiler:
 
         return torch_internals.describe_graph(self._marked, rename)
 
+    def _spec(self, site: int, seed: SeedPlan) -> SeedSpec:
+        """What `seed` is like whenever this graph runs: its kernel has device and dtype of the site's weight.
+
+        At this moment they may differ. The model may be moved or cast while this is compiled, or have been, and back.
+        """
+        parameters = [InputSpec.of(parameter) for parameter in seed.kernel.parameters]
+        weight = self._weights.get(site)
+        if weight is not None:
+            parameters = [replace(each, dtype=weight.dtype, device=weight.device) for each in parameters]
+        return SeedSpec(seed.kernel.graph, tuple(parameters), seed.isolate, seed.constant_alpha)
+
     def start(self, plan: Plan) -> Compilation | Variant:
         """Have a variant for `plan` compiled; a stored one is loaded at once. Only if `remote`."""
         assert self._job is not None
-        seeds = {site: tuple(_spec(seed) for seed in each) for site, each in plan.sites.items()}
+        seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
             by_site = sorted((self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items())
@@ -143,8 +158,8 @@ class VariantCompiler:
                 started = time.perf_counter()
                 try:
                     return self._load(stored, plan, "store", started)
-                except torch_internals.StaleVariantError as error:
-                    _LOG.info("a stored variant of %s is not used: %s", self.name, error)
+                except Exception as error:  # noqa: BLE001  # whatever keeps it from being loaded, it is a miss
+                    _LOG.info("a stored variant of %s is not used: %s: %s", self.name, type(error).__name__, error)
         job = VariantJob(**{**vars(self._job), "seeds": seeds})
         return Compilation(self, plan, key, default_workers().submit(job.pack()))
 
@@ -159,10 +174,16 @@ class VariantCompiler:
                 _LOG.warning("%s runs uncompiled: %s", self.name, error)
                 return self.uncompiled(plan, str(error))
             raise VariantCompilationError.of(self.name, error) from error
+        try:
+            variant = self._load(payload, plan, "worker", started)
+        except torch_internals.StaleVariantError as error:
+            raise VariantCompilationError(
+                f"what a worker compiled for {self.name} cannot be loaded: {error}"
+            ) from error
         store = default_store()
         if store is not None and key is not None:
             store.put(key, payload)
-        return self._load(payload, plan, "worker", started)
+        return variant
 
     def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
         assert self._job is not None
@@ -236,9 +257,13 @@ class VariantCompiler:
         return guarded
 
 
-def _spec(seed: Any) -> SeedSpec:
-    parameters = tuple(InputSpec.of(parameter) for parameter in seed.kernel.parameters)
-    return SeedSpec(seed.kernel.graph, parameters, seed.isolate, seed.constant_alpha)
+def _weights(module: fx.GraphModule) -> Iterator[tuple[int, torch.Tensor]]:
+    """Sites and the fake values of their weights, where these are inputs of the graph."""
+    graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes if is_site(node)):
+        call = site_call(node)
+        if call.weight.op == "placeholder" and "example_value" in call.weight.meta:
+            yield call.site, call.weight.meta["example_value"]
 
 
 def _key_of(spec: SeedSpec) -> tuple[Any, ...]:

@@ -96,9 +96,11 @@ def specialise(
 
 
 def run(payload: bytes) -> bytes:
-    """Do a packed job; returns what :func:`esper.torch_internals.load_graph` loads. In a compile worker only."""
-    job: VariantJob = pickle.loads(payload)
-    module = torch_internals.unpack_graph(job.graph)
+    """Do a packed job; returns what :func:`esper.torch_internals.load_graph` loads. In a compile worker only.
+
+    Raises `NotSendableError` for a graph that refers to what only the sender has, and what the compiler raises.
+    """
+    job, module = _unpack(payload)
     own = torch_internals.fake_inputs(module.graph)
     seeds = [seed for site in sorted(job.seeds) for seed in job.seeds[site]]
     graphs = {site: [seed.seed_graph() for seed in each] for site, each in job.seeds.items()}
@@ -109,6 +111,14 @@ def run(payload: bytes) -> bytes:
         node.meta["example_value"] = fake
     with job.ambient.restored():
         return torch_internals.compile_graph(module, job.shared, job.static)
+
+
+def _unpack(payload: bytes) -> tuple[VariantJob, fx.GraphModule]:
+    try:
+        job: VariantJob = pickle.loads(payload)
+        return job, torch_internals.unpack_graph(job.graph)
+    except Exception as error:  # almost anything: an operator or a class that the sender's program defines
+        raise torch_internals.NotSendableError(f"{type(error).__name__}: {error}") from error
 
 
 def _fake_extras(seeds: Sequence[SeedSpec], device: torch.device, among: Sequence[Any]) -> list[Tensor]:
