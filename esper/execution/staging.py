@@ -122,7 +122,7 @@ class Stager:
         self._queue: deque[Callable[[], _Edit | None]] = deque()
         self._waiting: tuple[frozenset[tuple[int, int]], Future[None]] | None = None  # seeds being prepared for
         self._tickets: dict[tuple[int, int], int] = {}  # the number of each seed's latest request
-        self._under_way: dict[tuple[int, int], int] = {}  # the ticket of a load that has not ended
+        self._under_way: dict[tuple[int, int], _Load] = {}  # loads without an end; who takes one out answers its future
         self._fossilizing: set[tuple[int, int]] = set()  # staged, not yet committed
 
     def load(
@@ -145,13 +145,14 @@ class Stager:
             self._refuse_fossil(layer, seed)
             if layer.state.lifecycle(seed) is not _State.LOADING:
                 layer.state.set_lifecycle(seed, _State.LOADING)
-            ticket = self._take_ticket(layer, seed)
-            self._under_way[layer.site, seed] = ticket
-        staged: Future[bool] = Future()
-        staged.set_running_or_notify_cancel()  # not to be cancelled from outside: unload() calls a load off
-        request = _Load(layer, seed, ticket, staged, reference, alpha, first, trainable, isolate)
+            replaced, ticket = self._call_off(layer, seed)
+            request = _Load(layer, seed, ticket, Future(), reference, alpha, first, trainable, isolate)
+            request.staged.set_running_or_notify_cancel()  # not to be cancelled from outside: unload() calls a load off
+            self._under_way[request.key] = request
+        if replaced is not None:
+            replaced.staged.set_result(False)
         self._enqueue(lambda: self._fetched(request))
-        return staged
+        return request.staged
 
     def unload(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage the return of `seed` to dormancy; a load under way is called off. False if there is nothing to unload.
@@ -160,29 +161,34 @@ class Stager:
         """
         with self._runtime.lock:
             self._refuse_fossil(layer, seed)
-            state = layer.state.lifecycle(seed)
-            self._take_ticket(layer, seed)
-            called_off = self._under_way.pop((layer.site, seed), None) is not None
-            if self._runtime.target.seed(layer.site, seed) is None:
-                if called_off:
-                    layer.state.cancel_load(seed)
-                    self._report(layer, seed, "load called off")
-                elif state is _State.ERROR_RECOVERY:
-                    layer.state.set_lifecycle(seed, _State.DORMANT)
-                    layer.seed_errors.pop(seed, None)
-                return called_off or state is _State.ERROR_RECOVERY
-            if called_off and layer.state.in_force(seed):
+            load, _ = self._call_off(layer, seed)
+            unloads = self._unload(layer, seed, called_off=load is not None)
+        if load is not None:
+            load.staged.set_result(False)
+        return unloads
+
+    def _unload(self, layer: KasminaLayer, seed: int, called_off: bool) -> bool:
+        state = layer.state.lifecycle(seed)
+        if self._runtime.target.seed(layer.site, seed) is None:
+            if called_off:
                 layer.state.cancel_load(seed)
+                self._report(layer, seed, "load called off")
+            elif state is _State.ERROR_RECOVERY:
+                layer.state.set_lifecycle(seed, _State.DORMANT)
+                layer.seed_errors.pop(seed, None)
+            return called_off or state is _State.ERROR_RECOVERY
+        if called_off and layer.state.in_force(seed):
+            layer.state.cancel_load(seed)
 
-            def applied() -> Transition:
-                self._runtime.forget_schedules([layer.first_seed + seed])
-                return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
+        def applied() -> Transition:
+            self._runtime.forget_schedules([layer.first_seed + seed])
+            return self._enter(layer, seed, _State.DORMANT, "unloaded", None)
 
-            def refused(error: Exception) -> None:
-                self._refuse_change(layer, seed, error)
+        def refused(error: Exception) -> None:
+            self._refuse_change(layer, seed, error)
 
-            change = Change(lambda plan: plan.without_seed(layer.site, seed), applied, refused=refused)
-            return self._publish_when_ready(layer, seed, change)
+        change = Change(lambda plan: plan.without_seed(layer.site, seed), applied, refused=refused)
+        return self._publish_when_ready(layer, seed, change)
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage making `seed`'s kernel permanent, at the alpha it has now. False unless it is active.
@@ -262,14 +268,18 @@ class Stager:
         self._runtime.prepare(plan)
         changes = [self._replacement(each) for each in seeds]
         wanted = {(each.layer.site, each.planned.seed) for each in seeds}
+        called_off = []
         with self._runtime.lock:
             for layer, seed in every:
-                self._take_ticket(layer, seed)
-                if self._under_way.pop((layer.site, seed), None) is not None:
+                load, _ = self._call_off(layer, seed)
+                if load is not None:
+                    called_off.append(load)
                     layer.state.cancel_load(seed)
                 if (layer.site, seed) not in wanted and self._runtime.target.seed(layer.site, seed) is not None:
                     changes.append(self._removal(layer, seed))
             self._runtime.publish(*changes)
+        for load in called_off:
+            load.staged.set_result(False)
         self._runtime.commit()
         for each in seeds:
             if each.was_scheduled:
@@ -425,7 +435,6 @@ class Stager:
         """Fetch the kernel of a load and check that it fits."""
         layer, seed = request.layer, request.seed
         if not self._wanted(request):
-            request.staged.set_result(False)
             return None
         try:
             kernel = self._kernel(request)
@@ -466,20 +475,21 @@ class Stager:
         return kernel
 
     def _failed(self, request: _Load, error: Exception | None) -> None:
-        """A load has ended without success; without an error, because it was called off."""
+        """A load has ended without success; without an error, because it was called off or the process ends."""
         layer, seed = request.layer, request.seed
+        with self._runtime.lock:
+            if self._under_way.get(request.key) is not request:
+                return  # it was called off, and is answered
+            del self._under_way[request.key]
+            if error is not None:
+                self._keep_error(layer, seed, error)
+                layer.state.fail_load(seed)
         if error is not None:
-            with self._runtime.lock:
-                counts = self._ends(request)
-                if counts:
-                    self._keep_error(layer, seed, error)
-                    layer.state.fail_load(seed)
-            if counts:
-                reason = layer.seed_errors[seed]
-                _LOG.warning(
-                    "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason
-                )
-                self._report(layer, seed, reason)
+            reason = layer.seed_errors[seed]
+            _LOG.warning(
+                "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason
+            )
+            self._report(layer, seed, reason)
         request.staged.set_result(False)
 
     def _keep_error(self, layer: KasminaLayer, seed: int, error: Exception) -> None:
@@ -503,9 +513,12 @@ class Stager:
     def _wanted(self, request: _Request) -> bool:
         return self._tickets[request.key] == request.ticket
 
-    def _ends(self, request: _Load) -> bool:
-        """The request's work is done; whether it still counts. Under the lock."""
-        return self._wanted(request) and self._under_way.pop(request.key, None) is not None
+    def _call_off(self, layer: KasminaLayer, seed: int) -> tuple[_Load | None, int]:
+        """End whatever was asked of a seed before: the load that was under way, and a ticket for what comes instead.
+
+        Under the lock; once that is let go, the load's future has to be answered.
+        """
+        return self._under_way.pop((layer.site, seed), None), self._take_ticket(layer, seed)
 
     def _overwrite(
         self,
