@@ -1,0 +1,36 @@
+"""Fixtures for tests that look at compile workers and at the store of variants."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _own_cache() -> Iterator[Path]:
+    """A cache of Inductor's that no other run of the tests is using, with what earlier ones have compiled."""
+    for number in itertools.count(1):
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / f"worker-tests-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "in use", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield folder
+            return
+
+
+@pytest.fixture
+def empty_store(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Path:
+    """The folder of the store of variants, which is empty: what was compiled earlier is in Inductor's caches alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(_own_cache))
+    folder = _own_cache / "esper"
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,117 @@
+"""Kernels loaded into compiled models: workers compile, the process that trains does not, and steps go on."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+import esper
+from tests.compiler.agreement import agrees, load, put
+from tests.compiler.variants import AMPLE, compilations, in_force, jobs, origins, train
+from tests.kernel_shelf import KernelShelf
+from tests.models import Branching, mlp
+
+pytestmark = [pytest.mark.xdist_group("compile workers"), pytest.mark.slow]
+
+
+def _steps_until(done: Future[bool], run: torch.nn.Module, x: torch.Tensor) -> int:
+    steps = 0
+    while not done.done():
+        train(run, x)
+        steps += 1
+    assert done.result()
+    return steps
+
+
+def test_a_worker_compiles_while_steps_go_on(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform)
+    run, x = torch.compile(model, backend="esper", fullgraph=True), torch.randn(3, 4)
+    agrees(run, model, x)
+    assert in_force(model) == ["host compile"]
+    kernel, done = put(shelf, 4, 6), jobs()
+    before = compilations()
+
+    future = model.request_kernel("0", 0, kernel, alpha=0.5, trainable=True)
+    assert _steps_until(future, run, x) > 3
+    agrees(run, model, x)
+    assert in_force(model) == ["worker"]
+    assert jobs() == done + 1
+
+    assert model.unload_kernel("0", 0)  # the dormant variant is kept
+    agrees(run, model, x)
+    assert in_force(model) == ["host compile"]
+    load(model, "0", 0, kernel)  # the plan that was in force
+    agrees(run, model, x)
+    load(model, "0", 0, put(shelf, 4, 6, seed=2))  # a kernel of the same structure
+    agrees(run, model, x)
+    assert jobs() == done + 1
+    load(model, "0", 1, kernel, alpha=0.25)  # a second seed
+    agrees(run, model, x)
+    assert model.unload_kernel("0", 0)  # alone, the second seed has the structure of the first
+    agrees(run, model, x)
+    assert jobs() == done + 2
+    assert origins(model) == [["host compile", "worker", "worker"]]
+    assert compilations() == before
+
+
+def test_graphs_for_training_and_inference_change_in_one_commit(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform, commit="manual")
+    run, x = torch.compile(model, backend="esper"), torch.randn(3, 4)
+    agrees(run, model, x)
+    dormant = agrees(run, model, x, within=torch.no_grad)
+    assert in_force(model) == ["host compile"] * 2
+    before, done = compilations(), jobs()
+    assert model.request_kernel("0", 0, put(shelf, 4, 6), alpha=0.5, trainable=True).result(AMPLE)
+    assert origins(model) == [["host compile", "worker"]] * 2
+    assert jobs() == done + 2
+    assert torch.equal(agrees(run, model, x), dormant)
+    assert [transition.layer for transition in model.commit()] == ["0"]
+    assert in_force(model) == ["worker"] * 2
+    agrees(run, model, x)
+    agrees(run, model, x, within=torch.no_grad)
+    assert jobs() == done + 2
+    assert compilations() == before
+
+
+def test_dynamic_shapes(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform)
+    run = torch.compile(model, backend="esper", dynamic=True)
+    agrees(run, model, torch.randn(3, 4))
+    before = compilations()
+    load(model, "0", 0, put(shelf, 4, 6))
+    for size in (2, 5, 64):
+        agrees(run, model, torch.randn(size, 4))
+    assert in_force(model) == ["worker"]
+    assert compilations() == before
+
+
+def test_graphs_between_graph_breaks_change_together(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(Branching(), platform=shelf.platform)
+    run, x = torch.compile(model, backend="esper"), torch.randn(3, 8)
+    agrees(run, model, x)
+    before = compilations()
+    kernels = {"first": put(shelf, 8, 8), "second": put(shelf, 8, 4)}
+    futures = [model.request_kernel(name, 0, kernel, alpha=0.5) for name, kernel in kernels.items()]
+    for future in futures:
+        _steps_until(future, run, x)
+    agrees(run, model, x)
+    assert in_force(model) == ["worker"] * 2
+    assert compilations() == before
+
+
+def test_autocast(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform)
+    run, x = torch.compile(model, backend="esper"), torch.randn(3, 4)
+
+    def bf16() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    agrees(run, model, x, within=bf16, rtol=0.05, atol=0.05)
+    before = compilations()
+    load(model, "0", 0, put(shelf, 4, 6))
+    assert agrees(run, model, x, within=bf16, rtol=0.05, atol=0.05).dtype == torch.bfloat16
+    assert in_force(model) == ["worker"]
+    assert compilations() == before
