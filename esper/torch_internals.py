@@ -49,6 +49,7 @@ __all__ = [
     "inside_backward",
     "load_graph",
     "pack_graph",
+    "propagate_values",
     "recompile_context",
     "serialise_compiled",
     "shared_inputs",
@@ -533,23 +534,15 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to
     an input that shares memory, and what the compiler raises.
     """
-    from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
     from torch._functorch import config as functorch_config
     from torch._inductor import standalone_compile
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in placeholders]
-    mode = _fake_mode(fakes)
     known = guard_count(fakes)
-    if mode is not None:
-        with enable_python_dispatcher():  # for operators that know symbolic sizes by their decomposition alone
-            FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
-    for node in module.graph.nodes:  # AOTAutograd's cache asks for example_value, and gives up without it
-        node.meta = {"example_value": node.meta["val"]} if "val" in node.meta else {}
+    propagate_values(module)  # AOTAutograd's cache asks for example_value, and gives up without it
     for position, node in enumerate(placeholders):
-        node.meta["example_value"] = fakes[position]
         node._dynamo_source = ConstantSource(f"esper_input_{position}")
         if position in static:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
@@ -566,6 +559,26 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     code = [_loadable(part.result) for part in (entry.compiled_fw, entry.compiled_bw) if part is not None]
     assumption = assumption_since(fakes, known)
     return pickle.dumps((sys.version, torch.__version__, assumption, code, pickle.dumps((entry, *kernels))))
+
+
+def propagate_values(module: fx.GraphModule) -> None:
+    """Compute a fake value for every node of a graph whose placeholders have theirs, as `example_value`."""
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta["example_value"] for node in placeholders]
+    mode = _fake_mode(fakes)
+    if mode is None:
+        return
+    kept = {node: dict(node.meta) for node in module.graph.nodes}
+    with enable_python_dispatcher():  # for operators that know symbolic sizes by their decomposition alone
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*fakes)
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        node.meta = kept[node]
+        if value is not None and node.op != "placeholder":
+            node.meta["example_value"] = value
 
 
 def _loadable(graph: Any) -> bytes:

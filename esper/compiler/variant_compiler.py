@@ -110,7 +110,10 @@ class VariantCompiler:
         else:
             settings = repr(self._job.ambient)
             self._factors = {"format": _FORMAT, **_system(), "graph": self._describe(), "settings": settings}
-            default_workers().warm()
+            try:
+                default_workers().warm()
+            except EsperError as error:  # the settings cannot be used, which must not end the user's forward
+                self._keep_here(str(error))
 
     def _keep_here(self, reason: str) -> None:
         if self.reason:
@@ -231,14 +234,12 @@ class VariantCompiler:
         seeds = list(plan.seeds())
         constants = {i: seed.constant_alpha for i, seed in enumerate(seeds) if seed.constant_alpha is not None}
         batched = self.options.batch_seeds and isinstance(self.options.inner, Inductor)
-        module = specialise(module, kernels, constants, batched, self.name)
+        added: list[torch.Tensor] = []
         if seeds:
             alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self._device)
             extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
-            added = [node for node in module.graph.nodes if node.op == "placeholder"][len(self.inputs) :]
-            for node, fake in zip(added, torch_internals.fake_like(extra, among=self.inputs), strict=True):
-                node.meta["example_value"] = fake
-        return module
+            added = torch_internals.fake_like(extra, among=self.inputs)
+        return specialise(module, kernels, constants, added, batched, self.name)
 
     def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: Plan) -> Boxed:
         """`call` where the sizes are as it assumed, and the graph as it is elsewhere."""

@@ -17,7 +17,16 @@ from torch import Tensor, fx
 from esper import torch_internals
 from esper.artifacts import KernelGraph
 from esper.compiler.debug import pass_callback
-from esper_passes import ElideDormant, GraphPass, InlineKernels, Pipeline, SeedGraph
+from esper_passes import (
+    BatchSeeds,
+    ElideDormant,
+    FoldFossils,
+    GraphPass,
+    InlineKernels,
+    PassResult,
+    Pipeline,
+    SeedGraph,
+)
 
 __all__ = ["InputSpec", "SeedSpec", "VariantJob", "run", "specialise"]
 
@@ -76,21 +85,51 @@ class VariantJob:
         return pickle.dumps(self)
 
 
+@dataclass(frozen=True)
+class _DescribeValues:
+    """Record what the last placeholders are like, those that passes before have `added`, as fake values.
+
+    With `all_values`, what every value of the graph is like, which later passes ask for.
+    """
+
+    added: tuple[Tensor, ...]
+    all_values: bool
+
+    @property
+    def name(self) -> str:
+        return "describe_values"
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        for node, fake in zip(placeholders[len(placeholders) - len(self.added) :], self.added, strict=True):
+            node.meta["example_value"] = fake
+        if self.all_values:
+            torch_internals.propagate_values(graph_module)
+        return PassResult(graph_module, False)
+
+
 def specialise(
     module: fx.GraphModule,
     seeds: Mapping[int, Sequence[SeedGraph]],
     constant_alphas: Mapping[int, float],
+    added: Sequence[Tensor],
     batch_seeds: bool,
     name: str,
 ) -> fx.GraphModule:
     """The marked graph `module`, changed into what a variant computes: kernels where seeds are active, no markers.
 
-    `constant_alphas` gives the alphas of fossils by their index among all active seeds.
+    `constant_alphas` gives the alphas of fossils by their index among all active seeds; `added` are fake values of the
+    inputs that the kernels bring.
     """
     active = {site: tuple(graphs) for site, graphs in seeds.items() if graphs}
     passes: list[GraphPass] = [ElideDormant(frozenset(active))]
     if active:
-        passes.insert(0, InlineKernels(active))
+        described = _DescribeValues(tuple(added), all_values=bool(constant_alphas) or batch_seeds)
+        passes = [InlineKernels(active), *passes, described]
+    if constant_alphas:
+        passes.append(FoldFossils(constant_alphas))
+    if active and batch_seeds:
+        passes.append(BatchSeeds())
     specialised: fx.GraphModule = Pipeline(tuple(passes), pass_callback(name))(module).graph_module
     return specialised
 
@@ -105,11 +144,9 @@ def run(payload: bytes) -> bytes:
     seeds = [seed for site in sorted(job.seeds) for seed in job.seeds[site]]
     graphs = {site: [seed.seed_graph() for seed in each] for site, each in job.seeds.items()}
     constants = {i: seed.constant_alpha for i, seed in enumerate(seeds) if seed.constant_alpha is not None}
-    module = specialise(module, graphs, constants, job.batch_seeds, job.name)
-    added = [node for node in module.graph.nodes if node.op == "placeholder"][len(own) :]
-    for node, fake in zip(added, _fake_extras(seeds, job.device, own), strict=True):
-        node.meta["example_value"] = fake
     with job.ambient.restored():
+        added = _fake_extras(seeds, job.device, own)
+        module = specialise(module, graphs, constants, added, job.batch_seeds, job.name)
         return torch_internals.compile_graph(module, job.shared, job.static)
 
 
