@@ -67,7 +67,7 @@ def apart(function: str, cache: Path, *, threads: int = 1, timeout: float = 1200
         else:
             unanswered = {"error": f"the process ended with status {code}"}
             answer = json.loads(result.read_text()) if result.exists() else unanswered
-    state = "failed" if "error" in answer else "done"
+    state = f"failed, {answer['error']}," if "error" in answer else "done"
     described = ", ".join(str(value) for value in arguments.values() if isinstance(value, str | int) and value != "")
     print(f"{function.partition(':')[2]}({described}): {state} in {time.perf_counter() - started:.1f} s", flush=True)
     return Failed(answer["error"]) if "error" in answer else answer["result"]

@@ -100,7 +100,8 @@ def both_processes(workload: str, folder: Path, options: argparse.Namespace, fai
     for which in ("first", "second"):
         result = apart(
             "benchmarks.hot_swap_sides:esper_side", folder / "processes", workload=workload, device=options.device,
-            steps=options.steps, platform=str(folder / "platform"), with_report=True, threads=options.threads,
+            steps=options.steps, platform=str(folder / "platform"), with_control=False,
+            threads=options.threads,
         )  # fmt: skip
         result = failures.note(f"{which} process", result)
         results[which] = _or_reason(result)
@@ -113,7 +114,8 @@ def to_active(blocks: int, folder: Path, options: argparse.Namespace, failures: 
     """The figures of a kernel's way into an MLP of `blocks` blocks, with nothing compiled before."""
     result = apart(
         "benchmarks.hot_swap_sides:esper_side", folder / f"depth-{blocks}", workload="mlp", device=options.device,
-        steps=options.steps, platform=str(folder / "platform"), blocks=blocks, threads=options.threads,
+        steps=options.steps, platform=str(folder / "platform"), blocks=blocks, with_control=False,
+        threads=options.threads,
     )  # fmt: skip
     if isinstance(failures.note(f"{blocks} blocks", result), Failed):
         return _or_reason(result)

@@ -177,7 +177,7 @@ def report(
         document["sections"] = [section.to_json() for section in sections]
     (options.results / f"{stem}.json").write_text(_compact(json.dumps(document, indent=1)) + "\n")
     down, across = panels
-    size = (8, 4.5) if panels == (1, 1) else (6.5 * across, 3.6 * down)
+    size = (8, 4.5) if panels == (1, 1) else (max(9, 6 * across), max(4.5, 3 * down))
     figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     plot(*axes.flat)
     if panels == (1, 1):

@@ -141,7 +141,8 @@ def plot(axes: tuple[Axes, ...], traces: Mapping[tuple[str, str], StepTrace]) ->
                 )
         panel.set(yscale="log", ylabel="step, ms", title=WORKLOADS[name].title)
         panel.legend(fontsize=7, loc="upper right")
-    axes[-1].set_xlabel("seconds since the request; shaded: preparing, with the kernel, unloaded (Esper); dotted: goal")
+    shades = "shaded: preparing, with the kernel, unloaded (Esper); dotted: the goal"
+    axes[-1].set_xlabel(f"seconds since the request; {shades}", fontsize=8)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ def record(
     in_force: Callable[[], bool],
     use: Callable[[], None],
     unload: Callable[[], None],
+    *,
+    with_control: bool = True,
 ) -> StepTrace:
-    """Train `steps` steps before the request, with the kernel, and after unloading, and then as many in control.
+    """Train `steps` steps before the request, with the kernel, and after unloading, and then in control.
+
+    The control has as many steps as there were from the request to its own beginning.
 
     `request` asks for the kernel, `in_force` tells after each step whether it had the kernel, `use` is called after the
     first such step and once more halfway through, `unload` takes the kernel away.
@@ -100,7 +104,8 @@ def record(
     unload()
     recorder.run(steps)
     ended = recorder.count
-    recorder.run(ended - requested)
+    if with_control:
+        recorder.run(ended - requested)
     gc.enable()
     gc.unfreeze()
     return StepTrace(recorder.durations, requested, first, unloaded, ended)
@@ -119,7 +124,7 @@ def _check_learns(parameters: list[nn.Parameter]) -> None:
 
 
 def esper_side(
-    workload: str, device: str, steps: int, platform: str, *, blocks: int | None = None, with_report: bool = False
+    workload: str, device: str, steps: int, platform: str, *, blocks: int | None = None, with_control: bool = True
 ) -> dict[str, Any]:
     """A kernel requested from a platform in the folder `platform` and loaded into the compiled model."""
     what = WORKLOADS[workload]
@@ -138,10 +143,13 @@ def esper_side(
         recorder.run(1)
         first_step = time.perf_counter() - started
         swap = _EsperSwap(model, site, kernel.id, optimizer)
-        trace = record(recorder, steps, swap.request, swap.in_force, swap.use, swap.unload)
-        misses = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"]
-        result = {"trace": trace.to_json(), "first_step": first_step, "fxgraph_cache_misses": misses}
-        return result | ({"report": model.compile_report().to_dict()} if with_report else {})
+        trace = record(recorder, steps, swap.request, swap.in_force, swap.use, swap.unload, with_control=with_control)
+        return {
+            "trace": trace.to_json(),
+            "first_step": first_step,
+            "fxgraph_cache_misses": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_miss"],
+            "report": model.compile_report().to_dict(),
+        }
 
 
 class _EsperSwap:
