@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esper.artifacts.graph import HOST, INPUT, KernelGraph, Node
+from esper.artifacts.operators import find_operator
 from esper.execution.loaded_kernel import LoadedKernel
 
 __all__ = ["folded", "is_affine"]
@@ -56,16 +57,40 @@ def _keeps_affine(node: Node, given: list[bool], constant: bool) -> bool:
 def folded(weight: Tensor, bias: Tensor | None, kernel: LoadedKernel, alpha: float) -> tuple[Tensor, Tensor | None]:
     """The weight and bias of the linear layer that a layer of `weight` and `bias` is with a fossil of share `alpha`.
 
-    `kernel` is affine, and linear if there is no bias. Computed in float64 with its parameters as they are now, by
-    running its graph on the unit vectors and on zero (`in_features + 1` rows), and rounded once.
+    `kernel` is affine, and linear if there is no bias. Computed in float64 with its parameters as they are now, from
+    its values at the unit vectors and at zero, and rounded once. Called at a commit, on the thread that runs the model;
+    it waits for no device.
     """
-    wide = weight.double()
-    rows = torch.eye(weight.shape[1] + 1, weight.shape[1], dtype=torch.float64, device=weight.device)
-    hosts = (
-        [torch.nn.functional.linear(rows, wide, None if bias is None else bias.double())] if kernel.uses_host else []
-    )
-    parameters = [parameter.double() for parameter in kernel.parameters]
-    outputs = kernel.template.function(None, rows, *hosts, *parameters)
+    outputs = _values_at_units(kernel, weight.double(), None if bias is None else bias.double())
     constant = outputs[-1]
-    new_weight = torch.lerp(wide, (outputs[:-1] - constant).T, alpha).to(weight.dtype)
+    new_weight = torch.lerp(weight.double(), (outputs[:-1] - constant).T, alpha).to(weight.dtype)
     return new_weight, None if bias is None else torch.lerp(bias.double(), constant, alpha).to(bias.dtype)
+
+
+def _values_at_units(kernel: LoadedKernel, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The kernel at each unit vector and, in the last row, at zero: `[in_features + 1, out_features]`.
+
+    A linear layer of the input is its own weight there, which saves the product, and the unit vectors as well.
+    """
+    graph = kernel.graph
+    values = dict(zip(graph.tensor_names, (parameter.double() for parameter in kernel.parameters), strict=True))
+    if graph.uses_host:
+        values[HOST] = _linear_at_units(weight, bias)
+    for node in graph.nodes:
+        if node.op == "linear" and node.inputs[0] == INPUT:
+            parameters = [values[name] for name in node.inputs[1:]]
+            if parameters[0].dim() == 2:
+                values[node.name] = _linear_at_units(*parameters)
+                continue
+        if INPUT in node.inputs and INPUT not in values:
+            size = graph.in_features
+            values[INPUT] = torch.eye(size + 1, size, dtype=torch.float64, device=weight.device)
+        operator = find_operator(node.op, f"node {node.name!r}")
+        args, kwargs = operator.call(tuple(values[name] for name in node.inputs), node.attributes)
+        values[node.name] = operator.target(*args, **kwargs)
+    return values[graph.output]
+
+
+def _linear_at_units(weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = torch.cat([weight.T, weight.new_zeros(1, weight.shape[0])])
+    return rows if bias is None else rows + bias

@@ -102,9 +102,12 @@ def _has_rows(node: fx.Node) -> bool:
 
 
 def needs_gradient(node: fx.Node) -> bool:
-    """Whether a backward needs the gradient with respect to `node`, a kernel's value; True where nothing is known."""
+    """Whether a backward may need the gradient with respect to `node`, a kernel's value.
+
+    What the host computes counts as needing it: of that, records may have the shape and the dtype alone.
+    """
     if not seed_of(node)[0]:
-        value = recorded(node)
+        value = recorded(node) if node.op == "placeholder" else None
         return value is None or value.requires_grad
     return node.target is not torch.detach and any(needs_gradient(given) for given in node.all_input_nodes)
 
