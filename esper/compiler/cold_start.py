@@ -6,6 +6,7 @@ import logging
 import weakref
 
 from esper.compiler.dispatcher import Dispatcher
+from esper.compiler.errors import WorkersClosedError
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompiler
 from esper.errors import EsperError
@@ -33,6 +34,8 @@ def _compile(waiting: weakref.ref[Dispatcher], compiler: VariantCompiler, plan: 
     try:
         started = compiler.start(plan)
         variant = started if isinstance(started, Variant) else started.finish()
+    except WorkersClosedError:  # the process ends
+        return
     except Exception as error:  # noqa: BLE001  # whatever it is, the graph goes on as it is, and the report says why
         unexpected = None if isinstance(error, EsperError) else error
         _LOG.warning("%s goes on uncompiled: %s", compiler.name, error, exc_info=unexpected)
