@@ -41,11 +41,12 @@ __all__ = [
     "copy_for_recompile",
     "describe_graph",
     "deserialise_compiled",
+    "dynamo_at_work",
     "fake_inputs",
     "fake_like",
     "fake_tensors",
     "guard_count",
-    "inductor_mode_options",
+    "inductor_options",
     "inside_backward",
     "load_graph",
     "pack_graph",
@@ -78,7 +79,11 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
     while backend is not None:
         if is_ours(backend):
             return True
-        backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+        backend = (
+            getattr(backend, "_torchdynamo_orig_backend", None)
+            or getattr(backend, "compiler_fn", None)
+            or getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)  # DDPOptimizer
+        )
     return False
 
 
@@ -86,6 +91,13 @@ def constant_while_tracing(function: _Function) -> _Function:
     """`torch.compiler.assume_constant_result`, typed: Dynamo calls `function` while it traces and keeps the result."""
     marked: _Function = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]  # torch's own
     return marked
+
+
+def dynamo_at_work() -> bool:
+    """Whether Dynamo, on this thread, is tracing or building guards, rather than the user's code running."""
+    from torch._guards import TracingContext
+
+    return TracingContext.try_get() is not None
 
 
 def inside_backward() -> bool:
@@ -103,10 +115,11 @@ def compile_with_inductor(
     return compiled  # type: ignore[no-any-return]  # its declared type has the results of other modes too
 
 
-def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """Inductor options that a `torch.compile` mode such as "reduce-overhead" stands for."""
-    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
-    return options
+def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's settings for `torch.compile`'s `mode` and `options`, checked by Inductor: it raises `RuntimeError`."""
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    config: dict[str, Any] = wrapper(mode, dict(options), None).config
+    return config
 
 
 def copy_for_recompile(module: fx.GraphModule) -> fx.GraphModule:
@@ -142,9 +155,8 @@ def fake_like(tensors: Sequence[torch.Tensor], among: Sequence[Any]) -> list[tor
     mode = _fake_mode(among) or FakeTensorMode()
 
     def faked(tensor: torch.Tensor) -> torch.Tensor:
-        fake: torch.Tensor = mode.from_tensor(tensor, static_shapes=True)
-        if fake.requires_grad != tensor.requires_grad:  # the mode remembers the tensor as it was at an earlier time
-            fake = mode.from_tensor(tensor.detach(), static_shapes=True).requires_grad_(tensor.requires_grad)
+        alias = tensor.detach()  # the mode keeps a weak reference to it, which would stop `torch.utils.swap_tensors`
+        fake: torch.Tensor = mode.from_tensor(alias, static_shapes=True).requires_grad_(tensor.requires_grad)
         return fake
 
     return [faked(tensor) for tensor in tensors]
@@ -425,7 +437,10 @@ def unpack_graph(data: bytes) -> fx.GraphModule:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    module: Any = GraphPickler.loads(data, mode)
+    try:
+        module: Any = GraphPickler.loads(data, mode)
+    except (AttributeError, ImportError) as error:  # an operator or a module that only the sender knows
+        raise NotSendableError(f"a worker cannot read it: {error}") from error
     module.recompile()
     unpacked: fx.GraphModule = module
     return unpacked
@@ -548,9 +563,23 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     module.meta["dynamo_compile_id"] = None
     module._param_name_to_source = {}  # type: ignore[assignment]  # with which AOTAutograd looks for static inputs
-    with functorch_config.patch(force_non_lazy_backward_lowering=True):  # torch 2.11 compiles backwards on first use
+    from torch._inductor import config as inductor_config
+
+    cacheable = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
+    cacheable.update(inductor_config.unsafe_marked_cacheable_functions)
+    with (
+        functorch_config.patch(
+            force_non_lazy_backward_lowering=True,  # torch 2.11 compiles backwards on first use
+            autograd_cache_allow_custom_autograd_functions=True,
+        ),
+        inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
+    ):
         compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
-        entry, *kernels = pickle.loads(compiled.serialize())
+        try:
+            serialised = compiled.serialize()
+        except TypeError as error:  # there is no `serialize` where AOTAutograd's cache has refused the graph
+            raise NotSendableError("AOTAutograd's cache does not take it") from error
+        entry, *kernels = pickle.loads(serialised)
     written = [
         i for i, each in enumerate(entry.runtime_metadata.input_info) if each.mutates_data or each.mutates_metadata
     ]

@@ -280,7 +280,7 @@ def test_fake_tensors_join_the_mode_of_the_graph(fresh_dynamo: None) -> None:
 
 
 def test_modes_have_inductor_options() -> None:
-    assert torch_internals.inductor_mode_options("reduce-overhead") == {"triton.cudagraphs": True}
+    assert torch_internals.inductor_options("reduce-overhead", {}) == {"triton.cudagraphs": True}
 
 
 @pytest.mark.slow

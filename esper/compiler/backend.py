@@ -23,8 +23,9 @@ from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompiler
 from esper.execution.registry import runtime_by_id, runtime_of_site
+from esper.execution.runtime import Runtime
 from esper.execution.site_marker import mark_as_backend
-from esper_passes import ElideDormant, Pipeline, runtimes_in, site_calls_in, sites_in
+from esper_passes import ElideDormant, Pipeline, is_enter, is_site, runtimes_in, site_calls_in, site_id, sites_in
 
 __all__ = ["esper_backend"]
 
@@ -55,10 +56,11 @@ def esper_backend(
         )
         return chosen.inner(module, inputs)
     roots = [runtime_by_id(identity) for identity in entered]
-    runtimes = list(dict.fromkeys([*(runtime_of_site(site) for site in sites), *roots]))
+    begun = [runtime for runtime in roots if _begins_in(module.graph, runtime)]
+    runtimes = list(dict.fromkeys([*(runtime_of_site(site) for site in sorted(sites)), *roots]))
     marked = torch_internals.copy_for_recompile(module)
     compiler = VariantCompiler(marked, f"graph {next(_numbers)}", chosen, runtimes[0].state.device)
-    dispatcher = Dispatcher(compiler, site_calls_in(marked.graph), runtimes, roots)
+    dispatcher = Dispatcher(compiler, site_calls_in(marked.graph), runtimes, begun)
     if chosen.cold_start == "eager" and sites:
         compiler.make_sendable()
         if compiler.remote:
@@ -70,6 +72,20 @@ def esper_backend(
     if sites and not compiler.remote and not compiler.reason:
         compiler.make_sendable()
     return dispatcher.entry
+
+
+def _begins_in(graph: fx.Graph, runtime: Runtime) -> bool:
+    """Whether no forward of `runtime` is under way where `graph` begins.
+
+    When Dynamo breaks graphs inside of inlined calls, a graph can hold the end of one forward and the beginning of the
+    next. The beginning comes before all of the forward's sites, so sites before it belong to an earlier one.
+    """
+    for node in graph.nodes:
+        if is_enter(node) and runtime.id in (*node.args, *node.kwargs.values()):
+            return True
+        if is_site(node) and runtime_of_site(site_id(node)) is runtime:
+            return False
+    return True
 
 
 def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions, name: str) -> Variant:

@@ -7,6 +7,7 @@ model, at a commit or between two calls.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -42,13 +43,13 @@ class Dispatcher:
         "_compiler",
         "_current",
         "_plan",
+        "_roots",
+        "_runtimes",
         "_under_way",
         "_unresolved",
         "_variants",
         "counter",
         "entry",
-        "roots",
-        "runtimes",
         "site_calls",
         "variant",
     )  # fmt: skip
@@ -65,8 +66,8 @@ class Dispatcher:
         self._under_way = 0
         self._armed = False
         self.counter = CallCounter()
-        self.runtimes = tuple(runtimes)
-        self.roots = tuple(roots)
+        self._runtimes = [weakref.ref(runtime) for runtime in runtimes]
+        self._roots = [weakref.ref(runtime) for runtime in roots]
         self.site_calls = tuple(site_calls)
         self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
         self._unresolved: Boxed | None = None
@@ -80,6 +81,14 @@ class Dispatcher:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
+
+    @property
+    def runtimes(self) -> tuple[Runtime, ...]:
+        return tuple(runtime for each in self._runtimes if (runtime := each()) is not None)
+
+    @property
+    def roots(self) -> tuple[Runtime, ...]:
+        return tuple(runtime for each in self._roots if (runtime := each()) is not None)
 
     def _make_entry(self) -> Callable[..., Any]:
         tick = self.counter.tick
@@ -102,6 +111,7 @@ class Dispatcher:
         wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
         if self._variants.get(wanted.structure) is not None:
             return None
+        self._compiler.check(wanted)
         if not self._compiler.remote:
             if self._compiler.options.inner_name == "eager":
                 self._variants.put(wanted.structure, self._compiler.uncompiled(wanted))
@@ -228,11 +238,16 @@ class Dispatcher:
         call = variant.call
         if plan.is_dormant:
             return call
-        parameters = [parameter for seed in plan.seeds() for parameter in seed.kernel.parameters]
+        owners = [seed.kernel.module._parameters for seed in plan.seeds()]  # read at each call: `functional_call`
+        learning = [parameter.requires_grad for parameter in _tensors(owners)]
         readers = [runtime.alpha_reader(plan) for runtime in self.runtimes]
         read = readers[0] if len(readers) == 1 else lambda: torch.cat([reader() for reader in readers])
 
         def bound(inputs: list[Any]) -> Any:
+            parameters = _tensors(owners)
+            if [parameter.requires_grad for parameter in parameters] != learning:  # frozen or thawed one by one
+                self.follow(self._plan)
+                return self._current(inputs)
             inputs += parameters
             inputs.append(read())
             return call(inputs)
@@ -281,6 +296,10 @@ class Preparation:
         """Nobody waits any more. What a worker has begun goes on, for the store."""
         self._compilation.future.cancel()
         self._dispatcher.finished(self._plan, None)
+
+
+def _tensors(owners: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    return [parameter for owner in owners for parameter in owner.values()]
 
 
 def report_on(executors: Iterable[object], names: Mapping[int, str]) -> CompileReport:

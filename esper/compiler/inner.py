@@ -41,8 +41,7 @@ def resolve_inner(mode: str | None, options: Mapping[str, Any] | None) -> InnerC
     remaining = dict(options or {})
     inner = remaining.pop("inner", "inductor")
     if inner == "inductor":
-        patches = torch_internals.inductor_mode_options(mode) if mode and mode != "default" else {}
-        return Inductor({**patches, **remaining})
+        return Inductor(torch_internals.inductor_options(mode, remaining))
     if remaining or (mode and mode != "default"):
         named = ", ".join([*remaining, *([f"mode={mode!r}"] if mode else [])])
         raise BackendOptionError(f"{named} are Inductor's own options, and the inner compiler is {inner!r}: drop them")

@@ -24,6 +24,7 @@ from esper.compiler.workers import default_workers
 from esper.errors import EsperError
 from esper.execution.plan import Plan, SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
+from esper_passes.inline_kernels import closed_sites
 
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
@@ -74,6 +75,7 @@ class VariantCompiler:
         self.options = options
         self.inputs: Sequence[Any] = torch_internals.fake_inputs(marked.graph)
         self.reason = ""
+        self._closed = closed_sites(marked.graph)
         self._marked = marked
         self._device = device
         self._known_guards = torch_internals.guard_count(self.inputs)
@@ -154,7 +156,7 @@ class VariantCompiler:
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
-            by_site = sorted((self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items())
+            by_site = [(self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items()]
             key = VariantKey.of({**self._factors, "plan": repr(by_site), "batched": str(self.options.batch_seeds)})
             stored = store.get(key)
             if stored is not None:
@@ -197,6 +199,14 @@ class VariantCompiler:
         seconds = time.perf_counter() - started
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
         return Variant(call, origin, seconds, len(payload))
+
+    def check(self, plan: Plan) -> None:
+        """Raise :class:`VariantCompilationError` for kernels that no variant of this graph can have."""
+        closed = [site for site in plan.sites if site in self._closed]
+        if closed:
+            raise VariantCompilationError(
+                f"{self.name} calls this layer inside of an operator such as torch.cond, whose body takes no kernel"
+            )
 
     # -- in this process -------------------------------------------------------------------------------------------
 

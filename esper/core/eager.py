@@ -57,7 +57,7 @@ class EagerExecutor:
         self._functions: OrderedDict[tuple[Hashable, ...], tuple[Plan, _Run]] = OrderedDict()
         self._model: weakref.ref[MorphableModel] | None = None
         self._armed = False
-        self._current: _Run = self._tree if regions is None else self._first_call
+        self._current: _Run = self._tree if regions is None else self._very_first_call
         if regions is None:
             runtime.divide()
         else:
@@ -116,6 +116,11 @@ class EagerExecutor:
         }
         blend, elide = CallKernels(calls, self._runtime.alpha_reader(plan)), ElideDormant(frozenset(calls))
         return lambda module: elide(blend(module).graph_module).graph_module
+
+    def _very_first_call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._regions is not None:  # whose parts may have been compiled in place since it was wrapped
+            self._regions.refresh(quietly=True)
+        return self._first_call(*args, **kwargs)
 
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         if self._regions is not None:

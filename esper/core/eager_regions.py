@@ -57,7 +57,7 @@ class EagerRegions:
         self._calls: dict[nn.Module, list[frozenset[str]]] = {}  # arguments to trace with, beside the defaults
         self._unseen: dict[nn.Module, dict[frozenset[str], None]] = {}  # arguments of calls that were not covered
         self._changed_at = self._traced_at = 0
-        self._warned = False
+        self._warned = self._quiet = False
         self._survey()
         self._regions = self._find()
         signal = signal_of(root)
@@ -84,13 +84,14 @@ class EagerRegions:
         if self.on_change is not None:
             self.on_change()
 
-    def refresh(self) -> bool:
+    def refresh(self, quietly: bool = False) -> bool:
         """Trace again what no longer matches the model: its attributes, training flags, hooks or children.
 
         Also traces for combinations of optional arguments that calls since the last time have had. Returns whether
         anything is different, so that functions must be built anew. Warns once about attributes that changed, since
-        what ran between the change and this call may have had the old values.
+        what ran between the change and this call may have had the old values; `quietly` if nothing has run yet.
         """
+        self._quiet = quietly
         if self._changed_at != self._traced_at:
             self._forget()
         else:
@@ -125,7 +126,7 @@ class EagerRegions:
                     self._warn([f"{self.name_of(module)}.{name}".strip(".") for name in names])
 
     def _warn(self, names: list[str]) -> None:
-        if names and not self._warned:
+        if names and not self._warned and not self._quiet:
             self._warned = True
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             warnings.warn(

@@ -15,6 +15,7 @@ from esper.core.eager import EagerExecutor
 from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
+from esper.core.own_forward import with_own_forward
 from esper.core.shadow import plant
 from esper.core.targets import Selection, select_targets
 from esper.core.wrap_options import Mode, WrapOptions
@@ -104,7 +105,8 @@ def assemble(
         runtime.telemetry.start()
     regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
     eager = EagerExecutor(root, runtime, layers, selection, regions)
-    wrapped = object.__new__(with_container_methods(MorphableModel, type(model))) if into is None else into
+    kind = with_container_methods(MorphableModel, type(model))
+    wrapped = object.__new__(with_own_forward(kind, type(model))) if into is None else into
     wrapped.__init__(model, root, runtime, stager, layers, eager, selection, options)  # type: ignore[misc]  # see `into`
     return wrapped
 

@@ -14,12 +14,20 @@ from weakref import WeakValueDictionary
 
 from torch import nn
 
+from esper import torch_internals
 from esper.core.subclassing import own_slots, subclass_in_disguise
 from esper.core.watched import HOOK_KINDS
 
 __all__ = ["tree_view", "unhooked_view", "view_with_forward"]
 
-_SLOTS = ("_modules", *HOOK_KINDS)
+_CHILDREN = "_children_seen"
+_SLOTS = (_CHILDREN, *HOOK_KINDS)
+
+
+def _modules_of(view: Any) -> dict[str, Any]:
+    # Dynamo takes a view for the module, by its `__class__`, and looks at its own children. So must the guards.
+    own: dict[str, Any] = view.__dict__["_modules"] if torch_internals.dynamo_at_work() else view._children_seen
+    return own
 
 
 class _View:
@@ -28,7 +36,7 @@ class _View:
     __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
-        children: dict[str, Any] = self._modules
+        children: dict[str, Any] = self._children_seen
         if name in children:
             return children[name]
         return super().__getattr__(name)  # type: ignore[misc]  # a mix-in
@@ -53,7 +61,7 @@ _classes: WeakValueDictionary[tuple[type, tuple[str, ...]], type] = WeakValueDic
 def _class_for(kind: type, slots: tuple[str, ...]) -> type:
     known = _classes.get((kind, slots))
     if known is None:
-        namespace = {"__slots__": slots, "__class__": property(lambda _: kind)}
+        namespace = {"__slots__": slots, "__class__": property(lambda _: kind), "_modules": property(_modules_of)}
         known = _classes[kind, slots] = subclass_in_disguise(kind, namespace, _View)
     return known
 
@@ -82,7 +90,7 @@ def _view(module: nn.Module, slots: tuple[str, ...], children: dict[str, Any]) -
     kind = type(module)
     view: nn.Module = object.__new__(_class_for(kind, slots))
     object.__setattr__(view, "__dict__", module.__dict__)
-    object.__setattr__(view, "_modules", children)
+    object.__setattr__(view, _CHILDREN, children)
     for name in HOOK_KINDS:
         hooks = getattr(module, name)
         object.__setattr__(view, name, OrderedDict((key, _Rebound(hook, module)) for key, hook in hooks.items()))

@@ -17,7 +17,7 @@ from esper.compiler.report import CompileReport
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
-from esper.core.persistence import PackedModel, copy_model, is_hooks
+from esper.core.persistence import PackedModel, is_hooks
 from esper.core.targets import Selection
 from esper.core.watched import signal_of
 from esper.core.wrap_options import WrapOptions
@@ -46,6 +46,7 @@ _SHARED = (  # with the root, so that what is registered on one is seen by the o
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_ITS_OWN = ("_run", "training", "forward", "_compiled_call_impl")  # attributes that are not set for the root as well
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
@@ -63,7 +64,6 @@ class MorphableModel(nn.Module):
     _eager: EagerExecutor
     _selection: Selection
     _options: WrapOptions
-    _owners: tuple[nn.Module, ...]
     _runtime_id: int
     _run: Callable[..., Any]
     runtime: Runtime
@@ -96,7 +96,6 @@ class MorphableModel(nn.Module):
             _eager=eager,
             _selection=selection,
             _options=options,
-            _owners=_owners_of_tensors(root),
             _runtime_id=runtime.id,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
@@ -115,7 +114,6 @@ class MorphableModel(nn.Module):
         bank = {BANK_NAME: self._bank} if BANK_NAME in self._modules else {}
         self._modules.clear()
         self._modules.update({**self._root._modules, **bank})
-        self.__dict__["_owners"] = _owners_of_tensors(self._root)
 
     def _uses_of(self, parameter: torch.Tensor) -> int:
         return sum(each is parameter for module in self._root.modules() for each in module._parameters.values())
@@ -134,8 +132,6 @@ class MorphableModel(nn.Module):
         """The host's forward."""
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
-                for module in self._owners:  # that Dynamo finds their tensors by a short path, which it takes each time
-                    _ = module.training
                 ENTER(self._runtime_id)
             elif self.runtime.scheduled:
                 enter_uncompiled(self._runtime_id)
@@ -159,7 +155,7 @@ class MorphableModel(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             root = self.__dict__.get("_root")
-            if root is None:
+            if root is None or name == "__deepcopy__":  # which `torch.compile`'s modules would take for their own
                 raise
             return getattr(root, name)
 
@@ -170,7 +166,7 @@ class MorphableModel(nn.Module):
         """
         super().__setattr__(name, value)
         root = self.__dict__.get("_root")
-        if root is None or name in ("_run", "training") or (name.startswith("_") and not hasattr(root, name)):
+        if root is None or name in _ITS_OWN or (name.startswith("_") and not hasattr(root, name)):
             return
         setattr(root, name, value)
 
@@ -251,12 +247,11 @@ class MorphableModel(nn.Module):
         self._root._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MorphableModel:
-        """An independent wrapped model, with copies of the parameters and of the kernels in force."""
-        return copy_model(self, memo)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled with its kernels, without its platform: where it is loaded it has the default one."""
+        """Pickled with its kernels, without its platform: where it is loaded it has the default one.
+
+        A deep copy is an independent wrapped model, with copies of the parameters and of the kernels in force.
+        """
         return PackedModel.unpack, (PackedModel.of(self),)
 
     # -- control ---------------------------------------------------------------------------------------------------
@@ -350,10 +345,6 @@ class MorphableModel(nn.Module):
     def explain(self) -> Explanation:
         """What was traced, what was not, and why. `str()` of it is a table."""
         return self._eager.explain()
-
-
-def _owners_of_tensors(root: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(module for module in root.modules() if module._parameters or module._buffers)
 
 
 def _listed(names: Mapping[str, Any]) -> str:

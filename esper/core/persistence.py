@@ -67,6 +67,21 @@ class PackedModel:
     options: WrapOptions
     """Without the platform and the configuration, which belong to a process."""
     seeds: dict[str, LayerSeeds]
+    model: MorphableModel | None = None
+    """The model itself; stays behind in a pickle."""
+    made: MorphableModel | None = None
+    """What to unpack, if it is there already."""
+
+    def __reduce__(self) -> Any:
+        return PackedModel, (self.host, self.targets, self.refused, self.options, self.seeds)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedModel:
+        """A part of `copy.deepcopy(model)`: unlike a pickle the copy keeps platform and schedules, and is made here."""
+        if self.model is not None:
+            return replace(self, model=None, made=copy_model(self.model, memo))
+        kind, parts = self.__reduce__()
+        copied: PackedModel = kind(*copy.deepcopy(parts, memo))
+        return copied
 
     @classmethod
     def of(cls, model: MorphableModel) -> PackedModel:
@@ -79,12 +94,15 @@ class PackedModel:
             dict(model._selection.refused),
             replace(model._options, platform=None, config=None),
             {name: LayerSeeds.of(layer) for name, layer in layers.items()},
+            model,
         )
 
     def unpack(self, options: WrapOptions | None = None, into: MorphableModel | None = None) -> MorphableModel:
         """The wrapped model of these parts: `into`, which has not been initialised, or a new one."""
         from esper.core.model_wrapper import assemble
 
+        if self.made is not None:
+            return self.made
         modules = dict(self.host.named_modules())
         targets: Mapping[str, Any] = {name: modules[name] for name in self.targets}
         selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
@@ -96,7 +114,7 @@ class PackedModel:
 def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
     """A deep copy of `model`, with its platform and the schedules of its alphas."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
-    copy.deepcopy(PackedModel.of(model), memo).unpack(model._options, into=twin)
+    copy.deepcopy(replace(PackedModel.of(model), model=None), memo).unpack(model._options, into=twin)
     keep_schedules(model.kasmina_layers, twin.kasmina_layers)
     copies = dict(twin._root.named_modules())
     memo.update({id(module): copies[name] for name, module in model._root.named_modules() if name in copies})

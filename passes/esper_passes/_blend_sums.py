@@ -27,9 +27,10 @@ _LINEAR = torch._C._nn.linear
 
 @dataclass(frozen=True)
 class LinearMap:
-    """`weight h + bias`, to so many `features`."""
+    """`weight h + bias`, to so many `features`, by a weight of so many `elements`."""
 
     features: int
+    elements: int
     h: fx.Node
     weight: fx.Node
     bias: fx.Node | None
@@ -73,7 +74,7 @@ def _arguments(node: fx.Node) -> LinearMap | None:
     h, weight, bias = (*node.args, None)[:3]
     shape = _shape(weight)
     if isinstance(h, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node | None) and len(shape) == 2:
-        return LinearMap(shape[0], h, weight, bias)
+        return LinearMap(shape[0], shape[0] * shape[1], h, weight, bias)
     return None
 
 

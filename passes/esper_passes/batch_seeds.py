@@ -13,6 +13,7 @@ stacked, kernels of equal structure at a time (`_stacking.py`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -23,7 +24,7 @@ from torch import fx
 
 from esper_passes._blend import TYPE_AS
 from esper_passes._blend_sums import Addend, Emitter, LinearMap, Shares, addends, needs_gradient
-from esper_passes._chains import TO_DTYPE, Chain, chains, erase_dead, release, seed_of
+from esper_passes._chains import TO_DTYPE, Chain, chains, erase_dead, recorded, release, seed_of
 from esper_passes._stacking import Stacker
 from esper_passes._subgraphs import rewrite_bodies
 from esper_passes.base import PassResult
@@ -40,13 +41,18 @@ class BatchSeeds:
 
     It follows :class:`InlineKernels` (and :class:`FoldFossils`), and needs the example values of kernels' parameters
     and of the sites' linear calls: what is not recorded stays as it is. A site that is called twice is batched twice.
-    Kernels whose gradients a backward needs do not share a product with others. No guard on a size is added.
+    Kernels share a product only if a backward needs the same gradients of them. No guard on a size is added.
 
-    Results differ by rounding: the order of summation is another one. That holds for the ends of alpha, too, except
-    that what has a share of 0 adds exact zeros.
+    Weights are put side by side at each call, which is worth it for enough rows only. On a CPU, and where the number of
+    rows is known, weights of more than `elements_per_row` elements for each row stay apart; for kernels that are one
+    linear layer, of more than eight times as many, since of these whole products are saved. The defaults are from
+    measurements on one thread of a CPU: from four seeds on, and within that bound, nothing was slower.
+
+    Results differ by rounding, since the order of summation is another one. What has a share of 0 adds exact zeros.
     """
 
     min_seeds: int = 4
+    elements_per_row: int = 1024
 
     def __post_init__(self) -> None:
         if self.min_seeds < 1:
@@ -70,10 +76,18 @@ class BatchSeeds:
         if chain.dtype is None:
             return False
         batch = _Batch(chain, chain.dtype)
-        groups = batch.groups(self.min_seeds)
+        groups = batch.groups(self.min_seeds, self._most_elements(chain))
         if groups:
             batch.build(groups)
         return bool(groups)
+
+    def _most_elements(self, chain: Chain) -> float:
+        """Of a weight that is put side by side with others."""
+        value = recorded(chain.host)
+        rows = [] if value is None else list(value.shape[:-1])
+        if value is None or value.device.type != "cpu" or not all(isinstance(size, int) for size in rows):
+            return math.inf
+        return self.elements_per_row * math.prod(rows)
 
 
 @dataclass(frozen=True)
@@ -97,17 +111,19 @@ class _Batch:
 
     # -- what goes together ----------------------------------------------------------------------------------------
 
-    def groups(self, min_seeds: int) -> list[_Group]:
+    def groups(self, min_seeds: int, most_elements: float) -> list[_Group]:
         """What is worth computing together."""
-        left = [addend for addend in self._addends if addend.node is not self._chain.host or self._host_is_free()]
+        host = self._chain.host
+        left = [addend for addend in self._addends if addend.node is not host or self._host_is_free()]
         found: list[_Group] = []
-        for key, build, least in (
-            (self._input_key, self._summed_weights, 2),
-            (self._product_key, self._wide_product, min_seeds),
-            (self._structure_key, self._summed_stack, min_seeds),
+        for key, build, least, most in (
+            (self._input_key, self._summed_weights, 2, 8 * most_elements),
+            (self._product_key, self._wide_product, min_seeds, most_elements),
+            (self._structure_key, self._summed_stack, min_seeds, math.inf),
         ):
-            for group in _by_key(left, key):
-                if len(group) >= least and any(addend.node is not self._chain.host for addend in group):
+            small = [addend for addend in left if addend.linear is None or addend.linear.elements <= most]
+            for group in _by_key(small, key):
+                if len(group) >= least and any(addend.node is not host for addend in group):
                     found.append(_Group(tuple(group), build))
                     left = [addend for addend in left if addend not in group]
         return found
@@ -138,7 +154,9 @@ class _Batch:
         return linear.features, needs_gradient(linear.weight), needs_gradient(linear.h)
 
     def _structure_key(self, addend: Addend) -> Hashable | None:
-        return self._stacker.signature(addend.node) if seed_of(addend.node)[0] else None
+        """What is computed alike and ends in no linear map."""
+        alike = addend.linear is None and seed_of(addend.node)[0]
+        return self._stacker.signature(addend.node) if alike else None
 
     # -- how it is computed ----------------------------------------------------------------------------------------
 

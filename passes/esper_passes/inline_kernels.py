@@ -13,7 +13,7 @@ from esper_passes._subgraphs import copy_body, subgraphs
 from esper_passes.base import PassResult
 from esper_passes.site_op import is_site, site_id, sites_in
 
-__all__ = ["InlineKernels", "KernelInput", "SeedGraph", "inputs"]
+__all__ = ["InlineKernels", "KernelInput", "SeedGraph", "closed_sites", "inputs"]
 
 KernelInput = tuple[int, int, str]
 """An input that a kernel brings: the site's id, the seed's position at the site, the parameter's name."""
@@ -163,6 +163,16 @@ class _Inlining:
             return output
 
         return emit
+
+
+def closed_sites(graph: fx.Graph) -> frozenset[int]:
+    """The sites of `graph` at which no kernel can be inlined, as :class:`InlineKernels` says."""
+    closed: set[int] = set()
+    for node in graph.nodes:
+        for _, body in subgraphs(node):
+            inside = sites_in(body.graph) if node.target not in _FLAT_OPERANDS else closed_sites(body.graph)
+            closed.update(inside)
+    return frozenset(closed)
 
 
 def _check_reachable(graph: fx.Graph, seeds: Container[int]) -> None:

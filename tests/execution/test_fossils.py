@@ -53,19 +53,19 @@ def graph_of(*nodes, tensors=(), features=(IN, OUT), output="y"):
 # ---- which kernels -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blueprint", AFFINE, ids=str)
+@pytest.mark.parametrize("blueprint", AFFINE)
 def test_families_with_a_constant_are_affine_and_not_linear(blueprint):
     assert is_affine(blueprint.graph)
     assert not is_affine(blueprint.graph, constant=False)
 
 
-@pytest.mark.parametrize("blueprint", LINEAR, ids=str)
+@pytest.mark.parametrize("blueprint", LINEAR)
 def test_families_without_a_constant_are_linear(blueprint):
     assert is_affine(blueprint.graph)
     assert is_affine(blueprint.graph, constant=False)
 
 
-@pytest.mark.parametrize("blueprint", OTHERS, ids=str)
+@pytest.mark.parametrize("blueprint", OTHERS)
 def test_no_other_family_is_affine(blueprint):
     assert not is_affine(blueprint.graph)
 
@@ -126,7 +126,7 @@ def _check_affine(graph, linear):
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("blueprint", AFFINE + LINEAR, ids=str)
+@pytest.mark.parametrize("blueprint", AFFINE + LINEAR)
 def test_the_folded_layer_is_the_blend(blueprint, alpha, trainable):
     kernel = loaded(blueprint, trainable)
     kernel = randomised(kernel) if trainable else kernel
@@ -158,7 +158,7 @@ def blend(x, weight, bias, kernel, alpha):
     return torch.lerp(host, module(x, host) if kernel.uses_host else module(x), alpha)
 
 
-@pytest.mark.parametrize("blueprint", LINEAR, ids=str)
+@pytest.mark.parametrize("blueprint", LINEAR)
 def test_a_host_without_bias_takes_a_linear_kernel(blueprint):
     weight, kernel = torch.randn(OUT, IN), randomised(loaded(blueprint, trainable=True))
     new_weight, new_bias = folded(weight, None, kernel, 0.25)

@@ -235,6 +235,17 @@ def test_fewer_seeds_than_are_worth_it_stay_as_they_are() -> None:
     assert apply(module, BatchSeeds(min_seeds=3))[1]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_large_weights_stay_apart_where_few_rows_are_known(rows: int, affine: bool, dynamic: bool) -> None:
+    layer, x = MarkedLinear(8, 8, 3), torch.randn(2, rows, 8)
+    blueprint = Blueprint.affine(8, 8) if affine else Blueprint.low_rank(8, 8, 2)  # 64 and 16 elements
+    module, _ = inlined(layer, x, {3: [of_blueprint(blueprint) for _ in range(3)]}, torch.rand(3), dynamic=dynamic)
+    _, modified = apply(module, BatchSeeds(min_seeds=2, elements_per_row=2 if affine else 4))
+    assert modified == (rows == 3 or dynamic)
+
+
 @pytest.mark.parametrize("forgotten", ["esper_3_0_b", "marked"])
 def test_what_is_not_recorded_stays_as_it_is(forgotten: str) -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)

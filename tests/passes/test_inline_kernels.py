@@ -348,6 +348,23 @@ def test_new_nodes_say_where_the_site_came_from() -> None:
     assert blend.meta["stack_trace"] == trace
 
 
+def test_example_values_are_recorded_at_the_placeholders_inside_checkpoints_too() -> None:
+    first, second = MarkedLinear(4, 4, 2), MarkedLinear(4, 4, 9)
+    module = capture(lambda x: second(checkpoint(first, x, use_reentrant=False)), torch.randn(2, 4))
+    seeds = {9: (low_rank(),), 2: (low_rank(),)}
+    values = tuple(torch.empty(size, device="meta") for size in range(7))
+    InlineKernels(seeds, values)(module)
+    keys = [f"esper_{site}_0_{name}" for site in (2, 9) for name in "abc"] + ["esper_alphas"]
+    outer, inner = (
+        {node.target: node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"}
+        for graph in (module.graph, module.get_submodule("wrap_body_0").graph)
+    )
+    assert [outer[key] for key in keys] == list(values)
+    assert [inner[key] for key in keys if key in inner] == [*values[:3], values[6]]
+    with pytest.raises(ValueError, match=r"6 example values for the 7 placeholders"):
+        InlineKernels(seeds, values[:6])(capture(first, torch.randn(2, 4)))
+
+
 def test_without_seeds_nothing_changes() -> None:
     module = capture(MLP(), torch.randn(2, 4))
     before = list(module.graph.nodes)

@@ -1,0 +1,367 @@
+"""What is rarer under torch.compile, and went wrong once: each test is for something that did."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+import esper
+from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, load, put, unload
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 8)
+
+
+@pytest.fixture
+def model(shelf: KernelShelf) -> esper.MorphableModel:
+    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+
+
+def test_two_models_in_one_function_in_either_order(shelf: KernelShelf, x: Tensor) -> None:
+    first, second = (esper.wrap(mlp(8, 6, 8), platform=shelf.platform) for _ in range(2))
+    both = nn.ModuleList([first, second])
+
+    def chain(x: Tensor) -> Tensor:
+        return first(second(x))  # not the order in which they were wrapped
+
+    run = compiled(chain, fullgraph=True)
+    agrees(run, both, x, eager=chain)
+    load(first, "0", 1, put(shelf), alpha=0.25)
+    agrees(run, both, x, eager=chain)
+    load(second, "0", 1, put(shelf, seed=2), alpha=0.75)
+    agrees(run, both, x, eager=chain)
+
+
+def test_functional_call_with_other_kernel_parameters(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
+    load(model, "0", 0, put(shelf))
+    run = compiled(model)
+    for shift in (0.25, 0.5):
+        others = {name: parameter.detach() + shift for name, parameter in model.named_parameters()}
+        expected = functional_call(model, others, (x,))
+        output = functional_call(run, {f"_orig_mod.{name}": value for name, value in others.items()}, (x,))
+        torch.testing.assert_close(output, expected)
+    agrees(run, model, x)
+
+
+def test_kernel_parameters_that_are_thawed_one_by_one(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
+    run = compiled(model)
+    load(model, "0", 0, put(shelf), trainable=False)
+    agrees(run, model, x)
+    for flag in (True, False, True):
+        for parameter in model.kasmina_layers["0"].kernel_parameters(0):
+            parameter.requires_grad_(flag)
+        agrees(run, model, x)
+
+
+@pytest.fixture
+def group(tmp_path: Any) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_swap_under_ddp_is_no_recompilation(shelf: KernelShelf, group: None) -> None:
+    model = esper.wrap(mlp(256, 1100, 256, 4), platform=shelf.platform)
+    run, x = compiled(DistributedDataParallel(model, bucket_cap_mb=1)), torch.randn(3, 256)
+    run(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        load(model, "0", 0, put(shelf, 256, 1100))
+        run(x).sum().backward()
+        unload(model, "0", 0)
+        run(x).sum().backward()
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_a_compiled_model_that_is_dropped_is_freed(active: bool, shelf: KernelShelf, x: Tensor) -> None:
+    host = mlp(8, 6, 4)
+    model = esper.wrap(host, platform=shelf.platform)
+    run = compiled(model)
+    run(x).sum().backward()
+    if active:
+        load(model, "0", 0, put(shelf))
+        run(x).sum().backward()
+    weight = weakref.ref(host[0].weight)
+    del host, model, run
+    gc.collect()
+    assert weight() is None  # as with a plain model under aot_eager
+
+
+def test_a_change_of_precision_that_swaps_tensors(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
+    run = compiled(model)
+    load(model, "0", 0, put(shelf))
+    agrees(run, model, x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    agrees(run, model, x.double())
+
+
+def test_a_forward_replaced_by_its_compiled_self(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
+    expected = model(x)
+    model.forward = compiled(model.forward)
+    torch.testing.assert_close(model(x), expected)
+    load(model, "0", 0, put(shelf))
+    assert not torch.allclose(model(x), expected)
+
+
+def test_a_copy_of_a_compiled_model_is_compiled(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
+    run = compiled(model)
+    load(model, "0", 0, put(shelf))
+    run(x)
+    twin = copy.deepcopy(run)
+    assert type(twin) is type(run)
+    assert isinstance(twin._orig_mod, esper.MorphableModel)
+    assert twin._orig_mod is not model
+    agrees(twin, twin._orig_mod, x)
+
+
+in_the_middle: list[Any] = []
+
+
+@torch.compiler.disable
+def middle() -> None:
+    if in_the_middle:
+        assert in_the_middle.pop()()
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        middle()
+        return self.second(x)
+
+
+def test_two_forwards_in_one_graph_with_nested_breaks(shelf: KernelShelf, x: Tensor) -> None:
+    model = esper.wrap(Broken(), platform=shelf.platform)
+    kernel = put(shelf, 8, 8)
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = model(x)
+        return y, model(y)
+
+    with torch._dynamo.config.patch(nested_graph_breaks=True), torch.no_grad():
+        run = compiled(twice, "eager")
+        dormant = run(x)[0]
+        in_the_middle.append(lambda: model.request_kernel("second", 0, kernel, alpha=0.5).result(60))
+        assert torch.equal(run(x)[0], dormant)  # its second half is in a graph that another forward begins in
+
+
+def test_a_dozen_models_are_compiled(x: Tensor) -> None:
+    graphs = 0
+
+    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    kinds = [type(f"Host{index}", (nn.Sequential,), {}) for index in range(12)]  # twelve classes, as plain hosts have
+    models = [esper.wrap(kind(nn.Linear(8, 6 + index))) for index, kind in enumerate(kinds)]
+    for model in models:
+        compiled(model, inner)(x)
+    assert graphs == 12
+
+
+class Fast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @torch.compile(backend="eager")
+    def fast(self, x: Tensor) -> Tensor:
+        return self.fc(x).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fast(x)
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,)))
+
+
+@pytest.mark.parametrize("kind", [Fast, Choosing])
+def test_eager_hosts_that_call_dynamo_themselves(kind: type[nn.Module], x: Tensor) -> None:
+    host = kind()
+    assert torch.equal(esper.wrap(host)(x), host(x))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_kernel_where_none_can_be_inlined(inner: str, shelf: KernelShelf, x: Tensor) -> None:
+    model = esper.wrap(Choosing(), platform=shelf.platform, mode="module")
+    run, kernel = compiled(model, inner), put(shelf, 8, 8)
+    with torch.no_grad():
+        dormant = run(x)
+        if model.request_kernel("a", 0, kernel, alpha=0.5).result(60):  # else it is the seed's error, and all is well
+            torch.testing.assert_close(run(x), model(x))
+        else:
+            assert torch.equal(run(x), dormant)
+
+
+class Region(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+def test_nested_compile_regions(shelf: KernelShelf, x: Tensor) -> None:
+    model = esper.wrap(nn.Sequential(*[Region() for _ in range(4)]), platform=shelf.platform)
+    agrees_through_a_swap(compiled(model), model, {"1.fc": put(shelf, 8, 8)}, x)
+
+
+def test_autocast_inside_what_a_worker_compiles(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output: Tensor = model(x)
+        return output
+
+    run = compiled(cast, "inductor")
+    agrees_through_a_swap(run, model, {"0": put(shelf)}, x, eager=cast, rtol=2e-2, atol=1e-2)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@torch.library.custom_op("esper_tests::double", mutates_args=())
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+double.register_fake(torch.empty_like)
+double.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Special(nn.Module):
+    def __init__(self, special: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.special = nn.Linear(8, 6), nn.Linear(6, 4), special
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.special(self.first(x)))
+
+
+@pytest.mark.parametrize("special", [Double.apply, double], ids=["autograd function", "custom operator"])
+def test_what_a_worker_cannot_compile_is_compiled_here(special: Any, shelf: KernelShelf, x: Tensor) -> None:
+    model = esper.wrap(Special(special), platform=shelf.platform)
+    agrees_through_a_swap(compiled(model, "inductor"), model, {"first": put(shelf)}, x)
+
+
+def test_an_option_of_the_wrong_type_is_refused(x: Tensor) -> None:
+    with pytest.raises(Exception, match="epilogue_fusion"):
+        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"epilogue_fusion": "yes"})(x)
+    with pytest.raises(Exception, match="known options"):
+        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"no_such_option": True})(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+def test_parts_compiled_in_place_before_the_first_forward(x: Tensor) -> None:
+    graphs = 0
+
+    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    model = esper.wrap(nn.Sequential(Block(), Block()))  # mode="fx"
+    for block in model:
+        block.compile(backend="esper", options={"inner": inner})
+    model(x)
+    assert graphs == 2
+
+
+def test_the_model_compiled_in_place_keeps_its_region(
+    model: esper.MorphableModel, x: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    before = str(model.explain())
+    model.compile(backend="esper", options={"inner": "eager"})
+    model.eval()
+    model(x)
+    assert str(model.explain()) == before
+
+
+@pytest.mark.slow
+def test_a_stored_variant_is_not_used_for_sites_in_another_order(
+    shelf: KernelShelf, x: Tensor, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # an empty store
+    kernels = [put(shelf), put(shelf, seed=2)]  # of one structure
+    hosts = [mlp(8, 6, 8), mlp(8, 6, 8)]
+    for order in ((0, 1), (1, 0)):
+        torch._dynamo.reset()
+        models: dict[int, esper.MorphableModel] = {}
+        for index in order:
+            models[index] = esper.wrap(hosts[index], platform=shelf.platform)
+        first, second = models[0], models[1]
+
+        def chain(x: Tensor, first: nn.Module = first, second: nn.Module = second) -> Tensor:
+            return second(first(x))
+
+        run = compiled(chain, "inductor")
+        both = nn.ModuleList([first, second])
+        agrees(run, both, x, eager=chain)
+        load(first, "0", 0, kernels[0], alpha=0.5)
+        load(second, "0", 0, kernels[1], alpha=0.5)
+        agrees(run, both, x, eager=chain, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_seen_by_one_model_do_not_make_another_dynamic() -> None:
+    seen: list[bool] = []
+
+    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.append(any(isinstance(each, torch.SymInt) for each in inputs))
+        return module.forward
+
+    class Other(nn.Sequential):
+        """Another host."""
+
+    models = [esper.wrap(kind(nn.Linear(8, 6))) for kind in (nn.Sequential, Other)]
+    for model, size in zip(models, (3, 5), strict=True):
+        compiled(model, inner)(torch.randn(size, 8))
+    assert seen == [False, False]
