@@ -30,7 +30,7 @@ __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
 _LOG = logging.getLogger("esper.compiler")
 _FORMAT = "1"  # of what a stored variant holds
-_PAUSE_SECONDS = 0.001
+_PAUSE_SECONDS = 0.001  # between two pieces of loading, in which the training thread has the interpreter's lock
 
 
 class VariantCompilationError(EsperError, RuntimeError):
