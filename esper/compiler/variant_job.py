@@ -23,8 +23,8 @@ from esper_passes import (
     FoldFossils,
     GraphPass,
     InlineKernels,
-    PassResult,
     Pipeline,
+    RecordValues,
     SeedGraph,
 )
 
@@ -85,29 +85,6 @@ class VariantJob:
         return pickle.dumps(self)
 
 
-@dataclass(frozen=True)
-class _DescribeValues:
-    """Record what the last placeholders are like, those that passes before have `added`, as fake values.
-
-    With `all_values`, what every value of the graph is like, which later passes ask for.
-    """
-
-    added: tuple[Tensor, ...]
-    all_values: bool
-
-    @property
-    def name(self) -> str:
-        return "describe_values"
-
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        for node, fake in zip(placeholders[len(placeholders) - len(self.added) :], self.added, strict=True):
-            node.meta["example_value"] = fake
-        if self.all_values:
-            torch_internals.propagate_values(graph_module)
-        return PassResult(graph_module, False)
-
-
 def specialise(
     module: fx.GraphModule,
     seeds: Mapping[int, Sequence[SeedGraph]],
@@ -124,8 +101,9 @@ def specialise(
     active = {site: tuple(graphs) for site, graphs in seeds.items() if graphs}
     passes: list[GraphPass] = [ElideDormant(frozenset(active))]
     if active:
-        described = _DescribeValues(tuple(added), all_values=bool(constant_alphas) or batch_seeds)
-        passes = [InlineKernels(active), *passes, described]
+        passes = [InlineKernels(active, tuple(added)), *passes]
+        if constant_alphas or batch_seeds:
+            passes.append(RecordValues())
     if constant_alphas:
         passes.append(FoldFossils(constant_alphas))
     if active and batch_seeds:

@@ -9,6 +9,7 @@ from esper_passes.fold_fossils import FoldFossils
 from esper_passes.inline_kernels import InlineKernels, KernelInput, SeedGraph, inputs
 from esper_passes.lower_functional import LowerFunctional
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Pipeline, Timings, chain, verify
+from esper_passes.record_values import RecordValues
 from esper_passes.rewrite_sites import RewriteSites
 from esper_passes.site_op import (
     ENTER,
@@ -41,6 +42,7 @@ __all__ = [
     "PassEvent",
     "PassResult",
     "Pipeline",
+    "RecordValues",
     "RewriteSites",
     "SeedCall",
     "SeedGraph",

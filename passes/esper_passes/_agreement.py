@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from esper_passes._fake_mode import mode_of, undisturbed
+from esper_passes._subgraphs import bodies
 
 __all__ = ["check_metadata"]
 
@@ -29,11 +29,13 @@ def check_metadata(module: fx.GraphModule) -> None:
 
     Shape, dtype and device are compared. A node without a record is computed; one that cannot be computed (an input
     is unknown, it calls a module or a higher-order operator) is taken at its record. Raises `ValueError`, naming the
-    node.
+    node. Graphs nested in it are checked alike.
     """
-    mode = next((found for node in module.graph.nodes if (found := _mode_of(_recorded(node))) is not None), None)
+    for body in bodies(module).values():
+        check_metadata(body)
+    mode = mode_of(_recorded(node) for node in module.graph.nodes)
     if mode is not None:
-        with _quiet(mode), mode:
+        with undisturbed(mode), mode:
             _Repropagation(module, mode).run(*(None for node in module.graph.nodes if node.op == "placeholder"))
 
 
@@ -80,22 +82,5 @@ def _recorded(node: fx.Node) -> Any:
     return next((node.meta[key] for key in _KEYS if node.meta.get(key) is not None), _UNKNOWN)
 
 
-def _mode_of(value: object) -> FakeTensorMode | None:
-    leaves = pytree.tree_leaves(value)
-    return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, torch._subclasses.FakeTensor)), None)
-
-
 def _is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
-
-
-@contextlib.contextmanager
-def _quiet(mode: FakeTensorMode) -> Iterator[None]:
-    """Neither leave guards behind, nor pending symbols, nor another grad mode."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        stack.enter_context(enable_python_dispatcher())  # some operators take symbolic sizes in no other way
-        if mode.shape_env is not None:
-            stack.enter_context(mode.shape_env.suppress_guards())
-            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
-        yield

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-__all__ = ["bodies", "copy_body", "rewrite_bodies", "subgraphs"]
+__all__ = ["FLAT_OPERANDS", "bodies", "copy_body", "rewrite_bodies", "subgraphs"]
+
+FLAT_OPERANDS = tuple(
+    getattr(torch.ops.higher_order, name)
+    for name in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
+)
+"""Operators whose operands are the last positional arguments and become the placeholders of their body, in order."""
 
 
 def bodies(module: fx.GraphModule) -> dict[str, fx.GraphModule]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from esper_passes._blend import ALPHAS, PARAMETER, after_placeholders, blend, first_indices
-from esper_passes._subgraphs import copy_body, subgraphs
+from esper_passes._subgraphs import FLAT_OPERANDS, copy_body, subgraphs
 from esper_passes.base import PassResult
 from esper_passes.site_op import is_site, site_id, sites_in
 
@@ -17,12 +17,6 @@ __all__ = ["InlineKernels", "KernelInput", "SeedGraph", "closed_sites", "inputs"
 
 KernelInput = tuple[int, int, str]
 """An input that a kernel brings: the site's id, the seed's position at the site, the parameter's name."""
-
-# Higher-order operators whose operands are the last positional arguments and become the body's placeholders, in order.
-_FLAT_OPERANDS = tuple(
-    getattr(torch.ops.higher_order, name)
-    for name in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
-)
 
 
 @dataclass(frozen=True)
@@ -170,7 +164,7 @@ def closed_sites(graph: fx.Graph) -> frozenset[int]:
     closed: set[int] = set()
     for node in graph.nodes:
         for _, body in subgraphs(node):
-            inside = sites_in(body.graph) if node.target not in _FLAT_OPERANDS else closed_sites(body.graph)
+            inside = sites_in(body.graph) if node.target not in FLAT_OPERANDS else closed_sites(body.graph)
             closed.update(inside)
     return frozenset(closed)
 
@@ -180,7 +174,7 @@ def _check_reachable(graph: fx.Graph, seeds: Container[int]) -> None:
     for node in graph.nodes:
         for _, body in subgraphs(node):
             inside = [site for site in sites_in(body.graph) if site in seeds]
-            if inside and node.target not in _FLAT_OPERANDS:
+            if inside and node.target not in FLAT_OPERANDS:
                 names = f"site{'s' if len(inside) > 1 else ''} {', '.join(map(str, inside))}"
                 raise ValueError(
                     f"{names} with active seeds inside {node.target}, whose body cannot be given kernel parameters"

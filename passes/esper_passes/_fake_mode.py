@@ -1,0 +1,31 @@
+"""Running a graph on fake values without leaving anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["mode_of", "undisturbed"]
+
+
+def mode_of(values: Iterable[object]) -> FakeTensorMode | None:
+    """The fake mode of the first fake tensor among `values`, which may be nested; None if there is no such tensor."""
+    leaves = (leaf for value in values for leaf in pytree.tree_leaves(value))
+    return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def undisturbed(mode: FakeTensorMode) -> Iterator[None]:
+    """Neither leave guards behind, nor pending symbols, nor another grad mode."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        stack.enter_context(enable_python_dispatcher())  # some operators take symbolic sizes in no other way
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        yield
