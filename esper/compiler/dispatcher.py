@@ -22,8 +22,9 @@ from esper.compiler.variant_compiler import Compilation, VariantCompiler
 from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
 from esper.execution.call_counter import CallCounter
+from esper.execution.executor import ShutDownError
 from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime, ShutDownError
+from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
 

@@ -15,7 +15,8 @@ from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.plan import DORMANT, Plan, SeedPlan
 from esper.execution.runtime import Runtime
-from esper.execution.staging import SeedReplacement, Stager
+from esper.execution.seed_replacement import SeedReplacement
+from esper.execution.staging import Stager
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -22,23 +20,16 @@ from esper import torch_internals
 from esper.errors import EsperError
 from esper.execution import registry
 from esper.execution.alpha import AlphaSchedule
+from esper.execution.change import Change
+from esper.execution.executor import CalledOffError, Executor, Preparation
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import DORMANT, Plan
-from esper.execution.state_layout import KasminaStateLayout, checked_alpha
+from esper.execution.seed_alphas import Schedule, SeedAlphas
+from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import ForwardStarts
 
-__all__ = [
-    "CalledOffError",
-    "Change",
-    "CommitError",
-    "CommitMode",
-    "Executor",
-    "Preparation",
-    "Runtime",
-    "Schedule",
-    "ShutDownError",
-]
+__all__ = ["CommitError", "CommitMode", "Runtime"]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -47,74 +38,6 @@ CommitMode = Literal["auto", "manual"]
 
 class CommitError(EsperError, RuntimeError):
     """A commit was asked for at a moment at which the plan must not change."""
-
-
-class CalledOffError(EsperError):
-    """A preparation was given up, since nobody wants its plan any more."""
-
-
-class ShutDownError(EsperError):
-    """A preparation has no end, since the process ends, or what it needs was closed for good."""
-
-
-class Preparation(Protocol):
-    """Work that another process does for an executor, and that a background thread waits for."""
-
-    @property
-    def future(self) -> Future[Any]:
-        """Done when :meth:`finish` need not wait."""
-        ...
-
-    def finish(self) -> None:
-        """Make the executor ready; raises what kept it from being."""
-
-    def abandon(self) -> None:
-        """Instead of :meth:`finish`: nobody waits any more."""
-
-
-class Executor(Protocol):
-    """Something that executes (a part of) the model and is specialised for a plan."""
-
-    def ready(self, plan: Plan, runtime: Runtime) -> bool:
-        """Whether following `plan`, as that of `runtime`, needs no preparation. On any thread."""
-        ...
-
-    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
-        """Make ready to follow `plan`, or begin to. On a background thread; may be slow, may raise."""
-
-    def follow(self, plan: Plan) -> None:
-        """Switch to `plan`. On the thread that runs the model, at a commit; a pointer change, must not raise."""
-
-    def arm(self) -> None:
-        """From now on, call :meth:`Runtime.boundary` where a forward begins. On any thread."""
-
-    def disarm(self) -> None:
-        """Stop calling it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force.
-
-    `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
-    `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else.
-    What it raises ends this change, without effect, and goes to `refused`. A commit where a forward begins leaves a
-    change staged for which `safe` is not true; it is asked there each time.
-    """
-
-    edit: Callable[[Plan], Plan]
-    applied: Callable[[], Transition | None]
-    first: Callable[[], None] | None = None
-    safe: Callable[[], bool] = lambda: True
-    refused: Callable[[Exception], None] = lambda _: None
-
-
-@dataclass(slots=True)
-class Schedule:
-    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
-
-    alpha: AlphaSchedule
-    step: int = 0
 
 
 class Runtime:
@@ -142,7 +65,7 @@ class Runtime:
         self._plan = DORMANT
         self._target = DORMANT
         self._staged: list[Change] = []
-        self._schedules: dict[int, Schedule] = {}
+        self._alphas = SeedAlphas(state)
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
         self._renewed: weakref.WeakSet[Executor] = weakref.WeakSet()
         self.executors_added = 0
@@ -259,13 +182,10 @@ class Runtime:
             self._flip(lambda change: change.safe())
         if self._renewed:
             self._follow_renewed()
-        if self._schedules and torch.is_grad_enabled() and self.is_training():
+        if self._alphas.moving and torch.is_grad_enabled() and self.is_training():
             self._advance_schedules()
         self.begin()
-        with self.lock:
-            if not self._needs_boundary():
-                for executor in self._executors:
-                    executor.disarm()
+        self._disarm_if_settled()
 
     def commit(self) -> list[Transition]:
         """Put everything staged in force at once, between two forwards, and return what changed.
@@ -275,10 +195,7 @@ class Runtime:
         self.refuse_in_backward()
         transitions = self._flip()
         self.begin()  # or what this thread calls next, without a forward's beginning, would see the plan before
-        with self.lock:
-            if not self._needs_boundary():
-                for executor in self._executors:
-                    executor.disarm()
+        self._disarm_if_settled()
         return transitions
 
     def refuse_in_backward(self) -> None:
@@ -360,85 +277,49 @@ class Runtime:
 
     def _needs_boundary(self) -> bool:
         staged = bool(self._staged) and self.commit_mode == "auto"
-        return not self._has_run or staged or bool(self._schedules) or bool(self._renewed)
+        return not self._has_run or staged or self._alphas.moving or bool(self._renewed)
 
     def _arm(self) -> None:
         for executor in self._executors:
             executor.arm()
+
+    def _disarm_if_settled(self) -> None:
+        with self.lock:
+            if not self._needs_boundary():
+                for executor in self._executors:
+                    executor.disarm()
 
     # -- alpha -----------------------------------------------------------------------------------------------------
 
     def alpha_reader(self, plan: Plan) -> Callable[[], torch.Tensor]:
         """A function that reads the alphas of `plan`'s seeds at this runtime's sites, in the plan's order.
 
-        It returns a float32 tensor `[active seeds]` on the model's device, which is never written to: after a change of
-        an alpha it returns another, so that the change does not reach into a backward that still needs the old value.
+        What it returns, :meth:`SeedAlphas.reader` says.
         """
-        own = [seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds]
-        state = self.state
-        index = torch.tensor([seed.alpha_index for seed in own], dtype=torch.int64, device=state.device)
-        read_from: torch.Tensor | None = None
-        version = -1
-        values = torch.empty(0)
-
-        def read() -> torch.Tensor:
-            nonlocal index, read_from, version, values
-            alphas = state.alpha_blend
-            if alphas is not read_from or alphas._version != version:
-                if index.device != alphas.device:  # the model has moved since
-                    index = index.to(alphas.device)
-                read_from, version = alphas, alphas._version
-                with torch.inference_mode(False):  # a later forward may be one that trains
-                    values = alphas.index_select(0, index).float()
-            return values
-
-        return read
-
-    def set_alpha(self, alpha_index: int, alpha: float | AlphaSchedule) -> None:
-        """Set a seed's alpha, or let a schedule move it at every training forward from the next one on."""
-        self.start_alpha(alpha_index, alpha, checked_alpha(alpha(0) if callable(alpha) else alpha))
+        own = (seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds)
+        return self._alphas.reader([seed.alpha_index for seed in own])
 
     def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float, step: int = 0) -> None:
-        """As :meth:`set_alpha`, with the first value, already checked, in `first`: the schedule is not called.
-
-        It is called next, at the next training forward, with `step`.
-        """
+        """Set a seed's alpha to `first`, already checked; a schedule moves it at every training forward from the next
+        one on, where it is called with `step`."""
         with self.lock:
-            self.state.set_alpha(alpha_index, first)
-            self._schedules.pop(alpha_index, None)
-            if callable(alpha):
-                self._schedules[alpha_index] = Schedule(alpha, step)
+            self._alphas.start(alpha_index, alpha, first, step)
+            self.scheduled = self._alphas.moving
+            if self.scheduled:
                 self._arm()
-            self.scheduled = bool(self._schedules)
 
     def schedule(self, alpha_index: int) -> Schedule | None:
         """What moves this alpha, if anything does."""
-        return self._schedules.get(alpha_index)
+        return self._alphas.schedule(alpha_index)
 
     def forget_schedules(self, alpha_indices: Iterable[int]) -> None:
         """Stop moving these alphas."""
         with self.lock:
-            for index in alpha_indices:
-                self._schedules.pop(index, None)
-            self.scheduled = bool(self._schedules)
+            self._alphas.forget(alpha_indices)
+            self.scheduled = self._alphas.moving
 
     def _advance_schedules(self) -> None:
-        for index, schedule in list(self._schedules.items()):
-            try:
-                self.state.set_alpha(index, schedule.alpha(schedule.step))
-            except Exception as error:  # noqa: BLE001  # a user's schedule must not end a user's training
-                _LOG.error(
-                    "the alpha schedule of seed %d raised at step %d; alpha stays: %r", index, schedule.step, error
-                )
-                self.state.record_error(index)
-                self.forget_schedules([index])
-                continue
-            last = getattr(schedule.alpha, "steps", None)
-            if last is not None and schedule.step >= last:
-                self.forget_schedules([index])
-            schedule.step += 1
-
-
-def now() -> float:
-    """Seconds since the epoch, for transitions."""
-    return time.time()
+        ended = self._alphas.advance()
+        if ended:
+            with self.lock:  # another thread may have set another schedule meanwhile
+                self.forget_schedules([i for i, schedule in ended.items() if self.schedule(i) is schedule])

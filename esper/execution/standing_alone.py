@@ -23,8 +23,9 @@ from esper.execution.lifecycle import SeedLifecycleState, after_cancelled_load
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.plan import SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
+from esper.execution.seed_replacement import SeedReplacement
 from esper.execution.sources import KernelSource
-from esper.execution.staging import SeedReplacement, Stager
+from esper.execution.staging import Stager
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 

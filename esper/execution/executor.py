@@ -1,0 +1,57 @@
+"""What executes a model, as its runtime knows it: it follows a plan, and may have to be made ready for one."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol
+
+from esper.errors import EsperError
+from esper.execution.plan import Plan
+
+if TYPE_CHECKING:
+    from esper.execution.runtime import Runtime
+
+__all__ = ["CalledOffError", "Executor", "Preparation", "ShutDownError"]
+
+
+class CalledOffError(EsperError):
+    """A preparation was given up, since nobody wants its plan any more."""
+
+
+class ShutDownError(EsperError):
+    """A preparation has no end, since the process ends, or what it needs was closed for good."""
+
+
+class Preparation(Protocol):
+    """Work that another process does for an executor, and that a background thread waits for."""
+
+    @property
+    def future(self) -> Future[Any]:
+        """Done when :meth:`finish` need not wait."""
+        ...
+
+    def finish(self) -> None:
+        """Make the executor ready; raises what kept it from being."""
+
+    def abandon(self) -> None:
+        """Instead of :meth:`finish`: nobody waits any more."""
+
+
+class Executor(Protocol):
+    """Something that executes (a part of) the model and is specialised for a plan."""
+
+    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+        """Whether following `plan`, as that of `runtime`, needs no preparation. On any thread."""
+        ...
+
+    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
+        """Make ready to follow `plan`, or begin to. On a background thread; may be slow, may raise."""
+
+    def follow(self, plan: Plan) -> None:
+        """Switch to `plan`. On the thread that runs the model, at a commit; a pointer change, must not raise."""
+
+    def arm(self) -> None:
+        """From now on, call :meth:`Runtime.boundary` where a forward begins. On any thread."""
+
+    def disarm(self) -> None:
+        """Stop calling it."""

@@ -1,0 +1,100 @@
+"""The alphas of a model's seeds: what moves them from forward to forward, and how forwards read them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from esper.execution.alpha import AlphaSchedule
+from esper.execution.state_layout import KasminaStateLayout
+
+__all__ = ["Schedule", "SeedAlphas"]
+
+_LOG = logging.getLogger("esper.execution")
+
+
+@dataclass(slots=True)
+class Schedule:
+    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
+
+    alpha: AlphaSchedule
+    step: int = 0
+
+
+class SeedAlphas:
+    """The alphas in `state`, which holds all of a model's seeds, and their schedules.
+
+    They are changed under the runtime's lock; :meth:`advance` and readers belong to the thread that runs the model.
+    """
+
+    def __init__(self, state: KasminaStateLayout) -> None:
+        self._state = state
+        self._schedules: dict[int, Schedule] = {}
+
+    @property
+    def moving(self) -> bool:
+        """Whether there are schedules."""
+        return bool(self._schedules)
+
+    def start(self, index: int, alpha: float | AlphaSchedule, first: float, step: int) -> None:
+        """Set an alpha to `first`. A schedule in `alpha` moves it from then on, and is called next with `step`."""
+        self._state.set_alpha(index, first)
+        self._schedules.pop(index, None)
+        if callable(alpha):
+            self._schedules[index] = Schedule(alpha, step)
+
+    def schedule(self, index: int) -> Schedule | None:
+        """What moves this alpha, if anything does."""
+        return self._schedules.get(index)
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Stop moving these alphas."""
+        for index in indices:
+            self._schedules.pop(index, None)
+
+    def advance(self) -> dict[int, Schedule]:
+        """Take every schedule a step further, without the lock: it is the user's code. Returns those at their end."""
+        ended = {}
+        for index, schedule in list(self._schedules.items()):
+            try:
+                self._state.set_alpha(index, schedule.alpha(schedule.step))
+            except Exception as error:  # noqa: BLE001  # a user's schedule must not end a user's training
+                _LOG.error(
+                    "the alpha schedule of seed %d raised at step %d; alpha stays: %r", index, schedule.step, error
+                )
+                self._state.record_error(index)
+                ended[index] = schedule
+                continue
+            last = getattr(schedule.alpha, "steps", None)
+            if last is not None and schedule.step >= last:
+                ended[index] = schedule
+            schedule.step += 1
+        return ended
+
+    def reader(self, indices: Sequence[int]) -> Callable[[], torch.Tensor]:
+        """A function that reads the alphas at `indices`, in their order.
+
+        It returns a float32 tensor `[len(indices)]` on the model's device, which is never written to: after a change of
+        an alpha it returns another, so that the change does not reach into a backward that still needs the old value.
+        """
+        state = self._state
+        index = torch.tensor(indices, dtype=torch.int64, device=state.device)
+        read_from: torch.Tensor | None = None
+        version = -1
+        values = torch.empty(0)
+
+        def read() -> torch.Tensor:
+            nonlocal index, read_from, version, values
+            alphas = state.alpha_blend
+            if alphas is not read_from or alphas._version != version:
+                if index.device != alphas.device:  # the model has moved since
+                    index = index.to(alphas.device)
+                read_from, version = alphas, alphas._version
+                with torch.inference_mode(False):  # a later forward may be one that trains
+                    values = alphas.index_select(0, index).float()
+            return values
+
+        return read
