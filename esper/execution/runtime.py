@@ -2,7 +2,7 @@
 
 Threads. `plan` is read by anyone. :meth:`Runtime.commit` runs on the thread that runs the model, between two forwards;
 :meth:`publish` on any thread. The one lock is held for pointer changes only, never while something is fetched, hashed,
-traced or compiled.
+traced or compiled. A forked child has a lock of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from esper.execution.seed_alphas import Schedule, SeedAlphas
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import ForwardStarts
+from esper.forking import reset_after_fork
 
 __all__ = ["CommitError", "CommitMode", "Runtime"]
 
@@ -75,6 +76,15 @@ class Runtime:
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
         self._has_run = False  # the first forward says which thread that is
         self._sites: frozenset[int] = frozenset()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self.lock = threading.RLock()
+        target = self._plan
+        for change in self._staged:  # the fork may have come between a change and the target that it leads to
+            target = change.edit(target)
+        self._target = target
 
     def reserve_sites(self, count: int) -> range:
         """Numbers for this model's sites."""
