@@ -9,13 +9,16 @@ from torch import Tensor, fx
 
 from esper.artifacts import Blueprint
 from esper.torch_internals import fake_inputs, fake_like
-from esper_passes import Callback, ElideDormant, GraphPass, InlineKernels, Pipeline, SeedGraph, verify
+from esper_passes import BatchSeeds, Callback, ElideDormant, GraphPass, InlineKernels, Pipeline, SeedGraph, verify
 from tests.passes.graphs import capture_with_inputs, copied
 
-__all__ = ["Seeds", "apply", "inlined", "of_blueprint", "with_seeds"]
+__all__ = ["TWO", "Seeds", "apply", "inlined", "of_blueprint", "with_seeds"]
 
 Seeds = Mapping[int, Sequence[tuple[SeedGraph, Sequence[Tensor]]]]
 """By site, seeds with the values of their parameters."""
+
+TWO = BatchSeeds(min_seeds=2)
+"""Batches wherever it can, which takes two."""
 
 
 def of_blueprint(blueprint: Blueprint, isolate: bool = False, learns: bool = True) -> tuple[SeedGraph, list[Tensor]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from functorch.compile import aot_function, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -19,14 +20,18 @@ __all__ = [
     "MLP",
     "MarkedLinear",
     "ReferenceSeed",
+    "assert_backpropagated",
     "capture",
     "capture_with_inputs",
     "code",
     "copied",
     "low_rank",
+    "low_rank_seed",
     "low_rank_values",
     "reference",
+    "region",
     "run_low_rank",
+    "through_aot",
 ]
 
 
@@ -55,6 +60,12 @@ class MLP(nn.Module):
         if self.marked:
             torch.ops.esper.enter(7)
         return self.down(self.up(x).relu())
+
+
+@torch.compiler.nested_compile_region
+def region(layer: nn.Module, x: Tensor) -> Any:
+    """A layer and a ReLU, in a graph of their own that calls with one layer share."""
+    return layer(x).relu()
 
 
 def capture_with_inputs(
@@ -117,6 +128,23 @@ def code(module: fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
+def through_aot(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: Callable[..., Any] = min_cut_rematerialization_partition,
+) -> tuple[Tensor, list[str]]:
+    """Run `module` through AOTAutograd; its one output, backpropagated, and the code of the graphs it compiles."""
+    graphs: list[str] = []
+
+    def compiler(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(code(graph))
+        return graph.forward
+
+    (output,) = aot_function(module, compiler, compiler, partition_fn=partition)(*inputs)
+    output.sum().backward()
+    return output, graphs
+
+
 def low_rank(uses_host: bool = False, isolate: bool = False) -> SeedGraph:
     """A kernel `gelu(x A^T) B^T + c`, plus the host's output if `uses_host`."""
     graph = fx.Graph()
@@ -137,6 +165,11 @@ def low_rank_values(
     """Random values for the parameters of :func:`low_rank`, in order; leaves that require grad."""
     shapes = ((rank, in_features), (out_features, rank), (out_features,))
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def low_rank_seed(**flags: bool) -> tuple[SeedGraph, list[Tensor]]:
+    """A seed with a :func:`low_rank` kernel of 4 to 4 features, and random values for its parameters."""
+    return low_rank(**flags), low_rank_values(4, 4)
 
 
 def run_low_rank(parameters: Sequence[Tensor], x: Tensor, host: Tensor | None = None) -> Tensor:
@@ -166,3 +199,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Sequence[Re
             given = [value.detach() for value in given]
         y = seed.alpha * run_low_rank(seed.parameters, *given) + (1 - seed.alpha) * y
     return y
+
+
+def assert_backpropagated(output: Tensor, expected: Tensor, leaves: Sequence[Tensor]) -> None:
+    """`output` is `expected`, and the gradients that `leaves` have are those of the sum of `expected`."""
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(torch.autograd.grad(expected.sum(), leaves)))

@@ -9,15 +9,9 @@ from expecttest import assert_expected_inline
 from torch.utils.checkpoint import checkpoint
 
 from esper.artifacts import Blueprint
-from esper_passes import BatchSeeds, FoldFossils
-from tests.passes.batching import apply, inlined, of_blueprint
-from tests.passes.graphs import MLP, MarkedLinear, code, low_rank, low_rank_values
-
-TWO = BatchSeeds(min_seeds=2)
-
-
-def _gelu(**flags: Any) -> Any:
-    return low_rank(**flags), low_rank_values(4, 4)
+from esper_passes import FoldFossils
+from tests.passes.batching import TWO, apply, inlined, of_blueprint
+from tests.passes.graphs import MLP, MarkedLinear, code, low_rank, low_rank_seed, low_rank_values
 
 
 def _low_rank(seed: int) -> Any:
@@ -26,7 +20,7 @@ def _low_rank(seed: int) -> Any:
 
 def test_two_seeds_of_one_blueprint_at_a_site_with_bias() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [_gelu(), _gelu()]}, torch.rand(2))
+    module, _ = inlined(layer, x, {3: [low_rank_seed(), low_rank_seed()]}, torch.rand(2))
     assert_expected_inline(
         code(module),
         """\
@@ -223,7 +217,7 @@ def forward(self, parameters_weight, parameters_bias, x, esper_3_0_gate_weight, 
 def test_kernels_that_read_the_host_and_isolated_ones() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
     kinds: Any = ({"uses_host": True}, {"uses_host": True}, {"isolate": True}, {"isolate": True, "uses_host": True})
-    module, _ = inlined(layer, x, {3: [_gelu(**kind) for kind in kinds]}, torch.rand(4))
+    module, _ = inlined(layer, x, {3: [low_rank_seed(**kind) for kind in kinds]}, torch.rand(4))
     module, _ = apply(module, TWO)
     assert_expected_inline(
         code(module),

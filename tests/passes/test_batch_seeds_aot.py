@@ -8,39 +8,27 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from functorch.compile import aot_function, default_partition, min_cut_rematerialization_partition
+from functorch.compile import default_partition, min_cut_rematerialization_partition
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from esper.artifacts import Blueprint
 from esper.torch_internals import guard_count
 from esper_passes import BatchSeeds
-from tests.passes.batching import apply, inlined, of_blueprint
+from tests.passes.batching import TWO, apply, inlined, of_blueprint
 from tests.passes.graphs import (
     MLP,
     MarkedLinear,
     ReferenceSeed,
+    assert_backpropagated,
     code,
     copied,
     low_rank,
+    low_rank_seed,
     low_rank_values,
     reference,
+    through_aot,
 )
-
-TWO = BatchSeeds(min_seeds=2)
-
-
-def _aot(module: fx.GraphModule, inputs: list[Any], partition: Callable[..., Any]) -> tuple[Tensor, list[str]]:
-    """Run `module` through AOTAutograd; its output, backpropagated, and the forward and backward graph."""
-    graphs: list[str] = []
-
-    def compiler(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(code(graph))
-        return graph.forward
-
-    (output,) = aot_function(module, compiler, compiler, partition_fn=partition)(*inputs)
-    output.sum().backward()
-    return output, graphs
 
 
 def test_forward_and_backward_of_two_seeds() -> None:
@@ -48,7 +36,7 @@ def test_forward_and_backward_of_two_seeds() -> None:
     values = [low_rank_values(4, 4), low_rank_values(4, 4)]
     module, given = inlined(layer, x, {3: [(low_rank(), each) for each in values]}, torch.tensor([0.25, 0.5]))
     module, _ = apply(module, TWO)
-    output, (forward, backward) = _aot(module, given, min_cut_rematerialization_partition)
+    output, (forward, backward) = through_aot(module, given)
     assert_expected_inline(
         forward,
         """\
@@ -128,9 +116,7 @@ def forward(self, primals_3, mm, unsqueeze, view_1, select, t_5, tangents_1):
     )
     seeds = [ReferenceSeed(each, alpha) for each, alpha in zip(values, (0.25, 0.5), strict=True)]
     expected = reference(x, layer.weight, layer.bias, seeds)
-    torch.testing.assert_close(output, expected)
-    leaves = [*layer.parameters(), *values[0], *values[1]]
-    torch.testing.assert_close([leaf.grad for leaf in leaves], list(torch.autograd.grad(expected.sum(), leaves)))
+    assert_backpropagated(output, expected, [*layer.parameters(), *values[0], *values[1]])
 
 
 def test_a_product_of_isolated_frozen_kernels_leaves_nothing_to_the_backward() -> None:
@@ -139,7 +125,7 @@ def test_a_product_of_isolated_frozen_kernels_leaves_nothing_to_the_backward() -
     module, given = inlined(layer, x, {3: [seed, seed]}, torch.tensor([0.25, 0.5]))
     module, modified = apply(module, TWO)
     assert modified
-    _, (_, backward) = _aot(module, given, min_cut_rematerialization_partition)
+    _, (_, backward) = through_aot(module, given)
     assert backward.count("aten.mm") == 2  # of the host: its weight's and its input's
 
 
@@ -161,12 +147,11 @@ def test_gradients_are_those_of_the_formula(partition: Callable[..., Any], in_ch
     module, modified = apply(module, TWO)
     assert modified
     assert guard_count(_recorded(module)) == known
-    output, _ = _aot(module, given, partition)
+    output, _ = through_aot(module, given, partition)
     at = [ReferenceSeed(each, float(a), **kind) for each, a, kind in zip(values, alphas, kinds, strict=True)]
     expected = reference(reference(x, layer.weight, layer.bias, at)[:, :4], layer.weight, layer.bias, at)
     leaves = [x, *layer.parameters(), *(value for each in values for value in each)]
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close([leaf.grad for leaf in leaves], list(torch.autograd.grad(expected.sum(), leaves)))
+    assert_backpropagated(output, expected, leaves)
 
 
 def _recorded(module: fx.GraphModule) -> list[Any]:
@@ -226,7 +211,7 @@ def test_at_the_ends_of_alpha_what_has_no_share_adds_nothing(alphas: list[float]
 
 def test_fewer_seeds_than_are_worth_it_stay_as_they_are() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [(low_rank(), low_rank_values(4, 4)) for _ in range(3)]}, torch.rand(3))
+    module, _ = inlined(layer, x, {3: [low_rank_seed() for _ in range(3)]}, torch.rand(3))
     before = code(module)
     for batch in (BatchSeeds(), BatchSeeds(min_seeds=4)):
         module, modified = apply(module, batch)
@@ -249,7 +234,7 @@ def test_large_weights_stay_apart_where_few_rows_are_known(rows: int, affine: bo
 @pytest.mark.parametrize("forgotten", ["esper_3_0_b", "marked"])
 def test_what_is_not_recorded_stays_as_it_is(forgotten: str) -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [(low_rank(), low_rank_values(4, 4)) for _ in range(2)]}, torch.rand(2))
+    module, _ = inlined(layer, x, {3: [low_rank_seed() for _ in range(2)]}, torch.rand(2))
     next(node for node in module.graph.nodes if node.name == forgotten).meta.pop("example_value")
     before = code(module)
     module, modified = apply(module, TWO)
@@ -266,7 +251,7 @@ def test_graphs_without_seeds_stay_as_they_are() -> None:
 
 def test_what_was_batched_is_left_alone_afterwards() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [(low_rank(), low_rank_values(4, 4)) for _ in range(2)]}, torch.rand(2))
+    module, _ = inlined(layer, x, {3: [low_rank_seed() for _ in range(2)]}, torch.rand(2))
     module, _ = apply(module, TWO)
     assert not TWO(copied(module)).modified
 

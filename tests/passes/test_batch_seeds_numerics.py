@@ -14,11 +14,10 @@ from torch import Tensor, fx, nn
 
 from esper.artifacts import OPERATORS, Blueprint, KernelGraph, Node, TensorSpec
 from esper_passes import BatchSeeds, FoldFossils, PassEvent, SeedGraph
-from tests.passes.batching import apply, of_blueprint, with_seeds
+from tests.passes.batching import TWO, apply, of_blueprint, with_seeds
 from tests.passes.graphs import MarkedLinear, capture_with_inputs
 
 IN, OUT = 4, 6
-TWO = BatchSeeds(min_seeds=2)
 
 
 def _module(*layers: nn.Module) -> Callable[..., Blueprint]:

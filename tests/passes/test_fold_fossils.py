@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from functorch.compile import aot_function, default_partition
+from functorch.compile import default_partition
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,20 +17,19 @@ from tests.passes.graphs import (
     MLP,
     MarkedLinear,
     ReferenceSeed,
+    assert_backpropagated,
     code,
     low_rank,
+    low_rank_seed,
     low_rank_values,
     reference,
+    through_aot,
 )
-
-
-def _site(**flags: Any) -> Any:
-    return low_rank(**flags), low_rank_values(4, 4)
 
 
 def test_each_kind_of_alpha_at_a_site_with_bias() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [_site(), _site(), _site()]}, torch.rand(3))
+    module, _ = inlined(layer, x, {3: [low_rank_seed(), low_rank_seed(), low_rank_seed()]}, torch.rand(3))
     assert_expected_inline(
         code(module),
         """\
@@ -86,7 +85,7 @@ def forward(self, parameters_weight, parameters_bias, x, esper_3_0_a, esper_3_0_
 
 def test_at_alpha_one_the_kernel_stands_alone_and_the_host_goes() -> None:
     layer, x = MarkedLinear(4, 4, 3, bias=False), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [_site(), _site(), _site()]}, torch.rand(3))
+    module, _ = inlined(layer, x, {3: [low_rank_seed(), low_rank_seed(), low_rank_seed()]}, torch.rand(3))
     module, _ = apply(module, FoldFossils({1: 1.0}))
     assert_expected_inline(
         code(module),
@@ -110,7 +109,7 @@ def forward(self, parameters_weight, x, esper_3_0_a, esper_3_0_b, esper_3_0_c, e
 
 def test_a_host_that_a_kernel_reads_stays() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [_site(uses_host=True, isolate=True)]}, torch.rand(1))
+    module, _ = inlined(layer, x, {3: [low_rank_seed(uses_host=True, isolate=True)]}, torch.rand(1))
     module, _ = apply(module, FoldFossils({0: 1.0}))
     assert_expected_inline(
         code(module),
@@ -130,7 +129,7 @@ def forward(self, parameters_weight, parameters_bias, x, esper_3_0_a, esper_3_0_
 
 def test_without_a_recorded_dtype_the_host_stays_for_it() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    module, _ = inlined(layer, x, {3: [_site()]}, torch.rand(1))
+    module, _ = inlined(layer, x, {3: [low_rank_seed()]}, torch.rand(1))
     for node in module.graph.nodes:
         node.meta.pop("example_value", None)
     module, _ = apply(module, FoldFossils({0: 1.0}))
@@ -164,7 +163,9 @@ def test_a_site_that_is_called_twice_and_sites_in_a_checkpoint() -> None:
     def forward(x: Tensor) -> Any:
         return checkpoint(lambda x: second(second(x)), first(x), use_reentrant=False)
 
-    module, _ = inlined(forward, torch.randn(2, 4), {2: [_site()], 9: [_site(), _site()]}, torch.rand(3))
+    module, _ = inlined(
+        forward, torch.randn(2, 4), {2: [low_rank_seed()], 9: [low_rank_seed(), low_rank_seed()]}, torch.rand(3)
+    )
     module, _ = apply(module, FoldFossils({0: 1.0, 1: 1.0, 2: 0.5}))
     assert_expected_inline(
         code(module),
@@ -210,19 +211,12 @@ def forward(self, marked, second_weight, second_bias, esper_9_0_a, esper_9_0_b, 
 
 def test_forward_and_backward_through_aot_autograd() -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
-    seeds = {3: [_site(), _site()]}
+    seeds = {3: [low_rank_seed(), low_rank_seed()]}
     module, given = inlined(layer, x, seeds, torch.tensor([0.25, 0.5]))
     module, _ = apply(module, FoldFossils({0: 1.0}))
-    graphs: list[fx.GraphModule] = []
-
-    def compiler(graph: fx.GraphModule, _: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    (output,) = aot_function(module, compiler, compiler, partition_fn=default_partition)(*given)
-    output.sum().backward()
+    output, (forward, backward) = through_aot(module, given, default_partition)
     assert_expected_inline(
-        code(graphs[0]),
+        forward,
         """\
 def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals_6, primals_7, primals_8,
         primals_9, primals_10):
@@ -241,7 +235,7 @@ def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals
     return (lerp, primals_3, mm, gelu, t_1, mm_1, gelu_1, t_3, select)""",
     )
     assert_expected_inline(
-        code(graphs[1]),
+        backward,
         """\
 def forward(self, primals_3, mm, gelu, t_1, mm_1, gelu_1, t_3, select, tangents_1):
     mul = torch.ops.aten.mul.Tensor(tangents_1, select)
@@ -279,10 +273,8 @@ def forward(self, primals_3, mm, gelu, t_1, mm_1, gelu_1, t_3, select, tangents_
     )
     first, second = (values for _, values in seeds[3])
     expected = reference(x, layer.weight, layer.bias, [ReferenceSeed(first, 1.0), ReferenceSeed(second, 0.5)])
-    torch.testing.assert_close(output, expected)
+    assert_backpropagated(output, expected, [*first, *second])
     assert layer.weight.grad is None  # nothing of it is left
-    compiled = [value.grad for value in [*first, *second]]
-    torch.testing.assert_close(compiled, list(torch.autograd.grad(expected.sum(), [*first, *second])))
 
 
 @pytest.mark.parametrize(
@@ -338,14 +330,14 @@ def test_what_the_host_does_on_the_side_stays() -> None:
         return layer(x)
 
     count = torch.zeros(())
-    module, given = inlined(lambda x: forward(x, count), torch.randn(2, 4), {3: [_site()]}, torch.rand(1))
+    module, given = inlined(lambda x: forward(x, count), torch.randn(2, 4), {3: [low_rank_seed()]}, torch.rand(1))
     module, _ = apply(module, FoldFossils({0: 1.0}))
     module(*given)
     assert count == 1
 
 
 def test_indices_that_the_graph_does_not_have_change_nothing() -> None:
-    module, _ = inlined(MarkedLinear(4, 4, 3), torch.randn(2, 4), {3: [_site()]}, torch.rand(1))
+    module, _ = inlined(MarkedLinear(4, 4, 3), torch.randn(2, 4), {3: [low_rank_seed()]}, torch.rand(1))
     before = code(module)
     for constants in ({}, {7: 0.5}):
         module, modified = apply(module, FoldFossils(constants))

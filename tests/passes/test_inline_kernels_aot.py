@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,29 +17,16 @@ from esper_passes import ElideDormant, InlineKernels, Pipeline, SeedGraph, sites
 from tests.passes.graphs import (
     MarkedLinear,
     ReferenceSeed,
+    assert_backpropagated,
     capture_with_inputs,
     code,
     copied,
     low_rank,
     low_rank_values,
     reference,
+    region,
+    through_aot,
 )
-
-
-def _aot(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]
-) -> tuple[Tensor, fx.GraphModule, fx.GraphModule]:
-    """Run `module` through AOTAutograd; its output, backpropagated, and the two graphs."""
-    graphs: list[fx.GraphModule] = []
-
-    def compiler(graph: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    (output,) = aot_function(module, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(*inputs)
-    output.sum().backward()
-    forward, backward = graphs
-    return output, forward, backward
 
 
 def _inlined(
@@ -54,9 +41,9 @@ def test_one_seed_with_the_min_cut_partitioner() -> None:
     layer, x, parameters = MarkedLinear(4, 6, 3), torch.randn(2, 4), low_rank_values(4, 6)
     module, given = _inlined(layer, x, {3: (low_rank(),)})
     inputs = [*given, *parameters, torch.tensor([0.25])]
-    output, forward, backward = _aot(module, inputs, min_cut_rematerialization_partition)
+    output, (forward, backward) = through_aot(module, inputs)
     assert_expected_inline(
-        code(forward),
+        forward,
         """\
 def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals_6, primals_7):
     t = torch.ops.aten.t.default(primals_1)
@@ -72,7 +59,7 @@ def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals
     return (lerp, primals_3, primals_7, mm, gelu, t_3)""",
     )
     assert_expected_inline(
-        code(backward),
+        backward,
         """\
 def forward(self, primals_3, primals_7, mm, gelu, t_3, tangents_1):
     select = torch.ops.aten.select.int(primals_7, 0, 0)
@@ -109,9 +96,9 @@ def test_an_isolated_seed_beside_one_that_uses_the_host_with_the_default_partiti
     first, second = low_rank_values(4, 4), low_rank_values(4, 4)
     module, given = _inlined(layer, x, {3: (low_rank(isolate=True), low_rank(uses_host=True))})
     inputs = [*given, *first, *second, torch.tensor([0.25, 0.75], dtype=torch.float16)]
-    output, forward, backward = _aot(module, inputs, default_partition)
+    output, (forward, backward) = through_aot(module, inputs, default_partition)
     assert_expected_inline(
-        code(forward),
+        forward,
         """\
 def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals_6, primals_7, primals_8,
         primals_9):
@@ -140,7 +127,7 @@ def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals
     return (lerp_1, primals_2, t, detach, mm_1, gelu, t_2, _to_copy, t_3, mm_2, gelu_1, t_4, _to_copy_1)""",
     )
     assert_expected_inline(
-        code(backward),
+        backward,
         """\
 def forward(self, primals_2, t, detach, mm_1, gelu, t_2, _to_copy, t_3, mm_2, gelu_1, t_4, _to_copy_1,
         tangents_1):
@@ -200,9 +187,9 @@ def test_a_frozen_kernel_brings_no_gradient_of_its_own() -> None:
     layer, x = MarkedLinear(4, 6, 3), torch.randn(2, 4)
     parameters = [parameter.detach() for parameter in low_rank_values(4, 6)]
     module, given = _inlined(layer, x, {3: (low_rank(isolate=True),)})
-    _, _, backward = _aot(module, [*given, *parameters, torch.tensor([0.25])], min_cut_rematerialization_partition)
+    _, (_, backward) = through_aot(module, [*given, *parameters, torch.tensor([0.25])])
     assert_expected_inline(
-        code(backward),
+        backward,
         """\
 def forward(self, primals_3, primals_7, tangents_1):
     select = torch.ops.aten.select.int(primals_7, 0, 0)
@@ -225,7 +212,7 @@ def test_the_elided_graph_is_the_plain_graph_after_aot_autograd() -> None:
     graphs = []
     for layer in (MarkedLinear(4, 6, 3), nn.Linear(4, 6)):
         module, given = _inlined(layer, x, {})
-        graphs.append([code(graph) for graph in _aot(module, given, min_cut_rematerialization_partition)[1:]])
+        graphs.append(through_aot(module, given)[1])
     assert graphs[0] == graphs[1]
 
 
@@ -240,18 +227,11 @@ def test_gradients_are_those_of_the_formula(partition: Callable[..., Any], in_ch
 
     module, given = _inlined(forward, x, {3: (low_rank(uses_host=True), low_rank(isolate=True))})
     inputs = [*given, *first, *second, torch.tensor([0.25, 0.75], dtype=torch.float16)]
-    output, *_ = _aot(module, inputs, partition)
+    output, _ = through_aot(module, inputs, partition)
     leaves = [x, layer.weight, layer.bias, *first, *second]
-    compiled = [leaf.grad for leaf in leaves]
     seeds = [ReferenceSeed(first, 0.25, uses_host=True), ReferenceSeed(second, 0.75, isolate=True)]
     expected = reference(x, layer.weight, layer.bias, seeds)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(compiled, list(torch.autograd.grad(expected.sum(), leaves)))
-
-
-@torch.compiler.nested_compile_region
-def _region(layer: nn.Module, x: Tensor) -> Any:
-    return layer(x).relu()
+    assert_backpropagated(output, expected, leaves)
 
 
 @pytest.mark.parametrize("nesting", ["checkpoint in checkpoint", "region called twice"])
@@ -265,7 +245,7 @@ def test_gradients_through_nested_graphs_are_those_of_the_formula(nesting: str) 
         return checkpoint(lambda x: outer(within(x).relu()).relu(), x, use_reentrant=False)
 
     def regions(x: Tensor) -> Any:
-        return _region(outer, _region(inner, _region(inner, x)))
+        return region(outer, region(inner, region(inner, x)))
 
     def formula(x: Tensor) -> Tensor:
         for _ in range(2 if nesting == "region called twice" else 1):
@@ -276,12 +256,10 @@ def test_gradients_through_nested_graphs_are_those_of_the_formula(nesting: str) 
     module, given = _inlined(model, x, {9: (low_rank(uses_host=True),), 2: (low_rank(),)})
     assert sites_in(module.graph) == ()
     inputs = [*given, *at_inner, *at_outer, torch.tensor([0.5, 0.25])]
-    output, *_ = _aot(module, inputs, min_cut_rematerialization_partition)
+    output, _ = through_aot(module, inputs)
     leaves = [x, *inner.parameters(), *outer.parameters(), *at_inner, *at_outer]
-    compiled = [leaf.grad for leaf in leaves]
     expected = formula(x)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(compiled, list(torch.autograd.grad(expected.sum(), leaves)))
+    assert_backpropagated(output, expected, leaves)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

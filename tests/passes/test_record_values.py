@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from esper.artifacts import Blueprint
-from esper.torch_internals import fake_inputs, fake_like, guard_count, pack_graph, unpack_graph
-from esper_passes import BatchSeeds, ElideDormant, FoldFossils, InlineKernels, RecordValues
-from tests.passes.batching import apply, of_blueprint
-from tests.passes.graphs import MLP, MarkedLinear, capture, code, copied, low_rank, low_rank_values
+from esper.torch_internals import fake_inputs, guard_count, pack_graph, unpack_graph
+from esper_passes import BatchSeeds, FoldFossils, GraphPass, RecordValues
+from tests.passes.batching import Seeds, apply, of_blueprint, with_seeds
+from tests.passes.graphs import MLP, MarkedLinear, capture, code, copied, low_rank_seed, region
 
 
 class Checkpointed(nn.Module):
@@ -60,18 +60,15 @@ def recorded(module: fx.GraphModule) -> str:
     return "\n".join(lines)
 
 
-def with_kernels(module: fx.GraphModule, seeds: Any, *passes: Any) -> fx.GraphModule:
+def with_kernels(module: fx.GraphModule, seeds: Seeds, *passes: GraphPass) -> fx.GraphModule:
     """A copy of `module` with `seeds` in it, after `passes`."""
-    added = [value for site in sorted(seeds) for _, values in seeds[site] for value in values]
     alphas = torch.rand(sum(map(len, seeds.values())))
-    values = tuple(fake_like([*added, alphas], fake_inputs(module.graph)))
-    graphs = {site: tuple(graph for graph, _ in each) for site, each in seeds.items()}
-    return apply(module, InlineKernels(graphs, values), ElideDormant(), *passes)[0]
+    return apply(with_seeds(module, seeds, alphas), *passes)[0]
 
 
 def test_a_kernel_in_a_checkpoint() -> None:
     module = received(Checkpointed(), torch.randn(3, 4))
-    module = with_kernels(module, {2: [(low_rank(isolate=True), low_rank_values(4, 4))]}, RecordValues())
+    module = with_kernels(module, {2: [low_rank_seed(isolate=True)]}, RecordValues())
     assert_expected_inline(
         recorded(module),
         """\
@@ -130,7 +127,7 @@ def test_in_a_worker_bodies_are_batched_as_they_are_in_process(nested: bool, dyn
 
 def test_in_a_worker_a_fossil_in_a_checkpoint_stands_alone() -> None:
     module = received(Checkpointed(), torch.randn(3, 4))
-    seeds = {2: [(low_rank(), low_rank_values(4, 4)) for _ in range(2)]}
+    seeds = {2: [low_rank_seed() for _ in range(2)]}
     module = with_kernels(module, seeds, RecordValues(), FoldFossils({0: 0.25, 1: 1.0}))
     body = module.get_submodule("wrap_body_0")
     assert isinstance(body, fx.GraphModule)
@@ -149,15 +146,10 @@ def forward(self, x, first_weight, first_bias, esper_2_0_a, esper_2_0_b, esper_2
     )
 
 
-@torch.compiler.nested_compile_region
-def _region(layer: nn.Module, x: Tensor) -> Any:
-    return layer(x).relu()
-
-
 def test_a_region_that_is_called_twice() -> None:
     layer = MarkedLinear(4, 4, 2)
-    module = received(lambda x: _region(layer, _region(layer, x)), torch.randn(3, 4, requires_grad=True))
-    module = with_kernels(module, {2: [(low_rank(), low_rank_values(4, 4))]}, RecordValues())
+    module = received(lambda x: region(layer, region(layer, x)), torch.randn(3, 4, requires_grad=True))
+    module = with_kernels(module, {2: [low_rank_seed()]}, RecordValues())
     assert_expected_inline(
         recorded(module),
         """\
