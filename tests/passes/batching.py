@@ -12,7 +12,7 @@ from esper.torch_internals import fake_inputs, fake_like
 from esper_passes import BatchSeeds, Callback, ElideDormant, GraphPass, InlineKernels, Pipeline, SeedGraph, verify
 from tests.passes.graphs import capture_with_inputs, copied
 
-__all__ = ["TWO", "Seeds", "apply", "inlined", "of_blueprint", "with_seeds"]
+__all__ = ["TWO", "Seeds", "apply", "inlined", "linear_seed", "of_blueprint", "with_seeds"]
 
 Seeds = Mapping[int, Sequence[tuple[SeedGraph, Sequence[Tensor]]]]
 """By site, seeds with the values of their parameters."""
@@ -26,6 +26,11 @@ def of_blueprint(blueprint: Blueprint, isolate: bool = False, learns: bool = Tru
     graph, tensors = blueprint.build()
     values = [tensors[name].clone().requires_grad_(learns) for name in graph.tensor_names]
     return SeedGraph(graph.to_fx(), graph.parameter_names, graph.uses_host, isolate), values
+
+
+def linear_seed(start: int) -> tuple[SeedGraph, list[Tensor]]:
+    """A seed with a kernel of two linear layers, 4 to 2 to 4 features; `start` is the seed of its initialisation."""
+    return of_blueprint(Blueprint.low_rank(4, 4, 2, start="kaiming", seed=start))
 
 
 def inlined(

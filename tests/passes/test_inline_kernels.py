@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from esper_passes import ElideDormant, InlineKernels, SeedGraph, inputs, is_site, sites_in
+from esper_passes import ElideDormant, InlineKernels, inputs, is_site, sites_in
 from tests.passes.graphs import (
     MLP,
     MarkedLinear,
@@ -371,31 +370,3 @@ def test_without_seeds_nothing_changes() -> None:
     assert not InlineKernels({})(module).modified
     assert not InlineKernels({3: ()})(module).modified
     assert list(module.graph.nodes) == before
-
-
-def _kernel_that_ends_in_two() -> fx.Graph:
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    graph.output((x, x))
-    return graph
-
-
-def _kernel_with_a_module() -> fx.Graph:
-    graph = fx.Graph()
-    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
-    return graph
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: SeedGraph(low_rank().graph, ("a", "b"), False, False), r"4 placeholders; x and 2 parameters make 3"),
-        (lambda: SeedGraph(low_rank().graph, ("a", "b", "c"), True, False), r"x, host and 3 parameters make 5"),
-        (lambda: SeedGraph(_kernel_with_a_module(), (), False, False), r"refers to a module"),
-        (lambda: SeedGraph(_kernel_that_ends_in_two(), (), False, False), r"one output, a tensor"),
-    ],
-    ids=["parameters", "host", "module", "outputs"],
-)
-def test_a_kernel_graph_of_another_form_is_refused(make: Callable[[], SeedGraph], reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        make()
