@@ -6,7 +6,7 @@ Nested settings are reached with two underscores: `ESPER_TEZZERET__PIPELINE=fast
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,12 +27,19 @@ from esper.logs import LOGS_VARIABLE
 __all__ = [
     "CONFIG_VARIABLE",
     "ConfigError",
+    "DatabaseConfig",
     "EsperConfig",
     "ExecutionConfig",
+    "LoggingConfig",
     "OonaConfig",
     "PlatformConfig",
+    "RedisConfig",
+    "StoreConfig",
     "TelemetryConfig",
     "TezzeretConfig",
+    "UrzaClientConfig",
+    "UrzaConfig",
+    "UrzaToken",
     "load_config",
 ]
 
@@ -55,15 +62,97 @@ def _without_user_shorthand(path: Path) -> Path:
     return path.expanduser()
 
 
+_Folder = Annotated[Path, AfterValidator(_without_user_shorthand)]
+
+
 class PlatformConfig(_Section):
     """Where the embedded platform keeps its data."""
 
-    root: Annotated[Path, AfterValidator(_without_user_shorthand)] | None = None
+    root: _Folder | None = None
     """Folder for the database, blobs and signing key; None is the user's data folder."""
-    database_url: SecretStr | None = None
-    """SQLAlchemy URL, which may hold a password; None is an SQLite file in `root`."""
-    store_url: SecretStr | None = None
-    """fsspec URL for blobs, which may hold a key; None is a folder in `root`."""
+
+
+class DatabaseConfig(_Section):
+    """Urza's tables."""
+
+    url: SecretStr | None = None
+    """SQLAlchemy URL, which may hold a password; None is an SQLite file in `platform.root`."""
+
+
+class StoreConfig(_Section):
+    """Urza's blobs."""
+
+    url: SecretStr | None = None
+    """fsspec URL, which may hold a key; None is a folder in `platform.root`."""
+
+
+class RedisConfig(_Section):
+    """The server that carries messages and the queue of compilations."""
+
+    url: SecretStr | None = None
+    """`redis://`, `rediss://` (TLS) or `unix://`; may hold a password. None: messages stay within one process."""
+    connect_timeout: float = Field(default=2.0, gt=0)
+    """Seconds."""
+    socket_timeout: float = Field(default=5.0, gt=0)
+    """Seconds that an answer may take."""
+    prefix: str = Field(default="esper", pattern=r"^[A-Za-z0-9._-]+$")
+    """Begins every key, so that several installations can share a server."""
+
+
+Scope = Literal["read", "submit", "worker"]
+
+
+class UrzaToken(_Section):
+    """Who may do what at Urza."""
+
+    name: str = Field(min_length=1, max_length=100)
+    """Stands in Urza's log in place of the token."""
+    token: SecretStr = Field(min_length=16)
+    scopes: frozenset[Scope] = Field(min_length=1)
+    """`read` kernels and blueprints, `submit` blueprints, or do a `worker`'s part; one does not imply another."""
+
+
+class UrzaClientConfig(_Section):
+    """How Urza is asked."""
+
+    timeout: float = Field(default=10.0, gt=0)
+    """Seconds without a byte, after which an answer is given up."""
+    retries: int = Field(default=4, ge=0)
+    """Further attempts at a request that can be repeated."""
+    retry_seconds: float = Field(default=0.2, gt=0)
+    """Upper bound of the first wait; it doubles with every attempt, and a random part of it is waited."""
+    cache_folder: _Folder | None = None
+    """Folder of downloaded kernels, shared by processes; None is the user's cache folder."""
+    cache_mb: float = Field(default=2048, gt=0)
+    """MiB that the folder may hold."""
+    offline: bool = False
+    """Whether only what the folder holds is used, and Urza is not asked."""
+
+
+class UrzaConfig(_Section):
+    """The store's service, and where to find it."""
+
+    url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/.*)?$")
+    """Where clients and workers reach Urza, such as `http://urza:8321`."""
+    token: SecretStr | None = None
+    """What clients and workers show there."""
+    client: UrzaClientConfig = UrzaClientConfig()
+    host: str = "127.0.0.1"
+    """Address that the service listens at."""
+    port: int = Field(default=8321, ge=0, le=65535)
+    """0 takes a free one."""
+    tokens: tuple[UrzaToken, ...] = ()
+    """Without any, the service answers everybody: on a loopback address, outside of production."""
+    max_body_mb: float = Field(default=256, gt=0)
+    """MiB of the largest request."""
+    rate_per_second: float = Field(default=0, ge=0)
+    """Requests a second of one client on average; 0 for no limit."""
+    rate_burst: int = Field(default=100, ge=1)
+    """Requests of one client at once."""
+    request_timeout: float = Field(default=60, gt=0)
+    """Seconds."""
+    sweep_seconds: float = Field(default=10, gt=0)
+    """How often blueprints are looked for that wait although nobody was told, or whose worker is gone."""
 
 
 class TezzeretConfig(_Section):
@@ -73,6 +162,12 @@ class TezzeretConfig(_Section):
     """How thoroughly kernels are checked and measured."""
     wall_seconds: float | None = Field(default=None, gt=0)
     """Seconds after which the child is killed; None is the pipeline's own limit: 60, 300 or 1200."""
+    workers: int = Field(default=1, ge=1)
+    """Processes of `esper tezzeret`; each compiles one blueprint at a time."""
+    lease_seconds: float = Field(default=30, gt=0)
+    """How long a blueprint stays a worker's after its last sign of life."""
+    poll_seconds: float = Field(default=5, gt=0)
+    """How often a worker asks for work by itself, should no message have told it."""
     memory_mb: int = Field(default=8192, gt=0)
     """MiB of resident memory, of the child and its own children together, above which they are killed."""
 
@@ -83,6 +178,12 @@ class OonaConfig(_Section):
     queue_size: int = Field(default=2048, ge=1)
     """Messages that wait at most; the oldest are dropped and counted."""
     batch_size: int = Field(default=512, ge=1)
+    max_length: int = Field(default=100_000, ge=1)
+    """Messages that Redis keeps of a topic, about; older ones are trimmed."""
+    max_deliveries: int = Field(default=5, ge=1)
+    """How often a message of a group is handed out before it goes to the dead letters."""
+    claim_idle_seconds: float = Field(default=60, gt=0)
+    """After how long a message that a consumer took and did not finish is handed to another one of its group."""
 
 
 class ExecutionConfig(_Section):
@@ -100,6 +201,13 @@ class TelemetryConfig(_Section):
     """Health signals."""
 
     enabled: bool = True
+
+
+class LoggingConfig(_Section):
+    """What the services write to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
 
 
 class EsperConfig(BaseSettings):
@@ -120,10 +228,15 @@ class EsperConfig(BaseSettings):
     """Stands in messages as part of the sender."""
     environment: Literal["development", "test", "production"] = "development"
     platform: PlatformConfig = PlatformConfig()
+    database: DatabaseConfig = DatabaseConfig()
+    store: StoreConfig = StoreConfig()
+    redis: RedisConfig = RedisConfig()
+    urza: UrzaConfig = UrzaConfig()
     tezzeret: TezzeretConfig = TezzeretConfig()
     oona: OonaConfig = OonaConfig()
     execution: ExecutionConfig = ExecutionConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    logging: LoggingConfig = LoggingConfig()
 
 
 def load_config(path: str | Path | None = None) -> EsperConfig:
@@ -134,7 +247,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     if path is None:
         path = os.environ.get(CONFIG_VARIABLE) or None
     _refuse_unknown_variables()
-    content = {} if path is None else _read_yaml(Path(path).expanduser())
+    content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
 
     class _Layered(EsperConfig):
         @classmethod
@@ -152,25 +265,44 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     try:
         settings = _Layered()
     except ValidationError as cause:
-        raise ConfigError(_explain(cause, path)) from cause
+        raise ConfigError(_explain(cause, path, lines)) from cause
     except SettingsError as cause:
         raise ConfigError(f"the settings cannot be read: {cause}") from cause
     return EsperConfig.model_construct(**{name: getattr(settings, name) for name in EsperConfig.model_fields})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+_Location = tuple[str, ...]
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, int]]:
+    """What the file says, and the line of each setting in it."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            text = file.read()
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"the configuration file {path} cannot be read: {cause}") from cause
+    try:
+        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as cause:
         raise ConfigError(f"the configuration file {path} is not YAML: {cause}") from cause
     if content is None:
-        return {}
+        return {}, {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"the configuration file {path} does not hold settings; write lines like `name: value`")
-    return content
+    return content, dict(_lines(tree, ()))
+
+
+def _lines(node: yaml.Node, location: _Location) -> Iterator[tuple[_Location, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            within = (*location, str(key.value))
+            yield within, key.start_mark.line + 1
+            yield from _lines(value, within)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            within = (*location, str(index))
+            yield within, value.start_mark.line + 1
+            yield from _lines(value, within)
 
 
 def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -181,6 +313,10 @@ def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
             yield from _variables(field.annotation.model_fields, f"{variable}{_DELIMITER}")
 
 
+def _variable(location: _Location) -> str:
+    return f"{_PREFIX}{_DELIMITER.join(location)}".upper()
+
+
 def _refuse_unknown_variables() -> None:
     """pydantic-settings overlooks variables that no field asks for; a misspelt one must not go unnoticed."""
     known = {CONFIG_VARIABLE, LOGS_VARIABLE, DEBUG_DIR_VARIABLE, *_variables(EsperConfig.model_fields, _PREFIX)}
@@ -189,7 +325,14 @@ def _refuse_unknown_variables() -> None:
         raise ConfigError(f"there is no setting for {', '.join(unknown)}; the variables are {', '.join(sorted(known))}")
 
 
-def _explain(error: ValidationError, path: str | Path | None) -> str:
-    lines = [f"{'.'.join(map(str, each['loc'])) or 'settings'}: {each['msg']}" for each in error.errors()]
+def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Location, int]) -> str:
+    problems = []
+    for each in error.errors():
+        location = tuple(map(str, each["loc"]))
+        within = [location[:n] for n in range(len(location), 0, -1)]
+        variable = next((name for each in within if (name := _variable(each)) in os.environ), None)
+        line = next((lines[each] for each in within if each in lines), None)
+        where = f"{variable}: " if variable else "" if line is None else f"{path}:{line}: "
+        problems.append(f"{where}{'.'.join(location) or 'settings'}: {each['msg']}")
     origin = "the environment" if path is None else f"{path} or the environment"
-    return f"settings from {origin} cannot be used:\n  " + "\n  ".join(lines)
+    return f"settings from {origin} cannot be used:\n  " + "\n  ".join(problems)

@@ -155,9 +155,7 @@ class Platform:
         with self._opening:
             self._check_open()
             if self._store is None:
-                settings = self._config.platform
-                url = settings.database_url
-                blobs = settings.store_url
+                url, blobs = self._config.database.url, self._config.store.url
                 self._store = UrzaStore(
                     URL.create("sqlite", database=str(self.root / "esper.db"))
                     if url is None

@@ -26,8 +26,8 @@ name: lab
 tezzeret:
   pipeline: fast
   memory_mb: 1024
-platform:
-  database_url: postgresql://esper:hunter2@db/esper
+database:
+  url: postgresql://esper:hunter2@db/esper
 """
     )
     return path
@@ -66,8 +66,8 @@ def test_secrets_do_not_show(file: Path) -> None:
     config = load_config(file)
     assert "hunter2" not in repr(config)
     assert "hunter2" not in str(config.model_dump())
-    assert config.platform.database_url is not None
-    assert "hunter2" in config.platform.database_url.get_secret_value()
+    assert config.database.url is not None
+    assert "hunter2" in config.database.url.get_secret_value()
 
 
 def test_settings_do_not_change() -> None:
@@ -100,11 +100,33 @@ def test_what_a_file_gets_wrong_is_named(tmp_path: Path, content: str, named: st
 
 def test_a_secret_in_a_wrong_place_does_not_show_in_the_error(tmp_path: Path) -> None:
     path = tmp_path / "esper.yaml"
-    path.write_text("platform: {database_url: [hunter2], databas_url: hunter2}")
+    path.write_text("name: lab\ndatabase:\n  url: [hunter2]\n  ur: hunter2")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert "platform.databas_url" in str(caught.value)
+    assert f"{path}:3: database.url" in str(caught.value)
+    assert f"{path}:4: database.ur" in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+def test_errors_point_at_the_line_or_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "esper.yaml"
+    path.write_text(
+        "name: lab\nurza:\n  tokens:\n    - {name: ci, token: 0123456789abcdef, scopes: [read]}\n    - name: x\n"
+        "      token: 0123456789abcdef\n      scopes: [reed]\nredis: {prefix: a b}\n"
+    )
+    with pytest.raises(ConfigError, match=rf"{path}:7: urza\.tokens\.1\.scopes"):
+        load_config(path)
+    monkeypatch.setenv("ESPER_REDIS__PREFIX", "c d")
+    with pytest.raises(ConfigError, match=r"ESPER_REDIS__PREFIX: redis\.prefix"):
+        load_config(path)
+
+
+def test_tokens_of_urza(tmp_path: Path) -> None:
+    path = tmp_path / "esper.yaml"
+    path.write_text("urza: {tokens: [{name: ci, token: 0123456789abcdef, scopes: [read, submit]}]}")
+    (token,) = load_config(path).urza.tokens
+    assert token.scopes == {"read", "submit"}
+    assert "0123456789abcdef" not in repr(token)
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:

@@ -21,11 +21,10 @@ from esper.contracts.validation import ValidationReport
 from esper.services.contracts import BlueprintStatus, Claim
 from esper.services.errors import ClaimLostError, ServiceError, StoreBusyError
 from esper.services.oona_client import OonaClient
+from esper.services.stores import LEASE_SECONDS, Store
 from esper.services.tezzeret.child_process import ChildExit, StopSignal, run_child
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT, BLUEPRINT, RESULT, ChildRequest, ChildResult
-from esper.services.urza.blueprints import LEASE_SECONDS
-from esper.services.urza.store import UrzaStore
 
 __all__ = ["Worker"]
 
@@ -41,7 +40,7 @@ class Worker:
     it cannot import PyTorch or has no room for its files, does not: then the worker cannot work, and raises.
     """
 
-    store: UrzaStore
+    store: Store
     key: SigningKey
     """Signs artifacts and attachments. The child process does not get it."""
     oona: OonaClient
@@ -171,7 +170,7 @@ class Worker:
 class _Lease:
     """Keeps a claim while its child runs."""
 
-    def __init__(self, store: UrzaStore, claim: Claim, seconds: float) -> None:
+    def __init__(self, store: Store, claim: Claim, seconds: float) -> None:
         self._store, self._claim, self._seconds = store, claim, seconds
         self._renewed = time.monotonic()
 

@@ -21,14 +21,13 @@ from esper.services.errors import (
     UnknownBlueprintError,
 )
 from esper.services.names import check_name
+from esper.services.stores import LEASE_SECONDS
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.database import Database
 from esper.services.urza.models import BlueprintRow, KernelRow, NameRow
 
-__all__ = ["LEASE_SECONDS", "MAX_ATTEMPTS", "BlueprintRecords", "as_datetime"]
+__all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "as_datetime"]
 
-LEASE_SECONDS = 30.0
-"""How long a claim holds unless it is renewed."""
 MAX_ATTEMPTS = 3
 """A blueprint whose worker vanished this many times is invalid: it probably takes its worker down."""
 
