@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import esper
+from esper.commands import contents, services, settings
+from esper.commands.doctor import doctor
+from esper.commands.watch import watch
+from esper.configs import CONFIG_VARIABLE
 from esper.errors import EsperError
 
 __all__ = ["app", "main"]
@@ -29,8 +34,14 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file of settings, in place of ESPER_CONFIG.")
+    ] = None,
 ) -> None:
     """PyTorch models that grow while they train."""
+    del version  # its callback has printed it
+    if config is not None:
+        os.environ[CONFIG_VARIABLE] = str(config.absolute())  # for the processes that a service starts as well
 
 
 @app.command()
@@ -72,6 +83,18 @@ def demo(
     picture = out / "report.png"
     save_picture(report, picture)
     console.print(f"picture in [bold]{picture}[/bold]")
+
+
+app.command()(services.up)
+app.add_typer(services.urza_app, name="urza")
+app.command()(services.tezzeret)
+app.command()(contents.submit)
+app.add_typer(contents.blueprints_app, name="blueprints")
+app.add_typer(contents.kernels_app, name="kernels")
+app.command()(watch)
+app.add_typer(settings.keys_app, name="keys")
+app.add_typer(settings.config_app, name="config")
+app.command()(doctor)
 
 
 def main() -> None:

@@ -6,12 +6,15 @@ errors. "all" is every part. Parts that are not named log warnings, as without t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from datetime import UTC, datetime
 from types import MappingProxyType
+from typing import Any
 
-__all__ = ["LOGS_VARIABLE", "PARTS", "configure_logs"]
+__all__ = ["LOGS_VARIABLE", "PARTS", "configure_logs", "set_up_service_log"]
 
 LOGS_VARIABLE = "ESPER_LOGS"
 """The environment variable; it is read when `esper` is imported."""
@@ -64,6 +67,36 @@ def configure_logs(setting: str | None = None) -> None:
             ", ".join(map(repr, unknown)),
             ", ".join(PARTS),
         )
+
+
+def set_up_service_log(level: str, style: str) -> None:
+    """For a service's process: what Esper logs from `level` on goes to standard error, as "text" or "json" lines.
+
+    A JSON line has time (UTC), level, logger, process, message, and under "error" a traceback if there is one; and what
+    a record was given as `extra={"fields": {...}}`. `ESPER_LOGS` still decides for the parts that it names.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if style == "json" else logging.Formatter(_FORMAT, "%H:%M:%S"))
+    root = logging.getLogger(_ROOT)
+    root.handlers = [handler]
+    root.propagate = False
+    root.setLevel(level.upper())
+    configure_logs()
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
 class _StandardError(logging.Handler):

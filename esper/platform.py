@@ -1,4 +1,4 @@
-"""The platform: Urza stores, Tezzeret compiles, Oona carries messages; here all of it inside this process."""
+"""The platform: Urza stores, Tezzeret compiles, Oona carries messages; in this process, or elsewhere."""
 
 from __future__ import annotations
 
@@ -8,117 +8,56 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-import platformdirs
-from sqlalchemy import URL
-
-from esper.artifacts import Blueprint, BlueprintError, SigningKey, SigningKeyError, TrustStore
-from esper.configs import EsperConfig, load_config
+from esper.artifacts import Blueprint, BlueprintError, TrustStore
+from esper.configs import ConfigError, EsperConfig, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
-from esper.execution.sources import (
-    AmbiguousKernelError,
-    FetchedKernel,
-    KernelSource,
-    KernelSourceError,
-    UnknownKernelError,
-)
+from esper.execution.sources import KernelSource
 from esper.forking import reset_after_fork
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
-from esper.services.errors import (
-    AmbiguousPrefixError,
-    CompilationFailedError,
-    CompilationTimeoutError,
-    PlatformClosedError,
-    ServiceError,
-    StoreReadOnlyError,
-    UnknownKernelReferenceError,
-)
+from esper.services.errors import CompilationFailedError, CompilationTimeoutError, PlatformClosedError
 from esper.services.oona import Bus, InMemoryBus
 from esper.services.oona_client import OonaClient
+from esper.services.parts import data_folder, open_bus, open_local_store, signing_key, trusted_keys
+from esper.services.store_source import StoreKernelSource
+from esper.services.stores import Store
+from esper.services.tezzeret.announcements import Announcements, Compiler
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.service import TezzeretService
 from esper.services.tezzeret.worker import Worker
-from esper.services.urza import UrzaStore
 
-__all__ = ["POLL_SECONDS", "Platform", "StoreKernelSource", "default_platform", "opened_default_platform"]
+__all__ = ["POLL_SECONDS", "Platform", "default_platform", "opened_default_platform"]
 
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 """How often the store is looked at for what another process finished. This process's own work is noticed at once."""
 
-_KEY_FILE = "signing.pem"
-
-
-class StoreKernelSource:
-    """A :class:`~esper.execution.sources.KernelSource` over a store, which is opened at the first question."""
-
-    def __init__(self, store: Callable[[], UrzaStore], trust: Callable[[], TrustStore]) -> None:
-        self._store = store
-        self._trust = trust
-
-    def __deepcopy__(self, memo: object) -> StoreKernelSource:
-        return self  # a copied model finds its kernels where the original does
-
-    def resolve(self, reference: str) -> str:
-        """See :class:`~esper.execution.sources.KernelSource`."""
-        with _source_errors():
-            return self._store().kernels.resolve(reference)
-
-    def fetch(self, artifact_id: str) -> FetchedKernel:
-        """See :class:`~esper.execution.sources.KernelSource`."""
-        with _source_errors():
-            return FetchedKernel(*self._store().kernels.content(artifact_id))
-
-    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        """See :class:`~esper.execution.sources.KernelSource`."""
-        with _source_errors():
-            return self._store().kernels.attachment(artifact_id, target_key)
-
-    def trust(self) -> TrustStore:
-        """The platform's own key."""
-        with _source_errors():
-            return self._trust()
-
-
-@contextmanager
-def _source_errors() -> Iterator[None]:
-    try:
-        yield
-    except UnknownKernelReferenceError as error:
-        raise UnknownKernelError(str(error)) from error
-    except AmbiguousPrefixError as error:
-        raise AmbiguousKernelError(str(error)) from error
-    except (ServiceError, SigningKeyError) as error:
-        raise KernelSourceError(str(error)) from error
-
 
 class Platform:
-    """Compiles blueprints into kernels and hands kernels out. Make one with :meth:`embedded`.
+    """Compiles blueprints into kernels and hands kernels out. Made by :meth:`embedded` or :meth:`connect`.
 
     A context manager, also an async one; leaving it stops what it started. Safe for threads, after a fork, and for
     several processes on one folder, which share the work.
     """
 
-    def __init__(self, root: Path, config: EsperConfig) -> None:
+    def __init__(self, root: Path, config: EsperConfig, bus: Bus) -> None:
         self.root = root
-        """Folder of the database, the blobs and the signing key."""
-        self._config = config
-        self.bus: Bus = InMemoryBus()
+        """Folder of the signing key, and of an embedded platform's database and blobs."""
+        self.bus = bus
         self.oona = OonaClient(
-            self.bus, name=config.name, queue_size=config.oona.queue_size, batch_size=config.oona.batch_size
+            bus, name=config.name, queue_size=config.oona.queue_size, batch_size=config.oona.batch_size
         )
         """Publishes and subscribes; also the telemetry sink."""
         self.kernel_source: KernelSource = StoreKernelSource(lambda: self.store, lambda: self.trust)
         """Where the execution side finds kernels."""
+        self._config = config
         self._closed = False
-        self._store: UrzaStore | None = None
-        self._key: SigningKey | None = None
+        self._store: Store | None = None
+        self._is_embedded = True
         self._start_afresh()
         reset_after_fork(self)
         _live.add(self)
@@ -132,16 +71,34 @@ class Platform:
         folder shows at the first use, as a :class:`~esper.services.errors.StoreError`.
         """
         config = load_config() if config is None else config
-        chosen = root if root is not None else config.platform.root
-        folder = Path(platformdirs.user_data_dir("esper", appauthor=False)) if chosen is None else Path(chosen)
-        return cls(folder.expanduser().absolute(), config)
+        return cls(data_folder(config, root), config, InMemoryBus())
+
+    @classmethod
+    def connect(cls, config: EsperConfig | None = None) -> Platform:
+        """The platform whose Urza is at `config.urza.url`, and whose messages go over `config.redis.url`.
+
+        Without Redis messages stay in this process, and :meth:`wait` looks again now and then. Nothing is connected
+        before it is needed. Kernels are used if their signature is by one of `config.platform.trusted_keys`, or by the
+        key in the data folder. Raises :class:`~esper.configs.ConfigError` if there is no URL, and ``BusError`` for a
+        Redis URL that cannot be one.
+        """
+        config = load_config() if config is None else config
+        if config.urza.url is None:
+            raise ConfigError("to connect, set urza.url (or ESPER_URZA__URL), for example http://localhost:8321")
+        from esper.services.urza_client import RemoteKernelSource, RemoteStore  # with httpx, for those who need it
+
+        platform = cls(data_folder(config), config, open_bus(config))
+        remote = RemoteStore(config.urza)
+        platform._is_embedded, platform._store = False, remote
+        platform.kernel_source = RemoteKernelSource(remote, lambda: platform.trust)
+        return platform
 
     def __deepcopy__(self, memo: object) -> Platform:
         return self  # shared by copies of a model
 
     def _start_afresh(self) -> None:
         self._opening = threading.RLock()
-        self._service: TezzeretService | None = None
+        self._compiler: Compiler | None = None
 
     def after_fork(self) -> None:
         """Forget the parent's thread; see `esper.forking`."""
@@ -150,46 +107,34 @@ class Platform:
     # -- what it consists of, made when first asked for ----------------------------------------------------------------
 
     @property
-    def store(self) -> UrzaStore:
+    def store(self) -> Store:
         """Urza. Raises :class:`~esper.services.errors.StoreError` if it cannot be opened."""
         with self._opening:
             self._check_open()
             if self._store is None:
-                url, blobs = self._config.database.url, self._config.store.url
-                self._store = UrzaStore(
-                    URL.create("sqlite", database=str(self.root / "esper.db"))
-                    if url is None
-                    else url.get_secret_value(),
-                    self.root / "blobs" if blobs is None else blobs.get_secret_value(),
-                )
+                self._store = open_local_store(self._config, self.root)
             return self._store
 
     @property
     def trust(self) -> TrustStore:
-        """The keys whose artifacts and attachments may be used: this folder's own."""
-        return TrustStore([self._signing_key().public_bytes])
-
-    def _signing_key(self) -> SigningKey:
+        """The keys whose artifacts and attachments may be used."""
         with self._opening:
-            if self._key is None:
-                try:
-                    self.root.mkdir(parents=True, exist_ok=True)
-                except OSError as cause:
-                    raise StoreReadOnlyError(
-                        f"the folder {self.root} cannot be made ({cause.strerror}); choose another root"
-                    ) from cause
-                self._key = SigningKey.load_or_create(self.root / _KEY_FILE)
-            return self._key
+            if self._is_embedded:
+                signing_key(self._config, self.root)  # made, so that it is among them
+            return trusted_keys(self._config, self.root)
 
-    def _tezzeret(self) -> TezzeretService:
+    def _tezzeret(self) -> Compiler:
         with self._opening:
             self._check_open()
-            if self._service is None:
-                settings = self._config.tezzeret
-                self._service = TezzeretService(
-                    Worker(self.store, self._signing_key(), self.oona, settings.pipeline, ChildLimits.of(settings))
-                )
-            return self._service
+            if self._compiler is None:
+                self._compiler = self._worker_here() if self._is_embedded else Announcements(self.oona)
+            return self._compiler
+
+    def _worker_here(self) -> TezzeretService:
+        settings, key = self._config.tezzeret, signing_key(self._config, self.root)
+        return TezzeretService(
+            Worker(self.store, key, self.oona, settings.pipeline, ChildLimits.of(settings), settings.lease_seconds)
+        )
 
     # -- compiling -----------------------------------------------------------------------------------------------------
 
@@ -318,9 +263,9 @@ class Platform:
         """Stop compiling, which gives an unfinished blueprint back, send what is queued, and close the store."""
         with self._opening:
             self._closed = True
-            service, store = self._service, self._store
-        if service is not None:
-            service.stop()
+            compiler, store = self._compiler, self._store
+        if compiler is not None:
+            compiler.stop()
         self.oona.close()
         self.bus.close()
         if store is not None:
@@ -328,7 +273,7 @@ class Platform:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PlatformClosedError("the platform was closed; make another one with Platform.embedded()")
+            raise PlatformClosedError("the platform was closed; make another one")
 
 
 class _Deadline:
@@ -362,11 +307,15 @@ _default: Platform | None = None
 
 
 def default_platform() -> Platform:
-    """The embedded platform that is used where none is given: one per process, anew after it was closed."""
+    """The platform that is used where none is given: one per process, anew after it was closed.
+
+    The one at `urza.url` if the settings have that, else an embedded one.
+    """
     global _default
     with _default_lock:
         if _default is None or _default.closed:
-            _default = Platform.embedded()
+            config = load_config()
+            _default = Platform.embedded(config=config) if config.urza.url is None else Platform.connect(config)
         return _default
 
 

@@ -48,14 +48,16 @@ class Worker:
     limits: ChildLimits
     lease_seconds: float = LEASE_SECONDS
 
-    def compile_next(self, stop: StopSignal) -> str | None:
-        """Compile one blueprint of those that wait, if there is one, and return its id.
+    def compile_next(self, stop: StopSignal, blueprint_id: str | None = None) -> str | None:
+        """Compile one blueprint of those that wait, or that one if it waits, and return its id; None if none does.
 
         Afterwards the blueprint is validated, or invalid with the reason. On `stop` the child is killed and the
         blueprint given back; so it is on an error that is not the blueprint's, which is raised: ``ServiceError``, with
         ``StoreError`` for the store's.
         """
-        claim = self.store.blueprints.claim(f"{socket.gethostname()}:{os.getpid()}", lease_seconds=self.lease_seconds)
+        claim = self.store.blueprints.claim(
+            f"{socket.gethostname()}:{os.getpid()}", lease_seconds=self.lease_seconds, blueprint_id=blueprint_id
+        )
         if claim is None:
             return None
         done = False

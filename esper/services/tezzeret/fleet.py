@@ -1,0 +1,165 @@
+"""The workers of a fleet: processes that compile what Urza has, one blueprint at a time each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+
+from esper.child_processes import describe_exit, end_with_parent, kill_family, start_child
+from esper.configs import EsperConfig, load_config
+from esper.errors import EsperError
+from esper.logs import set_up_service_log
+from esper.services.oona_client import OonaClient
+from esper.services.parts import open_bus, open_store, signing_key
+from esper.services.tezzeret.child_process import StopSignal
+from esper.services.tezzeret.limits import ChildLimits
+from esper.services.tezzeret.queue import CompilationQueue
+from esper.services.tezzeret.worker import Worker
+
+__all__ = ["FleetWorker", "main", "run_fleet"]
+
+_log = logging.getLogger(__name__)
+
+_MODULE = "esper.services.tezzeret.fleet"
+_LOOK_EVERY = 0.5
+_MOST_PATIENCE = 60.0  # seconds between two attempts of a worker that cannot work, or two starts of one that dies
+_STOP_SECONDS = 20.0
+
+
+class FleetWorker:
+    """One worker: does what the queue's messages say, and asks for work by itself now and then."""
+
+    def __init__(self, worker: Worker, messages: CompilationQueue | None, poll_seconds: float) -> None:
+        self._worker = worker
+        self._messages = messages
+        self._poll_seconds = poll_seconds
+        self._one_at_a_time = threading.Lock()
+        self._stop = StopSignal()
+        self._ended = threading.Event()
+        self._failures = 0
+
+    def stop(self) -> None:
+        """Have :meth:`run` return soon: what is being compiled is given back. From any thread or signal handler."""
+        self._ended.set()
+        threading.Thread(target=self._stop.set, name="esper-stop", daemon=True).start()
+
+    def run(self) -> None:
+        """Work until :meth:`stop`."""
+        messages: AbstractContextManager[None] = (
+            nullcontext() if self._messages is None else self._messages.consumed_by(self._told)
+        )
+        with messages:
+            while not self._ended.is_set():
+                with self._one_at_a_time:
+                    found = self._attempt(None)
+                if not found:
+                    self._ended.wait(self._pause())
+        self._stop.set()
+
+    def _told(self, blueprint_id: str) -> None:
+        with self._one_at_a_time:
+            if not self._ended.is_set():
+                self._attempt(blueprint_id)
+
+    def _attempt(self, blueprint_id: str | None) -> bool:
+        """Whether there was something to do."""
+        try:
+            found = self._worker.compile_next(self._stop, blueprint_id) is not None
+        except Exception as error:  # noqa: BLE001  # not the blueprint's: the store is away, the disk is full
+            self._failures += 1
+            unexpected = None if isinstance(error, EsperError) else error
+            _log.error("this worker cannot work; it tries again in a while: %s", error, exc_info=unexpected)
+            return False
+        self._failures = 0
+        return found
+
+    def _pause(self) -> float:
+        """Longer after failures; and never the same, so that a fleet does not ask in step."""
+        patience = min(self._poll_seconds * 2.0 ** min(self._failures, 10), max(_MOST_PATIENCE, self._poll_seconds))
+        return patience * random.uniform(0.5, 1.0)
+
+
+def main() -> None:
+    """The program of one worker; started by :func:`run_fleet`."""
+    end_with_parent(int(sys.argv[1]))
+    config = load_config()
+    set_up_service_log(config.logging.level, config.logging.format)
+    messages = None if config.redis.url is None else CompilationQueue(config.redis)
+    settings = config.tezzeret
+    with closing(OonaClient(open_bus(config), name=f"{config.name}-tezzeret")) as oona:
+        worker = Worker(
+            open_store(config), signing_key(config), oona, settings.pipeline, ChildLimits.of(settings),
+            settings.lease_seconds,
+        )  # fmt: skip
+        fleet_worker = FleetWorker(worker, messages, settings.poll_seconds)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: fleet_worker.stop())
+        _log.info("worker %d is ready; pipeline %s", os.getpid(), settings.pipeline)
+        fleet_worker.run()
+
+
+def run_fleet(config: EsperConfig, stop: threading.Event) -> None:
+    """Run `config.tezzeret.workers` workers until `stop` is set. One that dies is started again.
+
+    Workers read the settings as this process did: from the file that `ESPER_CONFIG` names and from the environment.
+    """
+    seats = [_Seat() for _ in range(config.tezzeret.workers)]
+    try:
+        while not stop.is_set():
+            for seat in seats:
+                seat.tend()
+            stop.wait(_LOOK_EVERY)
+    finally:
+        for seat in seats:
+            seat.ask_to_stop()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for seat in seats:
+            seat.end(deadline)
+
+
+class _Seat:
+    """One worker's process, and the next one when it dies."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+        self._deaths = 0
+
+    def tend(self) -> None:
+        """Start the process if there is none; not at once if the last one died soon."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            lived = time.monotonic() - self._started
+            self._deaths = 0 if lived > _MOST_PATIENCE else self._deaths + 1
+            _log.warning("worker %d %s", self._process.pid, describe_exit(self._process.returncode))
+            kill_family(self._process.pid)
+            self._process = None
+        if time.monotonic() - self._started >= min(_LOOK_EVERY * 2.0**self._deaths, _MOST_PATIENCE) or not self._deaths:
+            self._started = time.monotonic()
+            self._process = start_child(_MODULE, [str(os.getpid())], log=sys.stderr.buffer)
+
+    def ask_to_stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self, deadline: float) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _log.warning("worker %d does not stop; it is killed", self._process.pid)
+            kill_family(self._process.pid)
+            self._process.wait()
+
+
+if __name__ == "__main__":
+    main()
