@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -108,7 +109,7 @@ def tezzeret(
 
 def up(
     workers: Annotated[int | None, typer.Option(min=1, help="Workers, in place of tezzeret.workers.")] = None,
-    port: Annotated[int | None, typer.Option(help="Urza's port, in place of urza.port.")] = None,
+    port: Annotated[int | None, typer.Option(help="Urza's port, in place of urza.port; 0 takes a free one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run everything on this machine: Urza, workers, and a Valkey unless redis.url names a server."""
@@ -159,6 +160,7 @@ def _valkey() -> Iterator[str]:
 @contextmanager
 def _urza(port: int) -> Iterator[str]:
     """The URL of an Urza in a process of its own, once it is ready."""
+    port = port or _free_port()
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen([sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)])
     try:
@@ -171,6 +173,13 @@ def _urza(port: int) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _wait_until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
