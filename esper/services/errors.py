@@ -14,10 +14,15 @@ __all__ = [
     "ClaimLostError",
     "CompilationFailedError",
     "CompilationTimeoutError",
+    "ForbiddenError",
     "IllegalTransitionError",
     "InvalidNameError",
+    "InvalidRequestError",
     "NameTakenError",
     "PlatformClosedError",
+    "QueueUnavailableError",
+    "RateLimitedError",
+    "RequestTooLargeError",
     "ServiceError",
     "StoreBusyError",
     "StoreCorruptError",
@@ -25,8 +30,12 @@ __all__ = [
     "StoreFullError",
     "StoreReadOnlyError",
     "StoreSchemaError",
+    "StoreTimeoutError",
+    "UnauthorisedError",
+    "UnknownAttachmentError",
     "UnknownBlueprintError",
     "UnknownKernelReferenceError",
+    "UnknownRouteError",
 ]
 
 
@@ -86,6 +95,42 @@ class ClaimLostError(StoreError):
     """The claim's lease ran out and the blueprint is no longer this worker's."""
 
 
+class UnknownAttachmentError(StoreError, KeyError):
+    """There is no compiled code of this kernel for this target."""
+
+
+class InvalidRequestError(StoreError, ValueError):
+    """A request that cannot be understood: not JSON, a field missing, of the wrong type or out of range."""
+
+
+class RequestTooLargeError(StoreError, ValueError):
+    """A request has more bytes than Urza accepts; `urza.max_body_mb` is the limit."""
+
+
+class RateLimitedError(StoreError):
+    """A client sent more requests than Urza answers. `retry_after` is in how many seconds it may ask again."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnauthorisedError(StoreError, PermissionError):
+    """Urza asks for a token and none was shown, or one that it does not know."""
+
+
+class ForbiddenError(StoreError, PermissionError):
+    """The token does not allow this."""
+
+
+class StoreTimeoutError(StoreError, TimeoutError):
+    """Urza gave the request up after `urza.request_timeout` seconds. It may have been carried out."""
+
+
+class UnknownRouteError(StoreError, LookupError):
+    """Urza has nothing at this path: another version, or not Urza."""
+
+
 class CompilationFailedError(ServiceError):
     """The blueprint is invalid. `report` has what was found, if the compilation came that far."""
 
@@ -101,3 +146,7 @@ class CompilationTimeoutError(ServiceError, TimeoutError):
 
 class PlatformClosedError(ServiceError, RuntimeError):
     """The platform was closed."""
+
+
+class QueueUnavailableError(ServiceError):
+    """Redis, which tells workers what waits, is not set or cannot be reached. What was submitted is not lost."""

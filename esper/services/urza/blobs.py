@@ -11,6 +11,9 @@ import hashlib
 import os
 import re
 import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,24 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 
 from esper.services.errors import StoreCorruptError, StoreError, StoreFullError, StoreReadOnlyError
 
-__all__ = ["BlobStore"]
+__all__ = ["BlobStore", "StoredBlob"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}")  # as `_write_local` names them
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """A file of a blob store."""
+
+    path: str
+    digest: str | None
+    """None for one that was not finished."""
+    size_bytes: int
+    age_seconds: float
+    """Since it was written."""
 
 
 class BlobStore:
@@ -30,7 +47,7 @@ class BlobStore:
 
     def __init__(self, url: str | Path) -> None:
         try:
-            filesystem, root = (LocalFileSystem(), url) if isinstance(url, Path) else fsspec.core.url_to_fs(url)
+            filesystem, root = (LocalFileSystem(), url) if isinstance(url, Path) else _filesystem_of(url)
         except (ValueError, ImportError) as cause:
             raise StoreError(f"the blob store's URL {url!r} cannot be used: {cause}") from cause
         self._filesystem: Any = filesystem
@@ -66,8 +83,51 @@ class BlobStore:
             )
         return data
 
+    def exists(self, digest: str) -> bool:
+        """Whether there is a blob of this digest. Its content is not looked at."""
+        try:
+            return bool(self._filesystem.exists(self._path(digest)))
+        except OSError as cause:
+            raise self._translated(cause, "read") from cause
+
+    def remove(self, digest: str) -> None:
+        """Remove a blob; none is none. Whether something refers to it is for the caller to know."""
+        self._remove(self._path(digest))
+
+    def stored(self) -> Iterator[StoredBlob]:
+        """Every blob with its size and age, and the unfinished files that writers who were killed left behind."""
+        try:
+            found = self._filesystem.find(self._root, detail=True)
+        except FileNotFoundError:
+            return
+        except OSError as cause:
+            raise self._translated(cause, "read") from cause
+        for path, details in found.items():
+            folder, name = path.rsplit("/", 2)[-2:]
+            try:
+                age = max(0.0, time.time() - self._filesystem.modified(path).timestamp())
+            except FileNotFoundError:  # its writer has finished it, or removed it, since it was listed
+                continue
+            except OSError as cause:
+                raise self._translated(cause, "read") from cause
+            digest = folder + name if _DIGEST.fullmatch(folder + name) else None
+            if digest is not None or _UNFINISHED.fullmatch(name):
+                yield StoredBlob(path, digest, int(details["size"]), age)
+
+    def remove_unfinished(self, blob: StoredBlob) -> None:
+        """Remove what :meth:`stored` listed without a digest."""
+        self._remove(blob.path)
+
+    def _remove(self, path: str) -> None:
+        try:
+            self._filesystem.rm_file(path)
+        except FileNotFoundError:
+            return
+        except OSError as cause:
+            raise self._translated(cause, "written") from cause
+
     def _path(self, digest: str) -> str:
-        if re.fullmatch(r"[0-9a-f]{64}", digest) is None:
+        if _DIGEST.fullmatch(digest) is None:
             raise StoreCorruptError(f"{digest[:80]!r} is not a SHA-256 in hex")
         return f"{self._root}/{digest[:2]}/{digest[2:]}"
 
@@ -86,6 +146,12 @@ class BlobStore:
                 f"the store at {self._root} cannot be written ({error.strerror}); make it writable or choose another"
             )
         return StoreError(f"the store at {self._root} cannot be {done}: {error}")
+
+
+def _filesystem_of(url: str) -> tuple[Any, str]:
+    """Listings are not cached: other processes write to the same store."""
+    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return filesystem, root
 
 
 def _write_local(path: Path, data: bytes) -> None:

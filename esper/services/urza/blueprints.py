@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -22,11 +23,13 @@ from esper.services.errors import (
 )
 from esper.services.names import check_name
 from esper.services.stores import LEASE_SECONDS
+from esper.services.urza.blob_references import keep_blob
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.database import Database
 from esper.services.urza.models import BlueprintRow, KernelRow, NameRow
+from esper.services.urza.paging import Cursor, Page
 
-__all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "as_datetime"]
+__all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "Submission", "as_datetime"]
 
 MAX_ATTEMPTS = 3
 """A blueprint whose worker vanished this many times is invalid: it probably takes its worker down."""
@@ -42,6 +45,13 @@ def as_datetime(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+class Submission(NamedTuple):
+    """A submitted blueprint, and whether it is there for the first time."""
+
+    record: BlueprintRecord
+    is_new: bool
+
+
 class BlueprintRecords:
     """The part of the store that workers and submitters change. Safe for threads and processes."""
 
@@ -55,17 +65,26 @@ class BlueprintRecords:
         A blueprint may have several names. Raises :class:`NameTakenError` if `name` stands for another blueprint (an
         invalid one loses it), and ``InvalidNameError``; nothing is submitted then.
         """
+        return self.put(blueprint, name).record
+
+    def put(self, blueprint: Blueprint, name: str | None = None) -> Submission:
+        """What :meth:`submit` does, and whether the blueprint was not there before."""
         if name is not None:
             check_name(name)
-        document = self._blobs.put(blueprint.to_json().encode())
+        document = blueprint.to_json().encode()
+        digest = self._blobs.put(document)
         for _ in range(3):  # where two processes insert the same row at once (PostgreSQL), the slower looks again
             try:
                 with self._database.writing() as session:
-                    row = session.get(BlueprintRow, blueprint.id) or _new_row(session, blueprint.id, document)
+                    keep_blob(session, self._blobs, digest, document)
+                    row = session.get(BlueprintRow, blueprint.id)
+                    is_new = row is None
+                    if row is None:
+                        row = _new_row(session, blueprint.id, digest)
                     if name is not None:
                         _give_name(session, row, name)
                     session.flush()
-                    return _record(row)
+                    return Submission(_record(row), is_new)
             except IntegrityError:
                 continue
         raise StoreBusyError(f"blueprint {blueprint.id} is being submitted by others; try again")
@@ -83,28 +102,36 @@ class BlueprintRecords:
 
     def list(self, status_filter: BlueprintStatus | None = None, limit: int = 100) -> tuple[BlueprintRecord, ...]:
         """The `limit` blueprints submitted last, the latest first, of one status or of any."""
-        statement = select(BlueprintRow).order_by(BlueprintRow.submitted_at.desc(), BlueprintRow.id).limit(limit)
+        return self.page(status_filter, limit).items
+
+    def page(
+        self, status_filter: BlueprintStatus | None = None, limit: int = 100, cursor: str | None = None
+    ) -> Page[BlueprintRecord]:
+        """What :meth:`list` returns, from where the page that came with `cursor` ended."""
+        order = (BlueprintRow.submitted_at.desc(), BlueprintRow.id.desc())
+        statement = select(BlueprintRow).order_by(*order).limit(limit + 1)
         if status_filter is not None:
             statement = statement.where(BlueprintRow.status == status_filter)
+        if cursor is not None:
+            statement = statement.where(Cursor.decode(cursor).behind(BlueprintRow.submitted_at, BlueprintRow.id))
         with self._database.reading() as session:
-            return tuple(_record(row) for row in session.scalars(statement))
+            rows = session.scalars(statement).all()
+            items = tuple(_record(row) for row in rows[:limit])
+            last = rows[limit - 1] if len(rows) > limit else None
+        return Page(items, None if last is None else Cursor(last.submitted_at, last.id).encode())
 
     def claim(
         self, worker: str, *, lease_seconds: float = LEASE_SECONDS, blueprint_id: str | None = None
     ) -> Claim | None:
         """Take the blueprint that has waited longest, or the one asked for, if it is free; None if there is none.
 
-        Free is what is unvalidated, and what is being compiled by a worker whose lease ran out. No two workers get the
-        same one.
+        Free is what is being compiled by a worker whose lease ran out, which comes first, and what is unvalidated. No
+        two workers get the same one. Leases are counted on the clock of the process that serves this store.
         """
         with self._database.writing() as session:
             while True:
                 now = time.time()
-                free = _claimable(now)
-                if blueprint_id is not None:
-                    free = and_(free, BlueprintRow.id == blueprint_id)
-                oldest = select(BlueprintRow).where(free).order_by(BlueprintRow.submitted_at, BlueprintRow.id).limit(1)
-                row = session.scalar(oldest.with_for_update(skip_locked=True))
+                row = _next_free(session, now, blueprint_id)
                 if row is None:
                     return None
                 if row.attempts < MAX_ATTEMPTS:
@@ -170,7 +197,8 @@ class BlueprintRecords:
     def forget(self, blueprint_id: str) -> None:
         """Remove an invalid blueprint and its names, so that it may be submitted and compiled anew.
 
-        For those that failed for lack of time or memory. Raises :class:`IllegalTransitionError` if it is not invalid.
+        For those that failed for lack of time or memory. A kernel that a worker stored before it vanished goes too.
+        Raises :class:`IllegalTransitionError` if it is not invalid.
         """
         with self._database.writing() as session:
             row = _row(session, blueprint_id, lock=True)
@@ -178,7 +206,17 @@ class BlueprintRecords:
                 raise IllegalTransitionError(
                     f"blueprint {blueprint_id} is {row.status}; only an invalid one is removed"
                 )
+            for kernel in session.scalars(select(KernelRow).where(KernelRow.blueprint_id == blueprint_id)):
+                session.delete(kernel)
+            session.flush()
             session.delete(row)
+
+    def waiting(self, limit: int) -> tuple[str, ...]:
+        """Ids of the `limit` blueprints that have waited longest and that :meth:`claim` would hand out."""
+        statement = select(BlueprintRow.id).where(_claimable(time.time()))
+        ordered = statement.order_by(BlueprintRow.submitted_at, BlueprintRow.id).limit(limit)
+        with self._database.reading() as session:
+            return tuple(session.scalars(ordered))
 
     def next_lease_end(self) -> float | None:
         """Seconds from now until the first lease of a blueprint in work runs out; None if none is in work."""
@@ -191,8 +229,23 @@ class BlueprintRecords:
 
 
 def _claimable(now: float) -> ColumnElement[bool]:
-    run_out = and_(BlueprintRow.status == BlueprintStatus.COMPILING, BlueprintRow.lease_expires_at <= now)
-    return or_(BlueprintRow.status == BlueprintStatus.UNVALIDATED, run_out)
+    return or_(BlueprintRow.status == BlueprintStatus.UNVALIDATED, _lease_ran_out(now))
+
+
+def _lease_ran_out(now: float) -> ColumnElement[bool]:
+    return and_(BlueprintRow.status == BlueprintStatus.COMPILING, BlueprintRow.lease_expires_at <= now)
+
+
+def _next_free(session: Session, now: float, blueprint_id: str | None) -> BlueprintRow | None:
+    """Two questions that an index answers, however many blueprints wait; one with an OR would sort them all."""
+    for free in (_lease_ran_out(now), BlueprintRow.status == BlueprintStatus.UNVALIDATED):
+        oldest = select(BlueprintRow).where(free).order_by(BlueprintRow.submitted_at, BlueprintRow.id).limit(1)
+        if blueprint_id is not None:
+            oldest = oldest.where(BlueprintRow.id == blueprint_id)
+        row = session.scalar(oldest.with_for_update(skip_locked=True))
+        if row is not None:
+            return row
+    return None
 
 
 def _claimed(row: BlueprintRow, worker: str, now: float, lease_seconds: float) -> Claim:

@@ -2,10 +2,12 @@
 
 SQLite runs in write-ahead mode with a busy timeout, so any number of processes on one machine may use one file. A
 transaction that writes takes SQLite's write lock at its start, so two never read the same state and then collide.
+PostgreSQL waits for a lock as long as SQLite does.
 """
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +47,22 @@ _SQLITE_ERRORS: dict[int, tuple[type[StoreError], str]] = {
     sqlite3.SQLITE_LOCKED: (StoreBusyError, "is held by another process; try again"),
     sqlite3.SQLITE_CORRUPT: (StoreCorruptError, "is damaged; restore it from a copy or choose another root"),
     sqlite3.SQLITE_NOTADB: (StoreCorruptError, "is not an SQLite database; choose another root"),
+}
+_BUSY = (StoreBusyError, "is held by others; try again")
+_UNREACHABLE = (StoreBusyError, "cannot be reached, or is starting or stopping; see that it runs, and try again")
+_SQLSTATES: dict[str, tuple[type[StoreError], str]] = {  # PostgreSQL's, by their beginnings
+    "08": _UNREACHABLE,
+    "57P": _UNREACHABLE,
+    "53300": (StoreBusyError, "has no connection left; try again, or raise its max_connections"),
+    "53100": (StoreFullError, "has no room left; free space on its disk"),
+    "53": (StoreFullError, "has run out of a resource; see its log"),
+    "25006": (StoreReadOnlyError, "is read-only; name its primary server"),
+    "42501": (StoreReadOnlyError, "does not let this user do that; grant it the right to"),
+    "40": _BUSY,
+    "55P03": _BUSY,
+    "57014": _BUSY,
+    "XX001": (StoreCorruptError, "is damaged; restore it from a copy"),
+    "XX002": (StoreCorruptError, "is damaged; restore it from a copy"),
 }
 _READ_FAILURES = {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ}
 
@@ -125,11 +143,22 @@ class Database:
 
     def _connect(self) -> Engine:
         if not self.is_sqlite:
-            return create_engine(self._url, pool_pre_ping=True)
+            return self._connect_to_server()
         engine = create_engine(self._url, connect_args={"timeout": self._busy_seconds, "check_same_thread": False})
         event.listen(engine, "connect", _prepare_connection)
         event.listen(engine, "begin", _begin)
         return engine
+
+    def _connect_to_server(self) -> Engine:
+        if self._url.drivername in ("postgresql", "postgres"):
+            self._url = self._url.set(drivername="postgresql+psycopg")  # the driver that Esper depends on
+        limits: dict[str, object] = {}
+        if self._url.get_backend_name() == "postgresql":
+            limits = {
+                "connect_timeout": max(2, math.ceil(self._busy_seconds)),  # libpq takes 1 for 2
+                "options": f"-c lock_timeout={math.ceil(self._busy_seconds * 1000)}",
+            }
+        return create_engine(self._url, pool_pre_ping=True, pool_timeout=self._busy_seconds, connect_args=limits)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -145,11 +174,24 @@ class Database:
             raise self._translated(cause) from cause
 
     def _translated(self, error: BaseException | None) -> StoreError:
+        if not self.is_sqlite:
+            kind, remedy = _of_sqlstate(getattr(error, "sqlstate", None), error)
+            return kind(f"the database {self} {remedy} ({str(error).strip()})")
         code = getattr(error, "sqlite_errorcode", None)
         kind, remedy = _SQLITE_ERRORS.get((code or 0) & 0xFF, (StoreError, "failed"))
         if code in _READ_FAILURES:
             kind, remedy = StoreCorruptError, "cannot be read; check the health of its disk"
         return kind(f"the database {self} {remedy} ({error})")
+
+
+def _of_sqlstate(state: str | None, error: BaseException | None) -> tuple[type[StoreError], str]:
+    if state is None:  # the driver's own: there is no connection, or a value that it cannot send
+        is_connection = type(error).__name__ in ("OperationalError", "ConnectionTimeout")
+        return _UNREACHABLE if is_connection else (StoreError, "failed")
+    for length in (5, 3, 2):
+        if state[:length] in _SQLSTATES:
+            return _SQLSTATES[state[:length]]
+    return StoreError, "failed"
 
 
 def _prepare_connection(connection: DBAPIConnection, _entry: ConnectionPoolEntry) -> None:

@@ -20,10 +20,12 @@ from esper.services.errors import (
     UnknownKernelReferenceError,
 )
 from esper.services.names import MIN_PREFIX, is_full_id, is_id_prefix
+from esper.services.urza.blob_references import keep_blob
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.blueprints import as_datetime
 from esper.services.urza.database import Database
 from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow, NameRow
+from esper.services.urza.paging import Cursor, Page
 
 __all__ = ["KernelRecords", "representative_latency"]
 
@@ -65,6 +67,7 @@ class KernelRecords:
         for _ in range(2):  # the second time it is there: another worker was faster
             try:
                 with self._database.writing() as session:
+                    keep_blob(session, self._blobs, artifact_id, data)
                     row = session.get(KernelRow, artifact_id)
                     if row is None:
                         row = KernelRow(
@@ -93,17 +96,24 @@ class KernelRecords:
         """
         data = attachment.pack()
         digest = self._blobs.put(data)
-        with self._database.writing() as session:
-            _row(session, attachment.artifact_id)
-            session.merge(
-                AttachmentRow(
-                    artifact_id=attachment.artifact_id,
-                    target_key=attachment.target.key,
-                    document=digest,
-                    size_bytes=len(data),
-                    created_at=time.time(),
-                )
-            )
+        for _ in range(3):  # where two workers insert the same row at once (PostgreSQL), the slower looks again
+            try:
+                with self._database.writing() as session:
+                    _row(session, attachment.artifact_id)
+                    keep_blob(session, self._blobs, digest, data)
+                    session.merge(
+                        AttachmentRow(
+                            artifact_id=attachment.artifact_id,
+                            target_key=attachment.target.key,
+                            document=digest,
+                            size_bytes=len(data),
+                            created_at=time.time(),
+                        )
+                    )
+                return
+            except IntegrityError:
+                continue
+        raise StoreBusyError(f"attachments of kernel {attachment.artifact_id} are being stored by others; try again")
 
     def get(self, artifact_id: str) -> CompiledKernelArtifact:
         """The record of a kernel by its full id. Raises :class:`UnknownKernelReferenceError`."""
@@ -115,9 +125,14 @@ class KernelRecords:
 
         Raises :class:`UnknownKernelReferenceError` or ``StoreCorruptError``.
         """
+        signature = self.signature(artifact_id)
+        return self._blobs.get(artifact_id), signature
+
+    def signature(self, artifact_id: str) -> Signature | None:
+        """The artifact's signature, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
             signature = _row(session, artifact_id).signature
-        return self._blobs.get(artifact_id), None if signature is None else Signature.from_json(signature)
+        return None if signature is None else Signature.from_json(signature)
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """The packed attachment for a target, its signature not checked; None if there is none."""
@@ -130,7 +145,9 @@ class KernelRecords:
         """Retire a kernel, or bring it back. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.writing() as session:
             row = _row(session, artifact_id)
-            row.status = status
+            if row.status != status:
+                row.status = status
+                row.retired_at = time.time() if status is KernelStatus.RETIRED else None
             return _kernel(row)
 
     def resolve(self, reference: str) -> str:
@@ -150,6 +167,10 @@ class KernelRecords:
 
     def query(self, query: KernelQuery) -> tuple[CompiledKernelArtifact, ...]:
         """Kernels that meet every condition, the latest first."""
+        return self.page(query).items
+
+    def page(self, query: KernelQuery, cursor: str | None = None) -> Page[CompiledKernelArtifact]:
+        """What :meth:`query` returns, from where the page that came with `cursor` ended."""
         same = ("in_features", "out_features", "dtype", "blueprint_id", "graph_digest", "uses_host", "status")
         conditions: list[ColumnElement[bool]] = [
             getattr(KernelRow, name) == wanted for name in same if (wanted := getattr(query, name)) is not None
@@ -160,9 +181,15 @@ class KernelRecords:
             conditions.append(KernelRow.latency_us <= query.max_latency_us)
         if query.target_key is not None:
             conditions.append(KernelRow.attachments.any(AttachmentRow.target_key == query.target_key))
-        statement = select(KernelRow).where(*conditions).order_by(KernelRow.created_at.desc(), KernelRow.id)
+        if cursor is not None:
+            conditions.append(Cursor.decode(cursor).behind(KernelRow.created_at, KernelRow.id))
+        order = (KernelRow.created_at.desc(), KernelRow.id.desc())
+        statement = select(KernelRow).where(*conditions).order_by(*order).limit(query.limit + 1)
         with self._database.reading() as session:
-            return tuple(_kernel(row) for row in session.scalars(statement.limit(query.limit)))
+            rows = session.scalars(statement).all()
+            items = tuple(_kernel(row) for row in rows[: query.limit])
+            last = rows[query.limit - 1] if len(rows) > query.limit else None
+        return Page(items, None if last is None else Cursor(last.created_at, last.id).encode())
 
 
 def _blueprint(session: Session, blueprint_id: str) -> BlueprintRow:

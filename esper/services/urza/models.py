@@ -22,7 +22,10 @@ class BlueprintRow(Base):
     """A submitted blueprint, and while it is being compiled, who may say how that ended."""
 
     __tablename__ = "blueprints"
-    __table_args__ = (Index("ix_blueprints_status_submitted_at", "status", "submitted_at"),)
+    __table_args__ = (
+        Index("ix_blueprints_status_submitted_at", "status", "submitted_at"),
+        Index("ix_blueprints_submitted_at", "submitted_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     document: Mapped[str] = mapped_column(String(64))
@@ -55,7 +58,10 @@ class KernelRow(Base):
     """A validated kernel."""
 
     __tablename__ = "kernels"
-    __table_args__ = (Index("ix_kernels_features", "in_features", "out_features"),)
+    __table_args__ = (
+        Index("ix_kernels_features", "in_features", "out_features"),
+        Index("ix_kernels_created_at", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     blueprint_id: Mapped[str] = mapped_column(ForeignKey("blueprints.id"), index=True)
@@ -72,6 +78,7 @@ class KernelRow(Base):
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
     latency_us: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float)
+    retired_at: Mapped[float | None] = mapped_column(Float)
 
     blueprint: Mapped[BlueprintRow] = relationship(lazy="joined", innerjoin=True)
     attachments: Mapped[list[AttachmentRow]] = relationship(

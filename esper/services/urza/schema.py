@@ -16,6 +16,7 @@ from esper.services.urza.database import Database
 __all__ = ["prepare"]
 
 _VERSION_TABLE = "alembic_version"
+_LOCK = 0x4553504D  # "ESPM"; a number that nothing else in this database locks
 _alembic = threading.Lock()  # alembic's `context` and `op` are global to the process
 
 
@@ -36,6 +37,8 @@ def prepare(database: Database) -> str:
         if database.is_sqlite and version is None:
             database.use_write_ahead_log()
         with database.connection() as connection:
+            if connection.dialect.name == "postgresql":  # SQLite's write lock is held by now
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
             if _version(connection, known, database) != head:  # another process may have been faster
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")

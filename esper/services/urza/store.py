@@ -30,15 +30,17 @@ class UrzaStore:
 
         Raises ``StoreSchemaError`` (newer schema), ``StoreReadOnlyError``, ``StoreFullError``, ``StoreCorruptError``.
         """
-        self._database = Database(database_url, busy_seconds=busy_seconds)
+        self.database = Database(database_url, busy_seconds=busy_seconds)
+        """The tables, for the other parts of Urza."""
         try:
-            self.schema_version = prepare(self._database)
+            self.schema_version = prepare(self.database)
         except BaseException:
-            self._database.close()
+            self.database.close()
             raise
-        blobs = BlobStore(blob_url)
-        self.blueprints = BlueprintRecords(self._database, blobs)
-        self.kernels = KernelRecords(self._database, blobs)
+        self.blobs = BlobStore(blob_url)
+        """The files, for the other parts of Urza."""
+        self.blueprints = BlueprintRecords(self.database, self.blobs)
+        self.kernels = KernelRecords(self.database, self.blobs)
 
     @classmethod
     def in_folder(cls, folder: Path) -> UrzaStore:
@@ -56,11 +58,16 @@ class UrzaStore:
 
     def close(self) -> None:
         """Close idle connections. Using the store again opens new ones."""
-        self._database.close()
+        self.database.close()
+
+    def ping(self) -> None:
+        """Raises :class:`~esper.services.errors.StoreError` if the database does not answer."""
+        with self.database.reading() as session:
+            session.execute(select(1))
 
     def stats(self) -> StoreStats:
         """Counts and sizes."""
-        with self._database.reading() as session:
+        with self.database.reading() as session:
             by_status = session.execute(select(BlueprintRow.status, func.count()).group_by(BlueprintRow.status))
             counts = {BlueprintStatus(status): count for status, count in by_status}
             kernels, artifact_bytes = session.execute(
