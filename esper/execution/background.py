@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from esper.forking import reset_after_fork
+
 __all__ = ["BackgroundThread"]
 
 _Result = TypeVar("_Result")
@@ -26,6 +28,12 @@ class BackgroundThread:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Leave thread and jobs to the parent; see `esper.forking`."""
+        self._lock = threading.Lock()
+        self._thread = None
 
     def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
         """Run `job` after those submitted before it; the future has its result or its exception."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from esper.errors import EsperError
 from esper.execution.loaded_kernel import LoadedKernel
+from esper.forking import reset_after_fork
 
 __all__ = ["MB", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
 
@@ -29,19 +30,32 @@ class KernelCacheFullError(KernelCacheError):
 
 
 class KernelPool:
-    """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly."""
+    """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly.
+
+    A forked child has the parent's entries and none of its fetches.
+    """
 
     def __init__(self, max_bytes: int, max_entries: int) -> None:
         self.max_bytes = max_bytes
         self.max_entries = max_entries
-        self.lock = threading.Lock()
         self.kernels: OrderedDict[str, LoadedKernel] = OrderedDict()  # least recently used first
         self.bytes = 0
         self.evictions = 0
         self.pins: dict[str, int] = {}
-        self.in_flight: dict[str, Future[LoadedKernel]] = {}
         self.failures: OrderedDict[str, str] = OrderedDict()
+        self._begin()
+        reset_after_fork(self)
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+        self.in_flight: dict[str, Future[LoadedKernel]] = {}
         self.fetch_slots = threading.BoundedSemaphore(_CONCURRENT_FETCHES)
+
+    def after_fork(self) -> None:
+        """Leave to the parent the fetches that its threads carry out; see `esper.forking`."""
+        self._begin()
+        # The fork may have come while a thread changed the entries, before it had changed their sum.
+        self.bytes = sum(kernel.size_bytes for kernel in self.kernels.values())
 
     def find(self, artifact_id: str) -> LoadedKernel | None:
         """The cached kernel, now the most recently used; None if there is none or somebody wrote to its weights."""

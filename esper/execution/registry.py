@@ -9,33 +9,44 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from esper.forking import reset_after_fork
+
 if TYPE_CHECKING:
     from esper.execution.runtime import Runtime
 
 __all__ = ["register_runtime", "reserve_sites", "runtime_by_id", "runtime_of_site"]
 
-_lock = threading.Lock()
+
+class _Numbers:
+    """The next ones, and the lock under which they are given out."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.runtime = self.site = 0
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        self.lock = threading.Lock()
+
+
+_next = _Numbers()
 _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 _owners: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
-_next_runtime = 0
-_next_site = 0
 
 
 def register_runtime(runtime: Runtime) -> int:
     """A number for `runtime`, greater than every earlier one."""
-    global _next_runtime
-    with _lock:
-        number, _next_runtime = _next_runtime, _next_runtime + 1
+    with _next.lock:
+        number, _next.runtime = _next.runtime, _next.runtime + 1
         _runtimes[number] = runtime
     return number
 
 
 def reserve_sites(runtime: Runtime, count: int) -> range:
     """`count` consecutive site numbers that belong to `runtime`."""
-    global _next_site
-    with _lock:
-        sites = range(_next_site, _next_site + count)
-        _next_site += count
+    with _next.lock:
+        sites = range(_next.site, _next.site + count)
+        _next.site += count
         for site in sites:
             _owners[site] = runtime
     return sites

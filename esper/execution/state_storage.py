@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.forking import reset_after_fork
+
 __all__ = ["FIELDS", "StateStorage"]
 
 FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
@@ -50,6 +52,11 @@ class StateStorage:
         self.lock = threading.Lock()
         self.generation = 0
         self.tensors = self._placed(device)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self.lock = threading.Lock()
 
     def _placed(self, device: torch.device | str | int) -> dict[str, Tensor]:
         # Inference tensors could not be written outside of inference mode, so they are never made.
@@ -79,6 +86,7 @@ class StateStorage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.lock = threading.Lock()
+        reset_after_fork(self)
 
     def copy_range(self, start: int, stop: int) -> dict[str, Tensor]:
         """Fresh CPU tensors with the values of seeds `start` to `stop - 1`, taken at one moment."""

@@ -20,6 +20,7 @@ import torch
 from esper.contracts.messages import HealthSignal, TopicNames
 from esper.execution.call_counter import CallCounter
 from esper.execution.defaults import TelemetrySink
+from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
@@ -96,6 +97,11 @@ class Telemetry:
         self._samples: dict[int, collections.deque[float]] = {}
         self._signalled: dict[int, int] = {}
         self._stop = threading.Event()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self._lock = threading.Lock()
 
     # -- counting --------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def main() -> None:
     child = os.fork()
     if child == 0:
         os._exit(_in_child(layer, source, second.id, dormant))
-    print(f"child: {_end_of(child)}")
+    print(f"child: {end_of(child)}")
     sink.go.set()
     source.open.set()
     unloading.join(20)
@@ -66,9 +66,9 @@ def _in_child(layer: KasminaLayer, source: FolderOfArtifacts, kernel: str, dorma
     return 4 if torch.equal(layer(X), dormant) else 0
 
 
-def _end_of(child: int) -> str:
+def end_of(child: int, seconds: float = CHILD_SECONDS) -> str:
     """How a child ended, in time or by force."""
-    deadline = time.monotonic() + CHILD_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid == child:
