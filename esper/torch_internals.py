@@ -341,12 +341,18 @@ def _forget_values(module: fx.GraphModule) -> None:
         node.meta = {}
         if node.op == "placeholder":
             node.meta["example_value"] = _alone(value) if type(value) is FakeTensor else value
-    for name, child in module.named_children():
-        if isinstance(child, fx.GraphModule):  # the body of a higher-order operator, shared with the original
+    _forget_values_of_bodies(module)
+
+
+def _forget_values_of_bodies(module: fx.GraphModule) -> None:
+    """Replace the bodies of higher-order operators, which `module` shares with the original, and the bodies in them."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, fx.GraphModule):
             body = copy_for_recompile(child)
             body.meta.clear()
             for node in body.graph.nodes:
                 node.meta = {}
+            _forget_values_of_bodies(body)
             module.add_submodule(name, body)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from esper import torch_internals
 
@@ -149,6 +150,33 @@ def test_a_graph_travels_with_sizes_dtypes_and_gradients(dynamic: bool, fresh_dy
             assert ours.requires_grad == theirs.requires_grad
     same = torch_internals.describe_graph(unpacked, lambda node: node)
     assert same == torch_internals.describe_graph(module, lambda node: node)
+
+
+def test_bodies_in_bodies_travel_without_their_values(fresh_dynamo: None) -> None:
+    caught: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        caught.append(torch_internals.copy_for_recompile(module))
+        return module.forward
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1).sin().view(3, 4)  # fake values that are views
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        inside: torch.Tensor = checkpoint(inner, x.t().t(), use_reentrant=False)
+        return inside.cos()
+
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.compile(lambda x: checkpoint(outer, x, use_reentrant=False), backend=backend)(x)
+    before = [dict(node.meta) for each in _graphs(caught[0]) for node in each.nodes]
+    unpacked = _unpacked(caught[0])
+    assert [str(each) for each in _graphs(unpacked)] == [str(each) for each in _graphs(caught[0])]
+    assert len(_graphs(unpacked)) == 3
+    assert [dict(node.meta) for each in _graphs(caught[0]) for node in each.nodes] == before
+
+
+def _graphs(module: fx.GraphModule) -> list[fx.Graph]:
+    return [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
 
 
 def test_inputs_that_share_memory_are_named_and_travel(fresh_dynamo: None) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import esper
 from tests.compiler.agreement import agrees, load, put
@@ -99,6 +101,36 @@ def test_graphs_between_graph_breaks_change_together(shelf: KernelShelf, empty_s
         _steps_until(future, run, x)
     agrees(run, model, x)
     assert in_force(model) == ["worker"] * 2
+    assert compilations() == before
+
+
+class CheckpointInCheckpoint(nn.Module):
+    """A layer in a checkpoint in a checkpoint, with views. `[*, 4] -> [*, 2]`"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.first(x.flatten().view(x.shape)).sin()
+
+    def _outer(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self._inner, x, use_reentrant=False)
+        return self.second(y).cos()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self._outer, x, use_reentrant=False)
+        return y
+
+
+def test_checkpoints_in_checkpoints(shelf: KernelShelf, empty_store: Path) -> None:
+    model = esper.wrap(CheckpointInCheckpoint(), platform=shelf.platform)
+    run, x = torch.compile(model, backend="esper"), torch.randn(3, 4)
+    agrees(run, model, x)
+    before = compilations()
+    load(model, "first", 0, put(shelf, 4, 6))
+    agrees(run, model, x)
+    assert in_force(model) == ["worker"]
     assert compilations() == before
 
 
