@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import dramatiq
 import redis
@@ -46,7 +47,7 @@ class CompilationQueue:
             )
         except ValueError as cause:
             raise QueueUnavailableError(f"redis.url cannot be used: {cause}") from cause
-        self._broker = RedisBroker(client=self._client, middleware=[], namespace=f"{settings.prefix}:tezzeret")
+        self._broker = RedisBroker(client=self._client, middleware=[], namespace=f"{settings.prefix}:tezzeret")  # type: ignore[no-untyped-call]
         self._broker.declare_queue(_QUEUE)
         self._key = f"{settings.prefix}:tezzeret:{_QUEUE}"
 
@@ -57,13 +58,13 @@ class CompilationQueue:
         )
         try:
             self._broker.enqueue(message)
-        except (redis.RedisError, dramatiq.errors.ConnectionError) as cause:
+        except (redis.RedisError, dramatiq.errors.ConnectionClosed) as cause:
             raise QueueUnavailableError(f"the queue of compilations cannot be reached: {cause}") from cause
 
     def __len__(self) -> int:
         """How many messages no worker has taken yet. Raises :class:`QueueUnavailableError`."""
         try:
-            return int(self._client.llen(self._key))  # type: ignore[arg-type]  # typed for the async client as well
+            return int(self._client.llen(self._key))
         except redis.RedisError as cause:
             raise QueueUnavailableError(f"the queue of compilations cannot be reached: {cause}") from cause
 
@@ -73,7 +74,7 @@ class CompilationQueue:
 
         A message counts as handled when `work` returns. While Redis is away, connecting is tried again.
         """
-        dramatiq.actor(work, broker=self._broker, actor_name=_QUEUE, queue_name=_QUEUE)
+        dramatiq.actor(broker=self._broker, actor_name=_QUEUE, queue_name=_QUEUE)(work)
         consumer = dramatiq.Worker(self._broker, worker_threads=1, worker_timeout=200)
         consumer.queue_prefetch = 1  # a worker takes no message that another one could begin with
         consumer.start()
@@ -122,7 +123,7 @@ class Dispatch:
                 continue
             if blueprint_id is None:
                 return
-            self._guarded(lambda told=blueprint_id: self._messages.put(told))
+            self._guarded(partial(self._messages.put, blueprint_id))
 
     def _sweep(self) -> None:
         """Workers that still have messages to take will come to these blueprints by themselves."""

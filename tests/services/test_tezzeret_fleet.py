@@ -1,0 +1,184 @@
+"""A fleet of workers, as real processes over a real Urza and Valkey: killed, stopped, poisoned, untold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # psutil ships no types
+import pytest
+
+from esper.artifacts import Blueprint
+from esper.configs import RedisConfig
+from esper.services.contracts import BlueprintRecord, BlueprintStatus, KernelQuery
+from esper.services.errors import QueueUnavailableError
+from esper.services.tezzeret.queue import CompilationQueue, Dispatch
+from esper.services.urza import UrzaStore
+from tests.golden.deployment import Deployment, deployment
+from tests.services.children import wait_until_gone
+from tests.services.shelf import blueprint, exponential
+from tests.services.valkey_server import ValkeyProcess
+
+pytestmark = pytest.mark.xdist_group("fleet")
+
+
+@pytest.fixture
+def valkey() -> Iterator[ValkeyProcess]:
+    with ValkeyProcess() as server:
+        yield server
+
+
+@pytest.fixture
+def team(tmp_path: Path, valkey: ValkeyProcess) -> Iterator[Deployment]:
+    """Short leases; nothing is started yet."""
+    settings = {"ESPER_TEZZERET__LEASE_SECONDS": "3"}
+    with deployment(tmp_path, valkey.url, settings) as made:
+        yield made
+
+
+@pytest.fixture
+def team_store(team: Deployment) -> Iterator[UrzaStore]:
+    """What Urza of `team` keeps."""
+    with UrzaStore.in_folder(team.folder / "data") as store:
+        yield store
+
+
+def _final(team: Deployment, store: UrzaStore, *wanted: Blueprint, seconds: float = 120.0) -> list[BlueprintRecord]:
+    ids = [each.id for each in wanted]
+    team.wait_for(
+        lambda: all(store.blueprints.get(each).status.is_final for each in ids), "everything is compiled", seconds
+    )
+    return [store.blueprints.get(each) for each in ids]
+
+
+def _descendants(pid: int, module: str) -> list[psutil.Process]:
+    found = []
+    for each in psutil.Process(pid).children(recursive=True):
+        try:
+            if module in each.cmdline() and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+# ---- the queue -------------------------------------------------------------------------------------------------------
+
+
+def _settings(url: str) -> RedisConfig:
+    return RedisConfig.model_validate({"url": url, "socket_timeout": 1.0})
+
+
+def test_what_is_put_is_worked_on_once(valkey: ValkeyProcess) -> None:
+    messages, done = CompilationQueue(_settings(valkey.url)), list[str]()
+    for name in ("a", "b", "c"):
+        messages.put(name)
+    assert len(messages) == 3
+    with messages.consumed_by(done.append):
+        deadline = time.monotonic() + 10
+        while len(done) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert sorted(done) == ["a", "b", "c"]
+    assert len(messages) == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [(None, "set redis.url"), ("http://x", "redis.url cannot be used"), ("redis://127.0.0.1:1", "cannot be reached")],
+)
+def test_a_queue_without_a_server_says_what_to_do(url: str | None, told: str) -> None:
+    with pytest.raises(QueueUnavailableError, match=told):
+        CompilationQueue(RedisConfig.model_validate({"url": url})).put("a")
+
+
+def test_urza_tells_again_what_an_emptied_server_lost(store: UrzaStore, valkey: ValkeyProcess) -> None:
+    messages = CompilationQueue(_settings(valkey.url))
+    store.blueprints.submit(blueprint())
+    with Dispatch(store.blueprints, messages, sweep_seconds=0.1) as dispatch:
+        dispatch.submitted(blueprint().id)
+        _until(lambda: len(messages) >= 1)
+        valkey.restart_empty()
+        _until(lambda: _length(messages) >= 1)
+
+
+def test_a_submission_does_not_wait_for_a_server_that_is_away(store: UrzaStore) -> None:
+    messages = CompilationQueue(_settings("redis://127.0.0.1:1"))
+    with Dispatch(store.blueprints, messages, sweep_seconds=0.1) as dispatch:
+        started = time.monotonic()
+        for _ in range(1000):
+            dispatch.submitted(blueprint().id)
+        assert time.monotonic() - started < 1.0
+
+
+def _length(messages: CompilationQueue) -> int:
+    try:
+        return len(messages)
+    except QueueUnavailableError:
+        return 0
+
+
+def _until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_at_its_work_loses_nothing(team: Deployment, team_store: UrzaStore) -> None:
+    team.start_urza()
+    fleet = team.start_workers(1)
+    team_store.blueprints.submit(blueprint())
+    team.wait_for(lambda: bool(_descendants(fleet.pid, "esper.services.tezzeret.child")), "a child compiles")
+    (worker,) = _descendants(fleet.pid, "esper.services.tezzeret.fleet")
+    (child,) = _descendants(fleet.pid, "esper.services.tezzeret.child")
+    worker.kill()
+    wait_until_gone(child, 10)
+    (record,) = _final(team, team_store, blueprint())
+    assert record.status is BlueprintStatus.VALIDATED, record.reason
+    assert record.attempts == 2
+    assert len(team_store.kernels.query(KernelQuery())) == 1
+
+
+@pytest.mark.slow
+def test_a_poisonous_blueprint_ends_invalid_and_the_next_is_compiled(team: Deployment, team_store: UrzaStore) -> None:
+    team.start_urza()
+    team.start_workers(2)
+    team_store.blueprints.submit(exponential())
+    team_store.blueprints.submit(blueprint())
+    bad, good = _final(team, team_store, exponential(), blueprint())
+    assert bad.status is BlueprintStatus.INVALID
+    assert bad.report is not None
+    assert bad.report.failures()
+    assert good.status is BlueprintStatus.VALIDATED, good.reason
+
+
+@pytest.mark.slow
+def test_without_redis_and_with_urza_late_workers_come_to_it(tmp_path: Path) -> None:
+    with deployment(tmp_path, "redis://127.0.0.1:1") as team:
+        fleet = team.start_workers(1)
+        team.wait_for(lambda: "tries again in a while" in team.log("tezzeret").read_text(), "the worker tries")
+        team.start_urza()
+        with UrzaStore.in_folder(team.folder / "data") as store:
+            store.blueprints.submit(blueprint())
+            (record,) = _final(team, store, blueprint())
+        assert record.status is BlueprintStatus.VALIDATED, record.reason
+        assert fleet.poll() is None
+
+
+@pytest.mark.slow
+def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(team: Deployment, team_store: UrzaStore) -> None:
+    team.start_urza()
+    fleet = team.start_workers(1)
+    team_store.blueprints.submit(blueprint())
+    team.wait_for(lambda: bool(_descendants(fleet.pid, "esper.services.tezzeret.child")), "a child compiles")
+    workers = psutil.Process(fleet.pid).children(recursive=True)
+    assert set(team.stop().values()) == {0}
+    for each in workers:
+        wait_until_gone(each, 1)
+    record = team_store.blueprints.get(blueprint().id)
+    assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
