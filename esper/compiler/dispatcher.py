@@ -295,7 +295,7 @@ class Preparation:
 
     def abandon(self) -> None:
         """Nobody waits any more. What a worker has begun goes on, for the store."""
-        self._compilation.future.cancel()
+        self._compilation.abandon()
         self._dispatcher.finished(self._plan, None)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from esper import torch_internals
-from esper.compiler.errors import WorkerJobError
+from esper.compiler.errors import CompileWorkerError, WorkerJobError, WorkersClosedError
 from esper.compiler.inner import Inductor
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Boxed, Variant
@@ -62,6 +62,15 @@ class Compilation:
         Raises :class:`VariantCompilationError` and what the pool raises.
         """
         return self._compiler._finish(self._plan, self._key, self.future, self._started)
+
+    def abandon(self) -> None:
+        """Instead of :meth:`finish`: what no worker has begun is called off, the rest is kept in the store."""
+        if not self.future.cancel():
+            self.future.add_done_callback(self._keep)
+
+    def _keep(self, future: Future[bytes]) -> None:
+        if future.exception() is None:
+            self._compiler._keep(self._key, future.result())
 
 
 class VariantCompiler:
@@ -171,24 +180,31 @@ class VariantCompiler:
     def _finish(self, plan: Plan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
         try:
             payload = future.result()
-        except WorkerJobError as error:
-            if error.type_name == torch_internals.NotSendableError.__name__:
+        except WorkersClosedError:
+            raise
+        except CompileWorkerError as error:
+            if isinstance(error, WorkerJobError) and error.type_name == torch_internals.NotSendableError.__name__:
                 self._keep_here(error.message)
                 return None
             if self.options.fallback == "eager":
                 _LOG.warning("%s runs uncompiled: %s", self.name, error)
                 return self.uncompiled(plan, str(error))
-            raise VariantCompilationError.of(self.name, error) from error
+            if isinstance(error, WorkerJobError):
+                raise VariantCompilationError.of(self.name, error) from error
+            raise
         try:
             variant = self._load(payload, plan, "worker", started)
         except torch_internals.StaleVariantError as error:
             raise VariantCompilationError(
                 f"what a worker compiled for {self.name} cannot be loaded: {error}"
             ) from error
+        self._keep(key, payload)
+        return variant
+
+    def _keep(self, key: VariantKey | None, payload: bytes) -> None:
         store = default_store()
         if store is not None and key is not None:
             store.put(key, payload)
-        return variant
 
     def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
         assert self._job is not None

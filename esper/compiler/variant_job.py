@@ -6,9 +6,11 @@ applying the plan, propagating shapes and compiling all happen here.
 
 from __future__ import annotations
 
+import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ from esper_passes import (
 )
 
 __all__ = ["InputSpec", "SeedSpec", "VariantJob", "run", "specialise"]
+
+_LOG = logging.getLogger("esper.compiler")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,18 @@ def run(payload: bytes) -> bytes:
 
     Raises `NotSendableError` for a graph that refers to what only the sender has, and what the compiler raises.
     """
+    try:
+        return _compiled(payload)
+    except Exception as error:
+        damaged = _damaged_library(error)
+        if damaged is None:
+            raise
+        _LOG.warning("a library in Inductor's cache is damaged and made anew: %s", error)
+        damaged.unlink(missing_ok=True)
+    return _compiled(payload)
+
+
+def _compiled(payload: bytes) -> bytes:
     job, module = _unpack(payload)
     own = torch_internals.fake_inputs(module.graph)
     seeds = [seed for site in sorted(job.seeds) for seed in job.seeds[site]]
@@ -126,6 +142,29 @@ def run(payload: bytes) -> bytes:
         added = _fake_extras(seeds, job.device, own)
         module = specialise(module, graphs, constants, added, job.batch_seeds, job.name)
         return torch_internals.compile_graph(module, job.shared, job.static)
+
+
+def _damaged_library(error: BaseException) -> Path | None:
+    """The library in Inductor's cache that could not be loaded, if that is why `error` was raised.
+
+    A compiler that is killed while it links leaves one that is empty or cut short, and Inductor does not make again
+    what is there.
+    """
+    folder = torch_internals.compiler_cache_dir()
+    if folder is None:
+        return None
+    for each in _causes(error):
+        if isinstance(each, (ImportError, OSError)):
+            named = Path(str(each).partition(":")[0]).resolve()  # the dynamic linker's messages begin with the file
+            if named.suffix == ".so" and named.is_relative_to(Path(folder).resolve()):
+                return named
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _unpack(payload: bytes) -> tuple[VariantJob, fx.GraphModule]:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler.moody_compiler import MoodyCompiler
+from tests.compiler.variants import workers
+from tests.services.children import wait_until_gone
+
 
 @pytest.fixture(scope="session")
 def _own_cache() -> Iterator[Path]:
@@ -34,3 +38,26 @@ def empty_store(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo:
     folder = _own_cache / "esper"
     shutil.rmtree(folder, ignore_errors=True)
     return folder
+
+
+@pytest.fixture
+def compiler(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[MoodyCompiler]:
+    """What compile workers, and programs of their own, compile with. No variant is stored yet."""
+    cache = _own_cache / "faults"
+    compiler = MoodyCompiler(cache / "compiler")
+    compiler.install()
+    for stored in (cache / "esper").glob("*"):
+        stored.unlink()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(compiler.path))
+        _end_workers()
+        yield compiler
+    _end_workers()
+
+
+def _end_workers() -> None:
+    """Those that run have the environment of earlier tests."""
+    for each in workers():
+        each.kill()
+        wait_until_gone(each, 10)
