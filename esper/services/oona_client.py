@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import logging
@@ -19,13 +18,16 @@ from pydantic import BaseModel
 
 from esper.contracts.messages import OonaMessage
 from esper.forking import reset_after_fork
-from esper.services.oona.bus import Bus, BusSubscription
+from esper.services.oona.bus import Bus
+from esper.services.oona.errors import BusRefusedError, BusUnavailableError
 from esper.services.oona.memory import InMemoryBus
+from esper.services.oona.receiving import MessageStream, Subscription
 
 __all__ = ["MessageStream", "OonaClient", "OonaStats", "Subscription"]
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY = 30.0  # seconds between two warnings about dropped messages
+_TRY_AGAIN_AFTER = 0.05  # seconds, after the bus has waited for as long as it thinks right
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,11 @@ class OonaStats:
     dropped: int
     """Pushed out of the full queue by later ones, or published after closing."""
     failed: int
-    """Could not be written as JSON, or refused by the bus; the log has the reason."""
+    """Could not be written as JSON, refused by the bus, or not sent before the client was closed."""
     queued: int
+    """Wait to be sent, those included that are being sent."""
+    last_error: str = ""
+    """Why the latest attempt to send something did not succeed; empty if it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,12 @@ class OonaClient:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._closing = threading.Event()
         self._published = _Counter()
         self._dropped = _Counter()
         self._late = _Counter()  # published after close(): dropped as well, but nothing to warn about
-        self._sent = self._failed = 0  # written by the sender thread only
+        self._sent = self._failed = 0  # written by the sender thread only, like the next
+        self._last_error = ""
         self._reported, self._reported_at = 0, -_REPORT_EVERY
 
     def __deepcopy__(self, memo: object) -> OonaClient:
@@ -113,14 +120,21 @@ class OonaClient:
             self._start()
 
     def subscribe(
-        self, topics: str | Iterable[str], callback: Callable[[OonaMessage], object], *, group: str | None = None
+        self,
+        topics: str | Iterable[str],
+        callback: Callable[[OonaMessage], object],
+        *,
+        group: str | None = None,
+        owner: object | None = None,
     ) -> Subscription:
         """Call `callback` for every later message of `topics`, on a thread of the subscription's own.
 
-        An exception from `callback` is logged and counted, and the next message follows.
+        An exception from `callback` is logged and counted, and the next message follows. The subscription keeps
+        `callback` alive, and `owner` not: soon after it was collected, the subscription ends by itself.
         """
         wanted = [topics] if isinstance(topics, str) else list(topics)
-        subscription = Subscription(self.bus.subscribe(wanted, group=group), callback, ",".join(wanted))
+        source = self.bus.subscribe(wanted, group=group)
+        subscription = Subscription(source, callback, ",".join(wanted), one_by_one=group is not None, owner=owner)
         self._subscriptions = [each for each in self._subscriptions if not each.closed] + [subscription]
         return subscription
 
@@ -135,13 +149,10 @@ class OonaClient:
 
     def stats(self) -> OonaStats:
         """Counts since the client was made."""
-        return OonaStats(
-            self._published.value,
-            self._sent,
-            self._dropped.value + self._late.value,
-            self._failed,
-            max(0, self._queue.qsize()),
-        )
+        sent, failed = self._sent, self._failed
+        dropped = self._dropped.value + self._late.value
+        queued = max(0, self._published.value - sent - failed - dropped)
+        return OonaStats(sent + failed + dropped + queued, sent, dropped, failed, queued, self._last_error)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until what was published before has been handed to the bus; False if `timeout` seconds do not do."""
@@ -154,6 +165,7 @@ class OonaClient:
     def close(self, timeout: float = 2.0) -> None:
         """Send what is queued, for at most `timeout` seconds, and end the threads. The rest counts as dropped."""
         closed_before, self._closed = self._closed, True
+        self._closing.set()
         thread = self._thread
         if thread is not None and not closed_before:
             self._queue.put(_Marker(last=True))
@@ -209,15 +221,31 @@ class OonaClient:
 
     def _send(self, drafts: list[_Draft]) -> None:
         messages = [message for draft in drafts if (message := self._message(draft)) is not None]
-        if not messages:
-            return
+        while messages:
+            messages = self._attempt(messages)
+            if messages and self._closing.wait(_TRY_AGAIN_AFTER):
+                self._failed += len(messages)
+                _log.warning("%d messages were not sent before closing: %s", len(messages), self._last_error)
+                messages = []
+
+    def _attempt(self, messages: list[OonaMessage]) -> list[OonaMessage]:
+        """Send what the bus takes. Returns what is to be tried again, while later messages wait in the queue."""
+        unsent: list[OonaMessage] = []
+        failed, error_text = 0, ""
         try:
             self.bus.send(messages)
-        except Exception:  # noqa: BLE001  # whatever a transport raises, the thread goes on; it is counted and logged
-            self._failed += len(messages)
+        except BusUnavailableError as error:  # the transport has logged it
+            unsent, error_text = list(error.unsent), str(error)
+        except BusRefusedError as error:
+            failed, error_text = len(error.refused), str(error)
+            _log.error("%s", error)
+        except Exception as error:  # noqa: BLE001  # whatever a transport raises, the thread goes on; counted and logged
+            failed, error_text = len(messages), f"{type(error).__name__}: {error}"
             _log.exception("the bus refused %d messages", len(messages))
-        else:
-            self._sent += len(messages)
+        self._failed += failed
+        self._sent += len(messages) - len(unsent) - failed
+        self._last_error = error_text
+        return unsent
 
     def _message(self, draft: _Draft) -> OonaMessage | None:
         try:
@@ -226,8 +254,9 @@ class OonaClient:
             return OonaMessage(
                 sender_id=self.sender_id, timestamp=draft.timestamp, topic=draft.topic, payload=payload, **fields
             )
-        except Exception:  # noqa: BLE001  # a payload's own serialiser may raise anything; it is counted and logged
+        except Exception as error:  # noqa: BLE001  # a payload's own serialiser may raise anything; counted and logged
             self._failed += 1
+            self._last_error = f"{type(error).__name__}: {error}"
             _log.exception("a message for %s cannot be written as JSON", draft.topic)
             return None
 
@@ -278,95 +307,3 @@ class _Counter:
         with self._reading:  # looking takes a step too, which is taken off again
             self._reads += 1
             return next(self._steps) - self._reads + 1
-
-
-class Subscription:
-    """A callback that is being called. :meth:`close` ends it; also a context manager."""
-
-    def __init__(self, source: BusSubscription, callback: Callable[[OonaMessage], object], name: str) -> None:
-        self._source = source
-        self._callback = callback
-        self.errors = 0
-        """How often the callback raised."""
-        self._thread = threading.Thread(target=self._run, name=f"esper-oona-{name}", daemon=True)
-        self._thread.start()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it was closed."""
-        return self._source.closed
-
-    @property
-    def dropped(self) -> int:
-        """Messages that came faster than the callback took them."""
-        return self._source.dropped
-
-    def __enter__(self) -> Subscription:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self, timeout: float = 2.0) -> None:
-        """Stop calling; waits up to `timeout` seconds for a call in progress, unless called from it."""
-        self._source.close()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-
-    def _run(self) -> None:
-        while not self._source.closed:
-            for message in self._source.receive():
-                try:
-                    self._callback(message)
-                except Exception:  # noqa: BLE001  # a subscriber's error must not end the subscription; counted, logged
-                    self.errors += 1
-                    _log.exception("a subscriber to %s raised", message.topic)
-
-
-class MessageStream:
-    """An async iterator over messages. `async with` it, or call :meth:`close`; iteration then ends."""
-
-    subscription: Subscription
-
-    def __init__(self, size: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[OonaMessage | None] = asyncio.Queue()
-        self._size = size
-        self.dropped = 0
-        """Messages that came faster than the loop took them."""
-
-    def receive(self, message: OonaMessage) -> None:
-        """Take a message on the subscription's thread."""
-        self._hand_over(message)
-
-    def __aiter__(self) -> MessageStream:
-        return self
-
-    async def __anext__(self) -> OonaMessage:
-        message = await self._queue.get()
-        if message is None:
-            raise StopAsyncIteration
-        return message
-
-    async def __aenter__(self) -> MessageStream:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop receiving, and end the iteration after what has arrived."""
-        self.subscription.close(timeout=0.0)
-        self._hand_over(None)
-
-    def _hand_over(self, message: OonaMessage | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._put, message)
-        except RuntimeError:  # the loop was closed, and nobody is left to read
-            self.subscription.close()
-
-    def _put(self, message: OonaMessage | None) -> None:
-        if message is not None and self._queue.qsize() >= self._size:
-            self._queue.get_nowait()
-            self.dropped += 1
-        self._queue.put_nowait(message)

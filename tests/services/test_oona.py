@@ -110,7 +110,7 @@ class TestPublishing:
             for number in range(1000):
                 client.publish(SUBMITTED, numbered(number))
             stats = client.stats()
-            assert (stats.published, stats.queued, stats.dropped) == (1001, 100, 900)
+            assert (stats.published, stats.queued, stats.dropped) == (1001, 1 + 100, 900)  # one is being sent
             bus.gate.set()
             assert client.flush(10)
             client.close()

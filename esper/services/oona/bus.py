@@ -11,12 +11,14 @@ __all__ = ["Bus", "BusSubscription"]
 
 
 class BusSubscription(Protocol):
-    """Messages of some topics, from the moment of subscription on, each once."""
+    """Messages of some topics, from the moment of subscription on, each once: those of an `event_id` seen before are
+    left out."""
 
     def receive(self, timeout: float | None = None, limit: int = 512) -> Sequence[OonaMessage]:
-        """The next messages, at least one, in the order of sending; waits for them up to `timeout` seconds.
+        """The next messages, at least one and at most `limit`; waits for them up to `timeout` seconds.
 
-        Empty when the time is over or the subscription was closed. Those received before count as handled.
+        Those of one topic come in the order of sending. Empty when the time is over or the subscription was closed.
+        Those received before count as handled, also by a call after closing.
         """
         ...
 
@@ -27,7 +29,7 @@ class BusSubscription(Protocol):
 
     @property
     def dropped(self) -> int:
-        """Messages that this subscription never saw, because it fell too far behind."""
+        """Messages that this subscription never saw, because it, or its group, fell too far behind."""
         ...
 
     def close(self) -> None:
@@ -39,7 +41,11 @@ class Bus(Protocol):
     """A transport."""
 
     def send(self, messages: Sequence[OonaMessage]) -> None:
-        """Hand over messages, in order. May block."""
+        """Hand over messages, in order. May block for a few seconds.
+
+        Raises :class:`~esper.services.oona.BusUnavailableError` with those that have to be sent again, and
+        :class:`~esper.services.oona.BusRefusedError` with those that cannot be sent.
+        """
         ...
 
     def subscribe(self, topics: Iterable[str], *, group: str | None = None) -> BusSubscription:

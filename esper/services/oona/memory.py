@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from esper.contracts.messages import OonaMessage
 from esper.forking import reset_after_fork
+from esper.services.oona.recent_ids import RecentIds
 
 __all__ = ["InMemoryBus"]
 
@@ -82,8 +83,11 @@ class _Mailbox:
         self.members: list[MemorySubscription] = []
         self.dropped = 0
         self._size = size
+        self._recent = RecentIds()
 
     def put(self, message: OonaMessage) -> None:
+        if not self._recent.add(message.event_id):
+            return
         if len(self.messages) >= self._size:
             self.messages.popleft()
             self.dropped += 1
