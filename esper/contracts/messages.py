@@ -29,6 +29,7 @@ class TopicNames(StrEnum):
 
     TELEMETRY_SEED_HEALTH = "telemetry.seed.health"
     CONTROL_KASMINA_COMMANDS = "control.kasmina.commands"
+    CONTROL_KASMINA_OUTCOMES = "control.kasmina.outcomes"
     COMPILATION_BLUEPRINT_SUBMITTED = "compilation.blueprint.submitted"
     COMPILATION_KERNEL_READY = "compilation.kernel.ready"
     VALIDATION_KERNEL_CHARACTERIZED = "validation.kernel.characterized"

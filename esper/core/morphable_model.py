@@ -17,6 +17,7 @@ from esper.compiler.report import CompileReport
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
+from esper.core.listening import Listener, ListeningPlatform
 from esper.core.persistence import PackedModel, is_hooks
 from esper.core.targets import Selection
 from esper.core.watched import signal_of
@@ -320,6 +321,20 @@ class MorphableModel(nn.Module):
         as part of the host. Any other kernel stays, of a constant share.
         """
         return self._layer(layer_name).fossilize(seed_idx)
+
+    def listen(self, platform: ListeningPlatform | None = None, *, name: str | None = None) -> Listener:
+        """Take commands from the bus of `platform`, by default this model's own, until the returned listener is closed.
+
+        They are :class:`~esper.contracts.commands.KasminaControlCommand`: those for all models, and with `name` those
+        for the model of that name. Each is answered with a ``KasminaCommandOutcome``. What it changes is staged, on a
+        thread of the listener's, and comes into force like what is asked here. The listener does not keep the model
+        alive. To be called before training begins, as it may have to connect.
+        """
+        if platform is None:
+            from esper.platform import default_platform  # which brings a database along
+
+            platform = self._options.platform or default_platform()
+        return Listener(self, platform.oona, name)
 
     def commit(self) -> list[Transition]:
         """Put everything staged in force, all at once; call it between two steps. Returns what changed."""
