@@ -10,6 +10,7 @@ from typing import Any
 
 from esper.compiler.report import Origin
 from esper.execution.plan import DORMANT
+from esper.forking import reset_after_fork
 
 __all__ = ["Boxed", "Variant", "VariantCache"]
 
@@ -42,6 +43,11 @@ class VariantCache:
         self._lock = threading.Lock()
         self._variants: OrderedDict[Hashable, Variant] = OrderedDict()
         self.in_force: Hashable = DORMANT.structure
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self._lock = threading.Lock()
 
     def get(self, structure: Hashable) -> Variant | None:
         """The variant, which is the most recently used one now."""

@@ -25,6 +25,7 @@ from esper.core.region_building import (
 )
 from esper.core.tracing import Traced, Untraceable, trace_region
 from esper.core.watched import HOOK_KINDS, signal_of
+from esper.forking import reset_after_fork
 from esper_passes import ExpandModules, LowerFunctional, Pipeline, RewriteSites
 
 __all__ = ["EagerRegions", "Regions"]
@@ -63,6 +64,11 @@ class EagerRegions:
         signal = signal_of(root)
         if signal is not None:
             signal.listen(self._note_change)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child builds a function, which is when the lock is held; see `esper.forking`."""
+        self._lock = threading.Lock()
 
     @property
     def regions(self) -> Regions:

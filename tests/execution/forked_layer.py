@@ -66,9 +66,9 @@ def _in_child(layer: KasminaLayer, source: FolderOfArtifacts, kernel: str, dorma
     return 4 if torch.equal(layer(X), dormant) else 0
 
 
-def end_of(child: int, seconds: float = CHILD_SECONDS) -> str:
+def end_of(child: int) -> str:
     """How a child ended, in time or by force."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + CHILD_SECONDS
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid == child:

@@ -26,13 +26,13 @@ def main() -> None:
     fetched = layers["fetch"].request_kernel(0, one.id)
     assert slow.asked.wait(20)
     steps = [
-        (lambda: layers["alpha"].set_alpha(0, 0.5), "state_layout", "write"),
-        (lambda: layers["request"].request_kernel(0, one.id), "background", "start"),
-        (lambda: layers["cache"].kernel_cache.held(one.id), "kernel_cache", "find"),
-        (lambda: layers["telemetry"].get_layer_stats(), "telemetry", "sum"),
-        (lambda: KasminaLayer("another", 2, 8, 8), "registry", "__setitem__"),
+        (lambda: layers["alpha"].set_alpha(0, 0.5), "state_layout:set_alpha", "write"),
+        (lambda: layers["request"].request_kernel(0, one.id), "background:submit", "start"),
+        (lambda: layers["cache"].kernel_cache.held(one.id), "kernel_cache:held", "find"),
+        (lambda: layers["telemetry"].get_layer_stats(), "telemetry:executions", "sum"),
+        (lambda: KasminaLayer("another", 2, 8, 8), "registry:reserve_sites", "__setitem__"),
     ]
-    stopped = [StoppedThread(work, f"{_MODULES}.{module}", name) for work, module, name in steps]
+    stopped = [StoppedThread(work, f"{_MODULES}.{caller}", callee) for work, caller, callee in steps]
 
     child = os.fork()
     if child == 0:
