@@ -248,11 +248,13 @@ def recompile_context(inputs: Sequence[Any], module: fx.GraphModule) -> Iterator
         yield
 
 
-def serialise_compiled(module: fx.GraphModule, inputs: Sequence[torch.Tensor], dynamic: Sequence[int]) -> bytes:
+def serialise_compiled(
+    module: fx.GraphModule, inputs: Sequence[torch.Tensor], dynamic: Sequence[int], options: Mapping[str, Any]
+) -> bytes:
     """Compile forward and backward with Inductor and return the result as bytes.
 
     `inputs` are real tensors with the requires-grad flags to compile for; those at the positions `dynamic` may vary in
-    their first dimension, every other size is fixed. Slow, and it patches process-wide state: for a process of its own.
+    their first dimension, every other size is fixed. `options` are Inductor's settings by name. Slow, and it patches process-wide state: for a process of its own.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor import standalone_compile
@@ -272,7 +274,7 @@ def serialise_compiled(module: fx.GraphModule, inputs: Sequence[torch.Tensor], d
     for node in module.graph.nodes:  # AOTAutograd's cache asks for example_value, and gives up without it
         node.meta = {"example_value": node.meta["val"]} if "val" in node.meta else {}
     with functorch_config.patch(force_non_lazy_backward_lowering=True):  # torch 2.11 compiles backwards on first use
-        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
+        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options=dict(options), aot=True)
         data: bytes = compiled.serialize()
         return data
 
@@ -580,7 +582,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
         ),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
     ):
-        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
+        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options=dict(options), aot=True)
         try:
             serialised = compiled.serialize()
         except TypeError as error:  # there is no `serialize` where AOTAutograd's cache has refused the graph

@@ -317,7 +317,7 @@ def test_compiled_code_survives_serialisation_for_any_number_of_rows() -> None:
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
     graph.output((graph.call_function(torch._C._nn.linear, (x, weight)),))
     examples = [torch.zeros(8, 4, requires_grad=True), torch.zeros(3, 4, requires_grad=True)]
-    data = torch_internals.serialise_compiled(fx.GraphModule(nn.Module(), graph), examples, dynamic=[0])
+    data = torch_internals.serialise_compiled(fx.GraphModule(nn.Module(), graph), examples, [0], {})
     compiled = torch_internals.deserialise_compiled(data)
     for rows in (2, 9):
         x_value = torch.randn(rows, 4, requires_grad=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -28,12 +29,17 @@ CompiledKernel = Callable[..., torch.Tensor]
 _EXAMPLE_ROWS = 8  # any number of at least 2 will do: 0 and 1 are the sizes that tracing specialises on
 
 
-def compile_attachment(graph: KernelGraph, tensors: Mapping[str, torch.Tensor], device: str = "cpu") -> bytes:
+def compile_attachment(
+    graph: KernelGraph,
+    tensors: Mapping[str, torch.Tensor],
+    device: str = "cpu",
+    options: Mapping[str, bool | int] = MappingProxyType({}),
+) -> bytes:
     """Compile `graph` with Inductor and return the payload of an attachment.
 
-    `tensors` gives shapes, dtypes and strides by tensor name; their values do not enter the payload. Takes seconds and
-    patches process-wide state, so call it in a process of its own. Raises what Inductor raises, for example when no
-    C++ compiler is found.
+    `tensors` gives shapes, dtypes and strides by tensor name; their values do not enter the payload. `options` are
+    Inductor's settings by name. Takes seconds and patches process-wide state, so call it in a process of its own.
+    Raises what Inductor raises, for example when no C++ compiler is found.
     """
     kernel = graph.to_fx()
     (output,) = [node for node in kernel.nodes if node.op == "output"]
@@ -46,7 +52,7 @@ def compile_attachment(graph: KernelGraph, tensors: Mapping[str, torch.Tensor], 
         for name in graph.tensor_names
     ]
     module = fx.GraphModule(torch.nn.Module(), kernel)
-    return torch_internals.serialise_compiled(module, [*rows, *parameters], dynamic=range(len(rows)))
+    return torch_internals.serialise_compiled(module, [*rows, *parameters], range(len(rows)), options)
 
 
 def load_attachment(payload: bytes) -> CompiledKernel:

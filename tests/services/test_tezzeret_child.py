@@ -39,6 +39,18 @@ def test_a_sound_blueprint_leaves_artifact_and_attachment(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_of_several_sets_of_options_the_fastest_is_kept(tmp_path: Path) -> None:
+    pipeline = PIPELINES["standard"]
+    result = compile_blueprint(KERNEL, pipeline, tmp_path)
+    report = result.report.attachment
+    assert report is not None
+    assert tuple(report.tried) == pipeline.options
+    times = {name: time for name, time in report.tried.items() if time is not None}
+    assert times[report.options] == min(times.values())
+    assert callable(load_attachment((tmp_path / ATTACHMENT).read_bytes()))
+
+
+@pytest.mark.slow
 def test_a_kernel_that_the_compiler_refuses_where_it_works_otherwise_is_invalid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

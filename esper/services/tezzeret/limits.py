@@ -8,14 +8,18 @@ from types import MappingProxyType
 
 from esper.configs import TezzeretConfig
 
-__all__ = ["PIPELINES", "ChildLimits", "Pipeline"]
+__all__ = ["INDUCTOR_OPTIONS", "PIPELINES", "ChildLimits", "Pipeline"]
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What one pipeline does. All check the same properties; the slower ones on more inputs, and measure for longer."""
+    """What one pipeline does.
+
+    All check the same properties; the slower ones on more inputs, measure for longer, and search for the options of
+    Inductor that make the fastest code.
+    """
 
     name: str
     wall_seconds: float
@@ -26,7 +30,21 @@ class Pipeline:
     latency_rows: tuple[int, ...]
     latency_seconds: float
     """Time for each measurement of a latency."""
+    options: tuple[str, ...] = ("default",)
+    """The sets of :data:`INDUCTOR_OPTIONS` that compiled code is made with; the fastest is kept."""
+    tuning_rows: int = 256
+    """Number of rows on which the sets are compared."""
 
+
+INDUCTOR_OPTIONS: Mapping[str, Mapping[str, bool | int]] = MappingProxyType(
+    {
+        "default": {},
+        "vectors of 256 bits": {"cpp.simdlen": 256},
+        "autotuned products": {"max_autotune": True},
+        "autotuned products, vectors of 256 bits": {"max_autotune": True, "cpp.simdlen": 256},
+    }
+)
+"""Sets of Inductor's options by name. All compute the same: none relaxes the arithmetic."""
 
 _FAST = Pipeline(
     name="fast",
@@ -43,6 +61,7 @@ _STANDARD = Pipeline(
     rows=(2, 5, 37, 128),
     latency_rows=(1, 32, 256),
     latency_seconds=0.2,
+    options=("default", "vectors of 256 bits"),
 )
 _AGGRESSIVE = Pipeline(
     name="aggressive",
@@ -51,6 +70,7 @@ _AGGRESSIVE = Pipeline(
     rows=(2, 3, 5, 8, 37, 128, 511),
     latency_rows=(1, 2, 8, 32, 128, 512, 2048),
     latency_seconds=1.0,
+    options=tuple(INDUCTOR_OPTIONS),
 )
 PIPELINES: Mapping[str, Pipeline] = MappingProxyType({each.name: each for each in (_FAST, _STANDARD, _AGGRESSIVE)})
 
