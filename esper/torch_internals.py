@@ -254,7 +254,8 @@ def serialise_compiled(
     """Compile forward and backward with Inductor and return the result as bytes.
 
     `inputs` are real tensors with the requires-grad flags to compile for; those at the positions `dynamic` may vary in
-    their first dimension, every other size is fixed. `options` are Inductor's settings by name. Slow, and it patches process-wide state: for a process of its own.
+    their first dimension, every other size is fixed. `options` are Inductor's settings by name. Slow, and it patches
+    process-wide state: for a process of its own.
     """
     from torch._functorch import config as functorch_config
     from torch._inductor import standalone_compile
@@ -582,7 +583,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
         ),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
     ):
-        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options=dict(options), aot=True)
+        compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
         try:
             serialised = compiled.serialize()
         except TypeError as error:  # there is no `serialize` where AOTAutograd's cache has refused the graph
