@@ -36,6 +36,8 @@ __all__ = [
     "UnknownBlueprintError",
     "UnknownKernelReferenceError",
     "UnknownRouteError",
+    "UrzaProtocolError",
+    "UrzaUnavailableError",
 ]
 
 
@@ -129,6 +131,14 @@ class StoreTimeoutError(StoreError, TimeoutError):
 
 class UnknownRouteError(StoreError, LookupError):
     """Urza has nothing at this path: another version, or not Urza."""
+
+
+class UrzaUnavailableError(StoreError, ConnectionError):
+    """Urza cannot be reached, or answers that it failed; or is left alone for a while because it did. Or: offline."""
+
+
+class UrzaProtocolError(StoreError):
+    """What answers at `urza.url` is not an Urza, or not one of this version."""
 
 
 class CompilationFailedError(ServiceError):

@@ -1,0 +1,258 @@
+"""Every route of Urza's HTTP interface, as a coroutine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from esper.artifacts import Attachment, Blueprint, Limits, Signature, UntrustedArtifactError
+from esper.configs import UrzaConfig
+from esper.contracts.validation import ValidationReport
+from esper.services.contracts import (
+    BlueprintRecord,
+    BlueprintStatus,
+    Claim,
+    CompiledKernelArtifact,
+    KernelMetadata,
+    KernelQuery,
+    KernelStatus,
+    StoreStats,
+)
+from esper.services.errors import UnknownAttachmentError
+from esper.services.stores import LEASE_SECONDS
+from esper.services.urza_client.transport import Answer, UrzaTransport
+
+__all__ = ["UrzaClient"]
+
+_SIGNATURE_HEADER = "Esper-Signature"
+_PAGE = 1000
+_MAX_ATTACHMENT = 256 * 2**20
+_Document = TypeVar("_Document", bound=BaseModel)
+
+
+class UrzaClient:
+    """Asks the Urza at `settings.url`. For one event loop; close it, or use it with `async with`.
+
+    Every coroutine raises what the store's method of that name does (see `esper.services.stores`), and
+    :class:`~esper.services.errors.UrzaUnavailableError` and ``UrzaProtocolError``. Requests that can be repeated are,
+    as `settings.client` says; a claim is not, since nobody would know of the first.
+    """
+
+    def __init__(self, settings: UrzaConfig) -> None:
+        self._transport = UrzaTransport(settings)
+
+    async def __aenter__(self) -> UrzaClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._transport.close()
+
+    # -- blueprints ----------------------------------------------------------------------------------------------------
+
+    async def submit(self, blueprint: Blueprint, name: str | None = None) -> BlueprintRecord:
+        """`POST /api/v1/blueprints`."""
+        body = {"blueprint": json.loads(blueprint.to_json()), "name": name}
+        return self._read(BlueprintRecord, await self._transport.request("POST", "/api/v1/blueprints", json=body))
+
+    async def blueprint(self, blueprint_id: str) -> BlueprintRecord:
+        """`GET /api/v1/blueprints/{id}`."""
+        return self._read(BlueprintRecord, await self._transport.request("GET", _path("blueprints", blueprint_id)))
+
+    async def document(self, blueprint_id: str) -> bytes:
+        """`GET /api/v1/blueprints/{id}/document`: canonical JSON."""
+        answer = await self._transport.request("GET", _path("blueprints", blueprint_id, "document"))
+        return answer.body
+
+    async def blueprints(
+        self, status_filter: BlueprintStatus | None = None, limit: int = 100
+    ) -> tuple[BlueprintRecord, ...]:
+        """`GET /api/v1/blueprints`, as many pages as `limit` takes."""
+        found: list[BlueprintRecord] = []
+        cursor: str | None = None
+        while len(found) < limit:
+            params = {"limit": min(limit - len(found), _PAGE), "status_filter": status_filter, "cursor": cursor}
+            given = {name: value for name, value in params.items() if value is not None}
+            answer = await self._transport.request("GET", "/api/v1/blueprints", params=given)
+            items, cursor = self._page(BlueprintRecord, answer)
+            found += items
+            if cursor is None:
+                break
+        return tuple(found)
+
+    async def forget(self, blueprint_id: str) -> None:
+        """`DELETE /api/v1/blueprints/{id}`."""
+        await self._transport.request("DELETE", _path("blueprints", blueprint_id), repeatable=False)
+
+    # -- kernels -------------------------------------------------------------------------------------------------------
+
+    async def kernel(self, reference: str) -> CompiledKernelArtifact:
+        """`GET /api/v1/kernels/{reference}`: by full id, prefix or name."""
+        return self._read(CompiledKernelArtifact, await self._transport.request("GET", _path("kernels", reference)))
+
+    async def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
+        """`GET /api/v1/kernels/{id}/content`: the artifact, its hash checked, and its signature, not checked."""
+        path = _path("kernels", artifact_id, "content")
+        answer = await self._transport.download(path, artifact_id, Limits().max_bytes)
+        return answer.body, self._signature(answer)
+
+    async def attachment(self, artifact_id: str, target_key: str, known: bytes | None = None) -> bytes | None:
+        """`GET /api/v1/kernels/{id}/attachments/{target}`: packed, its signature not checked; None if there is none.
+
+        `known` is what is there already, and is returned if Urza has the same.
+        """
+        path = _path("kernels", artifact_id, "attachments", target_key)
+        headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
+        try:
+            answer = await self._transport.download(path, None, _MAX_ATTACHMENT, headers)
+        except UnknownAttachmentError:
+            return None
+        return known if answer.status == httpx.codes.NOT_MODIFIED else answer.body
+
+    async def query(self, query: KernelQuery) -> tuple[CompiledKernelArtifact, ...]:
+        """`POST /api/v1/kernels/query`."""
+        body = query.model_dump(mode="json")
+        return tuple(self._page(CompiledKernelArtifact, await self._post("/api/v1/kernels/query", body))[0])
+
+    # -- for workers ---------------------------------------------------------------------------------------------------
+
+    async def claim(
+        self, worker: str, *, lease_seconds: float = LEASE_SECONDS, blueprint_id: str | None = None
+    ) -> Claim | None:
+        """`POST /internal/v1/blueprints/claim`. One whose answer is lost runs out by itself."""
+        body = {"worker": worker, "lease_seconds": lease_seconds, "blueprint_id": blueprint_id}
+        answer = await self._post("/internal/v1/blueprints/claim", body, repeatable=False)
+        return None if answer.status == httpx.codes.NO_CONTENT else self._read(Claim, answer)
+
+    async def renew(self, claim: Claim, *, lease_seconds: float = LEASE_SECONDS) -> Claim:
+        """`POST /internal/v1/blueprints/{id}/renew`."""
+        body = {
+            "token": claim.token, "worker": claim.worker, "attempt": claim.attempt, "lease_seconds": lease_seconds,
+        }  # fmt: skip
+        return self._read(Claim, await self._post(_internal("blueprints", claim.blueprint_id, "renew"), body))
+
+    async def release(self, claim: Claim) -> None:
+        """`POST /internal/v1/blueprints/{id}/release`."""
+        await self._post(_internal("blueprints", claim.blueprint_id, "release"), {"token": claim.token})
+
+    async def set_status(
+        self,
+        blueprint_id: str,
+        status: BlueprintStatus,
+        *,
+        token: str,
+        reason: str = "",
+        report: ValidationReport | None = None,
+        artifact_id: str | None = None,
+    ) -> BlueprintRecord:
+        """`PUT /internal/v1/blueprints/{id}/status`. Repeated after a lost answer, it finds its own work done."""
+        body = {
+            "status": status, "token": token, "reason": reason, "artifact_id": artifact_id,
+            "report": None if report is None else report.model_dump(mode="json"),
+        }  # fmt: skip
+        path = _internal("blueprints", blueprint_id, "status")
+        return self._read(BlueprintRecord, await self._transport.request("PUT", path, json=body))
+
+    async def add_kernel(
+        self,
+        data: bytes,
+        signature: Signature | None,
+        *,
+        blueprint_id: str,
+        metadata: KernelMetadata,
+        report: ValidationReport,
+    ) -> CompiledKernelArtifact:
+        """`POST /internal/v1/kernels`."""
+        record = {
+            "blueprint_id": blueprint_id, "metadata": metadata.model_dump(mode="json"),
+            "report": report.model_dump(mode="json"), "signature": None if signature is None else signature.to_json(),
+        }  # fmt: skip
+        parts = {
+            "record": ("record.json", json.dumps(record).encode(), "application/json"),
+            "content": ("artifact.safetensors", data, "application/octet-stream"),
+        }
+        answer = await self._transport.request("POST", "/internal/v1/kernels", files=parts)
+        return self._read(CompiledKernelArtifact, answer)
+
+    async def add_attachment(self, attachment: Attachment) -> None:
+        """`PUT /internal/v1/kernels/{id}/attachments/{target}`."""
+        path = _internal("kernels", attachment.artifact_id, "attachments", attachment.target.key)
+        headers = {"Content-Type": "application/octet-stream"}
+        await self._transport.request("PUT", path, content=attachment.pack(), headers=headers)
+
+    async def set_kernel_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
+        """`PUT /internal/v1/kernels/{id}/status`."""
+        path = _internal("kernels", artifact_id, "status")
+        return self._read(CompiledKernelArtifact, await self._transport.request("PUT", path, json={"status": status}))
+
+    async def next_lease_end(self) -> float | None:
+        """`GET /internal/v1/blueprints/next-lease-end`: in seconds."""
+        seconds = self._json(await self._transport.request("GET", "/internal/v1/blueprints/next-lease-end"))["seconds"]
+        return None if seconds is None else float(seconds)
+
+    async def stats(self) -> StoreStats:
+        """`GET /internal/v1/database/stats`."""
+        return self._read(StoreStats, await self._transport.request("GET", "/internal/v1/database/stats"))
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    async def _post(self, path: str, body: Mapping[str, Any], *, repeatable: bool = True) -> Answer:
+        return await self._transport.request("POST", path, repeatable=repeatable, json=body)
+
+    def _json(self, answer: Answer) -> Any:
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+        if kind != "application/json":
+            raise self._transport.not_understood(kind or "something without a content type")
+        try:
+            document = json.loads(answer.body)
+        except ValueError as cause:
+            raise self._transport.not_understood("what is not JSON") from cause
+        if not isinstance(document, dict):
+            raise self._transport.not_understood(f"a {type(document).__name__}")
+        return document
+
+    def _read(self, kind: type[_Document], answer: Answer) -> _Document:
+        return self._validated(kind, self._json(answer))
+
+    def _validated(self, kind: type[_Document], document: object) -> _Document:
+        try:
+            return kind.model_validate(document)
+        except ValidationError as cause:
+            raise self._transport.not_understood(f"a {kind.__name__} with {cause.error_count()} errors") from cause
+
+    def _page(self, kind: type[_Document], answer: Answer) -> tuple[list[_Document], str | None]:
+        page = self._json(answer)
+        items = page.get("items")
+        if not isinstance(items, list):
+            raise self._transport.not_understood("a page without items")
+        return [self._validated(kind, item) for item in items], page.get("next_cursor")
+
+    def _signature(self, answer: Answer) -> Signature | None:
+        header = answer.headers.get(_SIGNATURE_HEADER)
+        if header is None:
+            return None
+        try:
+            return Signature.from_json(base64.urlsafe_b64decode(header))
+        except (ValueError, UntrustedArtifactError) as cause:
+            raise self._transport.not_understood("a signature that cannot be read") from cause
+
+
+def _path(*parts: str) -> str:
+    return "/api/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def _internal(*parts: str) -> str:
+    return "/internal/v1/" + "/".join(quote(part, safe="") for part in parts)
