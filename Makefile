@@ -1,4 +1,4 @@
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test golden lint docs bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,6 +17,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
+
+golden: $(STAMP)
+	$(BIN)/python -m pytest tests/golden --verbose
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

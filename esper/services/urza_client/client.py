@@ -178,7 +178,8 @@ class UrzaClient:
         """`POST /internal/v1/kernels`."""
         record = {
             "blueprint_id": blueprint_id, "metadata": metadata.model_dump(mode="json"),
-            "report": report.model_dump(mode="json"), "signature": None if signature is None else signature.to_json(),
+            "report": report.model_dump(mode="json"),
+            "signature": None if signature is None else json.loads(signature.to_json()),
         }  # fmt: skip
         parts = {
             "record": ("record.json", json.dumps(record).encode(), "application/json"),
