@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +18,21 @@ from esper.services.problems import MEDIA_TYPE, TYPE_PREFIX
 from esper.services.urza import UrzaStore
 from esper.services.urza.server import UrzaServer
 
-__all__ = ["RunningUrza", "assert_problem", "raw_connection", "settings"]
+__all__ = ["SERVE", "RunningUrza", "assert_problem", "locked", "raw_connection", "settings"]
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from esper.configs import EsperConfig, UrzaConfig
+from esper.services.urza import UrzaStore
+from esper.services.urza.server import run_server
+
+with UrzaStore.in_folder(Path(sys.argv[1])) as store:
+    run_server(EsperConfig(environment="test", urza=UrzaConfig(port=0)), store)
+print("closed", flush=True)
+"""
+"""A program that serves the store in the folder that it is given, says where, and says when it has closed it."""
 
 
 def settings(**urza: Any) -> EsperConfig:
@@ -55,7 +71,7 @@ class RunningUrza:
         """Have it end without waiting for that."""
         self._server.stop()
 
-    @contextmanager
+    @contextlib.contextmanager
     def client(self, token: str | None = None, timeout: float = 60.0) -> Iterator[httpx.Client]:
         """A client of it, with connections of its own."""
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -80,3 +96,23 @@ def assert_problem(response: httpx.Response, status: int, slug: str, detail: str
 def raw_connection(port: int) -> socket.socket:
     """A connection to the server, for what no proper client would send."""
     return socket.create_connection(("127.0.0.1", port), timeout=60)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
+    """Hold the SQLite database's write lock; yields what lets it go."""
+    holder = sqlite3.connect(folder / "esper.db", isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    released = False
+
+    def release() -> None:
+        nonlocal released
+        if not released:
+            released = True
+            holder.execute("ROLLBACK")
+
+    try:
+        yield release
+    finally:
+        release()
+        holder.close()

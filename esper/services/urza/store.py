@@ -61,9 +61,9 @@ class UrzaStore:
         self.database.close()
 
     def ping(self) -> None:
-        """Raises :class:`~esper.services.errors.StoreError` if the database does not answer."""
+        """Raises :class:`~esper.services.errors.StoreError` if the database does not answer, or has lost its tables."""
         with self.database.reading() as session:
-            session.execute(select(1))
+            session.execute(select(BlueprintRow.id).limit(1))
 
     def stats(self) -> StoreStats:
         """Counts and sizes."""
