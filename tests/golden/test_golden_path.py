@@ -18,8 +18,8 @@ from torch import nn
 
 from esper import Blueprint
 from esper.contracts.messages import HealthSignal, OonaMessage, TopicNames
-from tests.golden.deployment import TOKENS, Deployment, deployment
 from tests.golden.backends import BACKENDS, settings_of
+from tests.golden.deployment import TOKENS, Deployment, deployment
 from tests.services.valkey_server import ValkeyProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("golden")]
