@@ -55,5 +55,6 @@ class Cursor:
 
     def behind(self, time: InstrumentedAttribute[float], row_id: InstrumentedAttribute[str]) -> ColumnElement[bool]:
         """The condition on rows that come after this one, where later times and larger ids come first."""
-        condition: Any = or_(time < self.seconds, and_(time == self.seconds, row_id < self.id))
+        # the first condition is implied by the second, and is one that an index answers
+        condition: Any = and_(time <= self.seconds, or_(time < self.seconds, row_id < self.id))
         return condition  # type: ignore[no-any-return]  # a union that SQLAlchemy types loosely
