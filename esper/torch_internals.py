@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import platform
+import struct
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -582,6 +583,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
             autograd_cache_allow_custom_autograd_functions=True,
         ),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
+        _no_library_cut_short(),
     ):
         compiled: Any = standalone_compile(module, fakes, dynamic_shapes="from_graph", options={}, aot=True)
         try:
@@ -735,6 +737,8 @@ class _Libraries:
 
         if not os.path.exists(path):
             raise StaleVariantError(f"the library {path} is gone")
+        if _is_cut_short(path):
+            raise StaleVariantError(f"the library {path} is cut short")
         _open_library(path)
         library: Any = CppPythonBindingsCodeCache._load_library_inner(path, name.rsplit(".", 1)[0])
         kernel: Callable[..., Any] = library.kernel
@@ -743,6 +747,44 @@ class _Libraries:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._others, name)
+
+
+@contextlib.contextmanager
+def _no_library_cut_short() -> Iterator[None]:
+    """Have Inductor refuse, as it refuses one that is empty, a library to open which could kill this process."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    libraries: Any = CppPythonBindingsCodeCache
+    own = vars(libraries)["_load_library_inner"]
+
+    def checked(cls: Any, path: str, key: str) -> Any:
+        if _is_cut_short(path):
+            raise ImportError(f"{path}: file cut short", path=path)
+        return own.__get__(None, cls)(path, key)
+
+    libraries._load_library_inner = classmethod(checked)
+    try:
+        yield
+    finally:
+        libraries._load_library_inner = own
+
+
+def _is_cut_short(path: str) -> bool:
+    """Whether a library ends before its table of sections does, which linkers put last; see elf(5).
+
+    A power cut or a full disk leaves such a file. What is missing of it would be mapped, and raise SIGBUS when read.
+    """
+    with open(path, "rb") as file:
+        header = file.read(64)
+        size = os.fstat(file.fileno()).st_size
+    if header[:5] != b"\x7fELF\x02":  # no ELF file of 64 bits: the system's loader has to know
+        return False
+    if len(header) < 64:
+        return True
+    order = "<" if header[5] == 1 else ">"
+    (offset,) = struct.unpack_from(f"{order}Q", header, 40)
+    entry, count = struct.unpack_from(f"{order}HH", header, 58)
+    return bool(size < offset + entry * count)
 
 
 def _open_library(path: str) -> None:

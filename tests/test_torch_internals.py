@@ -271,6 +271,31 @@ def test_a_graph_compiles_elsewhere_and_loads_here(dynamic: bool, grad: bool, fr
 
 
 @pytest.mark.slow
+def test_a_library_that_is_cut_short_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    caught: list[fx.GraphModule] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        caught.append(torch_internals.copy_for_recompile(module))
+        return module.forward
+
+    torch.compile(lambda x: x.sin() + 1, backend=backend)(torch.randn(5))
+    data = torch_internals.compile_graph(_unpacked(caught[0]), frozenset(), frozenset())
+    torch_internals.load_graph(data, {}, lambda: None)
+    for library in tmp_path.rglob("*.main.so"):
+        whole = library.read_bytes()
+        library.unlink()  # this process has it open
+        library.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(torch_internals.StaleVariantError, match=r"main\.so is cut short"):
+        torch_internals.load_graph(data, {}, lambda: None)
+    torch._inductor.utils.clear_caches()
+    with pytest.raises(torch._inductor.exc.InductorError, match=r"main\.so: file cut short"):
+        torch_internals.compile_graph(_unpacked(caught[0]), frozenset(), frozenset())
+
+
+@pytest.mark.slow
 def test_a_graph_that_writes_to_shared_memory_is_refused(fresh_dynamo: None) -> None:
     caught: list[fx.GraphModule] = []
 

@@ -121,15 +121,17 @@ def run(payload: bytes) -> bytes:
 
     Raises `NotSendableError` for a graph that refers to what only the sender has, and what the compiler raises.
     """
-    try:
-        return _compiled(payload)
-    except Exception as error:
-        damaged = _damaged_library(error)
-        if damaged is None:
-            raise
-        _LOG.warning("a library in Inductor's cache is damaged and made anew: %s", error)
-        damaged.unlink(missing_ok=True)
-    return _compiled(payload)
+    removed: set[Path] = set()
+    while True:
+        try:
+            return _compiled(payload)
+        except Exception as error:
+            damaged = _damaged_library(error)
+            if damaged is None or damaged in removed:
+                raise
+            _LOG.warning("a library in Inductor's cache is damaged and made anew: %s", error)
+            damaged.unlink(missing_ok=True)
+            removed.add(damaged)
 
 
 def _compiled(payload: bytes) -> bytes:
@@ -147,8 +149,8 @@ def _compiled(payload: bytes) -> bytes:
 def _damaged_library(error: BaseException) -> Path | None:
     """The library in Inductor's cache that could not be loaded, if that is why `error` was raised.
 
-    A compiler that is killed while it links leaves one that is empty or cut short, and Inductor does not make again
-    what is there.
+    A compiler that is killed while it links, and a power cut, leave one that is empty or cut short, and Inductor does
+    not make again what is there.
     """
     folder = torch_internals.compiler_cache_dir()
     if folder is None:

@@ -68,6 +68,11 @@ def test_a_second_run_takes_its_variants_from_the_store_unless_they_are_damaged(
     assert origins(second) == {"dormant": "host compile", "active": "store"}
     assert (second["workers"]["done"], second["store"]["hits"], second["store"]["writes"]) == (0, 1, 0)
 
+    libraries = sorted((tmp_path / "cache").rglob("*.main.so"), key=lambda path: path.stat().st_mtime)
+    for library, kept in zip(libraries[-2:], (5000, 0), strict=True):  # the variant's, which were made last
+        library.write_bytes(library.read_bytes()[:kept])
+    assert origins(run_program(tmp_path)) == {"dormant": "host compile", "active": "worker"}
+
     (stored,) = (tmp_path / "cache" / "esper").iterdir()
     content = stored.read_bytes()
     stored.write_bytes(content[: len(content) // 2])
