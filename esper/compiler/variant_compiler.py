@@ -40,12 +40,14 @@ class VariantCompilationError(EsperError, RuntimeError):
     def of(cls, graph: str, error: WorkerJobError) -> VariantCompilationError:
         """What a compile worker reported, with a remedy."""
         remedy = 'options={"fallback": "eager"} runs such graphs uncompiled'
-        if error.type_name in _NO_COMPILER:
-            return cls(f"{graph} cannot be compiled without a C++ compiler: install g++, or name one in CXX; {remedy}")
-        return cls(f"the inner compiler failed on {graph}: {error.type_name}: {error.message}; {remedy}")
+        what = f"{error.type_name}: {error.message}".removeprefix(_AROUND_ALL)
+        if what.startswith(_NO_COMPILER):
+            return cls(f"{graph} needs a C++ compiler: install g++, or name one in CXX; {remedy} ({what})")
+        return cls(f"the inner compiler failed on {graph}: {what}; {remedy}")
 
 
-_NO_COMPILER = ("InvalidCxxCompiler", "FileNotFoundError")
+_AROUND_ALL = "InductorError: "  # which Inductor puts around whatever was raised in it
+_NO_COMPILER = "InvalidCxxCompiler: "
 
 
 class Compilation:

@@ -1,0 +1,99 @@
+"""Whole programs that come to grief: without a compiler, with a hanging worker, ended or forked in mid-compilation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compiler.moody_compiler import MoodyCompiler
+from tests.compiler.worker_processes import ROOT, assert_gone
+from tests.services.programs import Program
+
+pytestmark = [pytest.mark.xdist_group("compile workers"), pytest.mark.slow]
+PROMPT = 10.0  # seconds within which a program that is told to end has ended
+
+
+def program(folder: Path, call: str, environment: Mapping[str, str] | None = None) -> Program:
+    """The program of `faulty_programs` that is called so; it keeps its kernels in `folder`."""
+    source = f"from tests.compiler.faulty_programs import *\n{call}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **(environment or {})}
+    return Program(source, folder, env=env)
+
+
+def said(running: Program) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in running.finish(timeout=280)]
+
+
+@pytest.mark.timeout(400)
+def test_a_worker_that_hangs_is_killed_in_time_and_another_one_serves_the_next_load(
+    tmp_path: Path, empty_store: Path
+) -> None:
+    limit = {"ESPER_EXECUTION__COMPILE_TIMEOUT": "25"}
+    failed, loaded = said(program(tmp_path, "has_a_worker_that_stops()", limit))
+    assert failed.pop("seconds") < 60
+    reason = failed.pop("reason")
+    assert "its job took longer than 25 s; raise the setting execution.compile_timeout" in reason
+    assert failed == {
+        "loaded": False,
+        "same": True,
+        "state": "ERROR_RECOVERY",
+        "errors": 1,
+        "in_force": ["host compile"],
+    }
+    assert loaded == {"state": "ACTIVE", "errors": 1, "reason": "", "in_force": ["worker"], "others": True}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("missing", ["CXX", "PATH"])
+def test_without_a_compiler_a_load_says_what_to_do_and_the_fallback_runs_uncompiled(
+    missing: str, tmp_path: Path
+) -> None:
+    environment = {missing: "/nowhere/g++" if missing == "CXX" else "/nowhere"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    raised, fallen_back, failed = said(program(tmp_path, "has_no_compiler()", environment))
+    assert "C++ compiler" in raised["raised"]
+    assert fallen_back["dormant"] == ["uncompiled"]
+    assert (fallen_back["state"], fallen_back["in_force"]) == ("ACTIVE", ["uncompiled"])
+    assert "needs a C++ compiler: install g++, or name one in CXX" in failed.pop("reason")
+    assert failed == {
+        "loaded": False,
+        "same": True,
+        "state": "ERROR_RECOVERY",
+        "errors": 1,
+        "in_force": ["uncompiled"],
+    }
+
+
+@pytest.mark.parametrize("when", ["cold start", "load"])
+def test_a_program_that_ends_in_mid_compilation_ends_at_once_with_all_that_it_started(
+    when: str, tmp_path: Path, compiler: MoodyCompiler
+) -> None:
+    running = program(tmp_path, f"ends({when!r})")
+    ending = json.loads(running.read_line())
+    assert len(ending["pids"]) == 2, "a worker and its compiler"
+    assert ending["state"] == ("DORMANT" if when == "cold start" else "LOADING")
+    assert running.finish(PROMPT) == []
+    for pid in ending["pids"]:
+        assert_gone(pid)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("when", ["wrapped", "compiled", "loading"])
+def test_a_forked_child_and_its_parent_both_go_on(when: str, tmp_path: Path, empty_store: Path) -> None:
+    lines = said(program(tmp_path, f"forks({when!r})"))
+    where = [] if when == "wrapped" else ["worker"]
+    one = {"changed": True, "state": "ACTIVE", "errors": 0, "reason": "", "in_force": where}
+    assert lines[0] == {"who": "child", **one}
+    assert lines[1] == {"child": 0}
+    if when == "loading":
+        assert lines[2] == {"loaded": True}
+    parents = lines[-1]
+    if when != "wrapped":
+        assert parents.pop("in_force") in (["worker"], ["store"])
+        one.pop("in_force")
+    assert parents == {"who": "parent", **one}
