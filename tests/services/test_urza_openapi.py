@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from esper.artifacts import Attachment, SigningKey, Target
+from esper.services.problems import PROBLEMS
 from esper.services.urza import UrzaStore
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza, settings
@@ -136,3 +138,28 @@ def exercise(operation: Any, mode: Any, headers: dict[str, str], known: dict[str
     with contextlib.suppress(hypothesis.errors.Unsatisfiable):  # where there is nothing that can be said wrongly
         send()
     return count
+
+
+class TestPage:
+    """`docs/urza.md` names every route and every kind of error, and no others."""
+
+    PAGE = (ROOT / "docs" / "urza.md").read_text(encoding="utf-8")
+
+    def test_routes(self) -> None:
+        listed = dict(re.findall(r"^\| `([A-Z]+ /\S+)` \| (\w*) ?\|", self.PAGE, re.MULTILINE))
+        described = {
+            f"{method.upper()} {path}": re.search(r"Scope: `(\w+)`", operation["description"])
+            for path, operations in json.loads(written())["paths"].items()
+            for method, operation in operations.items()
+        }
+        assert listed == {route: "" if scope is None else scope[1] for route, scope in described.items()}
+
+    def test_errors(self) -> None:
+        listed = re.findall(r"^\| `([a-z-]+)` \| (\d{3}) \|", self.PAGE, re.MULTILINE)
+        assert listed == [(each.slug, str(each.status)) for each in PROBLEMS]
+
+    def test_metrics(self, urza: RunningUrza) -> None:
+        with urza.client() as client:
+            served = set(re.findall(r"^# TYPE (esper_urza_\w+)", client.get("/metrics").text, re.MULTILINE))
+        listed = set(re.findall(r"`(esper_urza_\w+)`", self.PAGE))
+        assert listed == {each for each in served if not each.endswith("_created")}

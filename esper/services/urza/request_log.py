@@ -15,7 +15,6 @@ from esper.services.urza.request_limits import CALLER_KEY
 
 __all__ = ["RequestLog"]
 
-_access = logging.getLogger("esper.services.urza.access")
 _log = logging.getLogger(__name__)
 
 _GONE = 499
@@ -77,4 +76,4 @@ class RequestLog:
             "address": scope["client"][0] if scope.get("client") else None,
         }
         text = "%(method)s %(target)s %(status)d %(bytes)d bytes %(seconds).4f s caller=%(caller)s id=%(request_id)s"
-        _access.info(text, fields, extra=fields)
+        _log.info(text, fields, extra=fields)
