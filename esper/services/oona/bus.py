@@ -17,8 +17,9 @@ class BusSubscription(Protocol):
     def receive(self, timeout: float | None = None, limit: int = 512) -> Sequence[OonaMessage]:
         """The next messages, at least one and at most `limit`; waits for them up to `timeout` seconds.
 
-        Those of one topic come in the order of sending. Empty when the time is over or the subscription was closed.
-        Those received before count as handled, also by a call after closing.
+        With a server that hangs it may take longer, by the time that an answer may take. Those of one topic come in the
+        order of sending. Empty when the time is over or the subscription was closed. Those received before count as
+        handled, also by a call after closing.
         """
         ...
 

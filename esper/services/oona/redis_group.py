@@ -27,7 +27,7 @@ from esper.services.oona.streams import (
 __all__ = ["GroupSubscription"]
 
 _log = logging.getLogger("esper.services.oona_client")  # one part of `ESPER_LOGS`
-_FORGET_CONSUMERS_AFTER = 3600.0  # seconds without a sign of life
+_GONE_AFTER = 10  # times as long without a sign of life as it takes until messages are claimed
 _FORGET_CONSUMERS = """
 for _, each in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
     local consumer = {}
@@ -62,7 +62,7 @@ class GroupSubscription(RedisSubscription):
         self._handed: list[Entry] = []
         self._own_first = False  # whether there may be messages that were handed to this member and lost on the way
         self._next_claim = 0.0
-        self._gone = 0
+        self._counted: dict[str, int] = {}  # until which entry of each stream the trimmed ones are counted
         super().__init__(address, streams, topics, on_close)
 
     # -- what a subscription of one kind does --------------------------------------------------------------------------
@@ -73,25 +73,47 @@ class GroupSubscription(RedisSubscription):
     def _begin(self, states: dict[str, StreamState]) -> None:
         self._arrived.clear()  # these are handed to this member again, below
         self._own_first = self._receiver is not None
-        idle = int(max(_FORGET_CONSUMERS_AFTER, 10 * self._streams.claim_idle_seconds) * 1000)
+        idle = int(_GONE_AFTER * self._streams.claim_idle_seconds * 1000)
         for key in states:
-            made, _ = self._link.call(
-                ("XGROUP", "CREATE", key, self.group, self._positions[key].text, "MKSTREAM"),
-                ("EVAL", _FORGET_CONSUMERS, 1, key, self.group, idle),
-            )
+            position = self._positions[key]
+            create: Command = ("XGROUP", "CREATE", key, self.group, position.text, "MKSTREAM")
+            counted: Command = () if position.index is None else ("ENTRIESREAD", position.index)
+            made, _ = self._link.call((*create, *counted), ("EVAL", _FORGET_CONSUMERS, 1, key, self.group, idle))
+            if counted and isinstance(made, ResponseError) and "BUSYGROUP" not in str(made):
+                (made,) = self._link.call(create)  # a server before Redis 7 does not count
             if isinstance(made, ResponseError) and "BUSYGROUP" not in str(made):
                 raise self._link.lost(made)
             if made == b"OK" and self._receiver is not None:
                 _log.warning("the group %s of %s was gone, and is made again", self.group, key)
 
     def _request(self, limit: int, block: Command) -> list[Command]:
+        if self._own_first:
+            return [self._read(limit, "0")]
         self._claim_from_others(limit)
-        if self._arrived or self._own_first:
-            block = ()
-        id_ = "0" if self._own_first else ">"
+        if not self._arrived:
+            self._take_what_is_there(limit)
+        return [] if self._arrived else [self._read(limit, ">", block)]
+
+    def _read(self, limit: int, id_: str, block: Command = ()) -> Command:
         ids = [id_] * len(self._keys)
-        head = ("XREADGROUP", "GROUP", self.group, self.consumer)
-        return [(*head, *block, "COUNT", limit, "STREAMS", *self._keys, *ids)]
+        return ("XREADGROUP", "GROUP", self.group, self.consumer, *block, "COUNT", limit, "STREAMS", *self._keys, *ids)
+
+    def _take_what_is_there(self, limit: int) -> None:
+        """Read without waiting, and count what was trimmed unread: in one step, so that one member alone counts it."""
+        looks = [(("XINFO", "STREAM", key), ("XINFO", "GROUPS", key)) for key in self._keys]
+        read = self._read(limit, ">")
+        *_, done = self._link.call(("MULTI",), *(look for pair in looks for look in pair), read, ("EXEC",))
+        if isinstance(done, ResponseError):
+            raise self._link.lost(done)
+        if isinstance(done[-1], ResponseError):
+            return  # the request that follows finds out as well
+        for index, key in enumerate(self._keys):
+            first = StreamState.of(done[2 * index]).first_index
+            self._dropped += max(
+                0, first - max(self._counted.get(key, 0), _entries_read(done[2 * index + 1], self.group))
+            )
+            self._counted[key] = first
+        self._keep(self._take(done[-1:]))
 
     def _take(self, answers: list[Any]) -> Iterable[Entry]:
         (read,) = answers
@@ -145,6 +167,11 @@ class GroupSubscription(RedisSubscription):
             by_key.setdefault(entry.key, []).append(entry.text_id)
         return [("XACK", key, self.group, *ids) for key, ids in by_key.items()]
 
+    def after_fork(self) -> None:
+        """See the base class; what was handed out is the parent's to acknowledge."""
+        super().after_fork()
+        self._handed.clear()
+
     # -- messages that others have left behind, and those that nobody can handle -------------------------------------
 
     def _claim_from_others(self, limit: int) -> None:
@@ -197,3 +224,12 @@ class GroupSubscription(RedisSubscription):
             self._streams.dead_key,
             reason,
         )
+
+
+def _entries_read(groups: Any, name: str) -> int:
+    """How many entries there were until the last that the group has read, from XINFO GROUPS; very many if unknown."""
+    for each in groups if isinstance(groups, list) else ():
+        group = dict(zip(each[::2], each[1::2], strict=True))
+        if group[b"name"] == name.encode() and group.get(b"entries-read") is not None:
+            return int(group[b"entries-read"])
+    return 2**63

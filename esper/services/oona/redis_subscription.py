@@ -126,7 +126,7 @@ class RedisSubscription(ABC):
 
     @abstractmethod
     def _request(self, limit: int, block: Command) -> list[Command]:
-        """The commands that ask for messages, where `block` is part of the one that may wait."""
+        """The commands that ask for messages, `block` in the one that may wait; none if some have arrived."""
 
     @abstractmethod
     def _take(self, answers: list[Any]) -> Iterable[Entry]:
@@ -175,7 +175,10 @@ class RedisSubscription(ABC):
             self._settle()
             seconds = _least(min(_LONGEST_BLOCK, self._address.socket_timeout / 2), deadline)
             block = ("BLOCK", max(1, int(seconds * 1000))) if seconds > 0 else ()
-            self._link.send(*self._request(limit, block))
+            request = self._request(limit, block)
+            if not request:
+                return
+            self._link.send(*request)
             self._answer_by = time.monotonic() + seconds + self._address.socket_timeout
         wait = max(0.0, self._answer_by - time.monotonic())
         at_least = 0.0 if deadline is None else min(self._address.socket_timeout, 0.05)
