@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from esper.services.urza import UrzaStore
 from tests.services.postgres import Postgres
+from tests.services.s3_server import BUCKET, s3_server
 from tests.services.urza_server import RunningUrza
 
 
@@ -30,6 +32,16 @@ def postgres() -> Iterator[Postgres]:
     server.close()
 
 
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The URL of a bucket of an S3 server, which the environment leads to."""
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            if name.startswith("AWS_"):
+                patch.setenv(name, value)
+        yield f"s3://{BUCKET}"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def any_store(request: pytest.FixtureRequest, folder: Path) -> Iterator[UrzaStore]:
     """A store with its tables in SQLite, and one with its tables in PostgreSQL."""
@@ -39,6 +51,13 @@ def any_store(request: pytest.FixtureRequest, folder: Path) -> Iterator[UrzaStor
         url = request.getfixturevalue("postgres").new_database()
         opened = UrzaStore(url, folder / "blobs")
     with opened:
+        yield opened
+
+
+@pytest.fixture
+def s3_store(postgres: Postgres, s3: str) -> Iterator[UrzaStore]:
+    """A store with its tables in PostgreSQL and its blobs in S3."""
+    with UrzaStore(postgres.new_database(), f"{s3}/{uuid.uuid4().hex}") as opened:
         yield opened
 
 

@@ -6,6 +6,7 @@ is hashed again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -20,7 +21,13 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]  # fsspec ships no types
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # as above
 
-from esper.services.errors import StoreCorruptError, StoreError, StoreFullError, StoreReadOnlyError
+from esper.services.errors import (
+    StoreBusyError,
+    StoreCorruptError,
+    StoreError,
+    StoreFullError,
+    StoreReadOnlyError,
+)
 
 __all__ = ["BlobStore", "StoredBlob"]
 
@@ -51,7 +58,8 @@ class BlobStore:
         except (ValueError, ImportError) as cause:
             raise StoreError(f"the blob store's URL {url!r} cannot be used: {cause}") from cause
         self._filesystem: Any = filesystem
-        self._root = str(root).rstrip("/")
+        self.root = str(root).rstrip("/")
+        """The folder, or the bucket and what its names begin with."""
         self._is_local = isinstance(filesystem, LocalFileSystem)
 
     def put(self, data: bytes) -> str:
@@ -59,36 +67,37 @@ class BlobStore:
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
         try:
-            if self._holds(path, digest):
-                return digest
-            if self._is_local:
-                _write_local(Path(path), data)
-            else:  # object stores show an object when it is complete
-                self._filesystem.pipe_file(path, data)
-        except OSError as cause:
-            raise self._translated(cause, "written") from cause
+            with self._errors("written"):
+                if self._holds(path, digest):
+                    return digest
+                if self._is_local:
+                    _write_local(Path(path), data)
+                else:  # object stores show an object when it is complete
+                    self._filesystem.pipe_file(path, data)
+        except FileNotFoundError as cause:  # no such bucket, for example
+            raise StoreReadOnlyError(
+                f"the store at {self.root} does not exist ({cause}); make it, or choose another"
+            ) from cause
         return digest
 
     def get(self, digest: str) -> bytes:
         """The bytes. Raises :class:`StoreCorruptError` if they are missing or not those that were stored."""
+        path = self._path(digest)
         try:
-            data: bytes = self._filesystem.cat_file(self._path(digest))
+            with self._errors("read"):
+                data: bytes = self._filesystem.cat_file(path)
         except FileNotFoundError as cause:
-            raise StoreCorruptError(f"blob {digest} is missing from {self._root}; restore it from a copy") from cause
-        except OSError as cause:
-            raise self._translated(cause, "read") from cause
+            raise StoreCorruptError(f"blob {digest} is missing from {self.root}; restore it from a copy") from cause
         if hashlib.sha256(data).hexdigest() != digest:
             raise StoreCorruptError(
-                f"blob {digest} in {self._root} has other content than was stored; restore it from a copy"
+                f"blob {digest} in {self.root} has other content than was stored; restore it from a copy"
             )
         return data
 
     def exists(self, digest: str) -> bool:
         """Whether there is a blob of this digest. Its content is not looked at."""
-        try:
+        with self._errors("read"):
             return bool(self._filesystem.exists(self._path(digest)))
-        except OSError as cause:
-            raise self._translated(cause, "read") from cause
 
     def remove(self, digest: str) -> None:
         """Remove a blob; none is none. Whether something refers to it is for the caller to know."""
@@ -97,39 +106,34 @@ class BlobStore:
     def stored(self) -> Iterator[StoredBlob]:
         """Every blob with its size and age, and the unfinished files that writers who were killed left behind."""
         try:
-            found = self._filesystem.find(self._root, detail=True)
+            with self._errors("read"):
+                found = self._filesystem.find(self.root, detail=True)
         except FileNotFoundError:
             return
-        except OSError as cause:
-            raise self._translated(cause, "read") from cause
         for path, details in found.items():
             folder, name = path.rsplit("/", 2)[-2:]
+            digest = folder + name if _DIGEST.fullmatch(folder + name) else None
+            if digest is None and not _UNFINISHED.fullmatch(name):
+                continue
             try:
-                age = max(0.0, time.time() - self._filesystem.modified(path).timestamp())
+                with self._errors("read"):
+                    age = max(0.0, time.time() - self._filesystem.modified(path).timestamp())
             except FileNotFoundError:  # its writer has finished it, or removed it, since it was listed
                 continue
-            except OSError as cause:
-                raise self._translated(cause, "read") from cause
-            digest = folder + name if _DIGEST.fullmatch(folder + name) else None
-            if digest is not None or _UNFINISHED.fullmatch(name):
-                yield StoredBlob(path, digest, int(details["size"]), age)
+            yield StoredBlob(path, digest, int(details["size"]), age)
 
     def remove_unfinished(self, blob: StoredBlob) -> None:
         """Remove what :meth:`stored` listed without a digest."""
         self._remove(blob.path)
 
     def _remove(self, path: str) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError), self._errors("written"):
             self._filesystem.rm_file(path)
-        except FileNotFoundError:
-            return
-        except OSError as cause:
-            raise self._translated(cause, "written") from cause
 
     def _path(self, digest: str) -> str:
         if _DIGEST.fullmatch(digest) is None:
             raise StoreCorruptError(f"{digest[:80]!r} is not a SHA-256 in hex")
-        return f"{self._root}/{digest[:2]}/{digest[2:]}"
+        return f"{self.root}/{digest[:2]}/{digest[2:]}"
 
     def _holds(self, path: str, digest: str) -> bool:
         try:
@@ -138,19 +142,37 @@ class BlobStore:
             return False
         return hashlib.sha256(data).hexdigest() == digest
 
+    @contextlib.contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        """Raises errors of the store in place of the file system's, except for ``FileNotFoundError``."""
+        try:
+            yield
+        except (FileNotFoundError, StoreError):
+            raise
+        except OSError as cause:
+            raise self._translated(cause, done) from cause
+        except Exception as cause:
+            if self._is_local:
+                raise
+            # object stores are reached through libraries with exceptions of their own
+            raise StoreBusyError(
+                f"the store at {self.root} cannot be {done} ({type(cause).__name__}: {cause}); see that it can be "
+                "reached, and try again"
+            ) from cause
+
     def _translated(self, error: OSError, done: str) -> StoreError:
         if error.errno in _FULL:
-            return StoreFullError(f"the store at {self._root} has no room left ({error.strerror}); free some space")
+            return StoreFullError(f"the store at {self.root} has no room left ({error.strerror}); free some space")
         if done == "written" and error.errno in _READ_ONLY:
             return StoreReadOnlyError(
-                f"the store at {self._root} cannot be written ({error.strerror}); make it writable or choose another"
+                f"the store at {self.root} cannot be written ({error.strerror}); make it writable or choose another"
             )
-        return StoreError(f"the store at {self._root} cannot be {done}: {error}")
+        return StoreError(f"the store at {self.root} cannot be {done}: {error}")
 
 
 def _filesystem_of(url: str) -> tuple[Any, str]:
     """Listings are not cached: other processes write to the same store."""
-    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     return filesystem, root
 
 
