@@ -70,6 +70,8 @@ class PlatformConfig(_Section):
 
     root: _Folder | None = None
     """Folder for the database, blobs and signing key; None is the user's data folder."""
+    trusted_keys: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """Public keys, as `esper keys` prints them, whose kernels are used besides those signed with this folder's key."""
 
 
 class DatabaseConfig(_Section):
