@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -26,7 +27,14 @@ from esper.services.contracts import (
     KernelStatus,
     StoreStats,
 )
-from esper.services.errors import UnknownAttachmentError
+from esper.services.errors import (
+    ForbiddenError,
+    InvalidNameError,
+    UnknownAttachmentError,
+    UnknownBlueprintError,
+    UnknownKernelReferenceError,
+)
+from esper.services.names import MIN_PREFIX, check_name, is_full_id, is_id_prefix
 from esper.services.stores import LEASE_SECONDS
 from esper.services.urza_client.transport import Answer, UrzaTransport
 
@@ -35,7 +43,13 @@ __all__ = ["UrzaClient"]
 _SIGNATURE_HEADER = "Esper-Signature"
 _PAGE = 1000
 _MAX_ATTACHMENT = 256 * 2**20
+_API, _INTERNAL = "/api/v1", "/internal/v1"
+_TARGET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _Document = TypeVar("_Document", bound=BaseModel)
+
+
+class _LeaseEnd(BaseModel):
+    seconds: float | None
 
 
 class UrzaClient:
@@ -70,11 +84,11 @@ class UrzaClient:
 
     async def blueprint(self, blueprint_id: str) -> BlueprintRecord:
         """`GET /api/v1/blueprints/{id}`."""
-        return self._read(BlueprintRecord, await self._transport.request("GET", _path("blueprints", blueprint_id)))
+        return self._read(BlueprintRecord, await self._transport.request("GET", _blueprint(_API, blueprint_id)))
 
     async def document(self, blueprint_id: str) -> bytes:
         """`GET /api/v1/blueprints/{id}/document`: canonical JSON."""
-        answer = await self._transport.request("GET", _path("blueprints", blueprint_id, "document"))
+        answer = await self._transport.request("GET", _blueprint(_API, blueprint_id, "document"))
         return answer.body
 
     async def blueprints(
@@ -95,17 +109,18 @@ class UrzaClient:
 
     async def forget(self, blueprint_id: str) -> None:
         """`DELETE /api/v1/blueprints/{id}`."""
-        await self._transport.request("DELETE", _path("blueprints", blueprint_id), repeatable=False)
+        await self._transport.request("DELETE", _blueprint(_API, blueprint_id), repeatable=False)
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
     async def kernel(self, reference: str) -> CompiledKernelArtifact:
         """`GET /api/v1/kernels/{reference}`: by full id, prefix or name."""
-        return self._read(CompiledKernelArtifact, await self._transport.request("GET", _path("kernels", reference)))
+        path = f"{_API}/kernels/{_reference(reference)}"
+        return self._read(CompiledKernelArtifact, await self._transport.request("GET", path))
 
     async def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
         """`GET /api/v1/kernels/{id}/content`: the artifact, its hash checked, and its signature, not checked."""
-        path = _path("kernels", artifact_id, "content")
+        path = _kernel(_API, artifact_id, "content")
         answer = await self._transport.download(path, artifact_id, Limits().max_bytes)
         return answer.body, self._signature(answer)
 
@@ -114,11 +129,11 @@ class UrzaClient:
 
         `known` is what is there already, and is returned if Urza has the same.
         """
-        path = _path("kernels", artifact_id, "attachments", target_key)
         headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
         try:
+            path = _kernel(_API, artifact_id, "attachments", _target(target_key))
             answer = await self._transport.download(path, None, _MAX_ATTACHMENT, headers)
-        except UnknownAttachmentError:
+        except (UnknownAttachmentError, UnknownKernelReferenceError):
             return None
         return known if answer.status == httpx.codes.NOT_MODIFIED else answer.body
 
@@ -142,11 +157,11 @@ class UrzaClient:
         body = {
             "token": claim.token, "worker": claim.worker, "attempt": claim.attempt, "lease_seconds": lease_seconds,
         }  # fmt: skip
-        return self._read(Claim, await self._post(_internal("blueprints", claim.blueprint_id, "renew"), body))
+        return self._read(Claim, await self._post(_blueprint(_INTERNAL, claim.blueprint_id, "renew"), body))
 
     async def release(self, claim: Claim) -> None:
         """`POST /internal/v1/blueprints/{id}/release`."""
-        await self._post(_internal("blueprints", claim.blueprint_id, "release"), {"token": claim.token})
+        await self._post(_blueprint(_INTERNAL, claim.blueprint_id, "release"), {"token": claim.token})
 
     async def set_status(
         self,
@@ -163,8 +178,14 @@ class UrzaClient:
             "status": status, "token": token, "reason": reason, "artifact_id": artifact_id,
             "report": None if report is None else report.model_dump(mode="json"),
         }  # fmt: skip
-        path = _internal("blueprints", blueprint_id, "status")
-        return self._read(BlueprintRecord, await self._transport.request("PUT", path, json=body))
+        path = _blueprint(_INTERNAL, blueprint_id, "status")
+        answer = await self._transport.request("PUT", path, accepted=(httpx.codes.CONFLICT,), json=body)
+        if answer.status == httpx.codes.CONFLICT and answer.attempts > 1:
+            with suppress(ForbiddenError):  # a worker's token need not be a reader's
+                record = await self.blueprint(blueprint_id)
+                if (record.status, record.artifact_id, record.report) == (status, artifact_id, report):
+                    return record
+        return self._read(BlueprintRecord, self._transport.checked(answer))
 
     async def add_kernel(
         self,
@@ -190,19 +211,19 @@ class UrzaClient:
 
     async def add_attachment(self, attachment: Attachment) -> None:
         """`PUT /internal/v1/kernels/{id}/attachments/{target}`."""
-        path = _internal("kernels", attachment.artifact_id, "attachments", attachment.target.key)
+        path = _kernel(_INTERNAL, attachment.artifact_id, "attachments", _target(attachment.target.key))
         headers = {"Content-Type": "application/octet-stream"}
         await self._transport.request("PUT", path, content=attachment.pack(), headers=headers)
 
     async def set_kernel_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
         """`PUT /internal/v1/kernels/{id}/status`."""
-        path = _internal("kernels", artifact_id, "status")
+        path = _kernel(_INTERNAL, artifact_id, "status")
         return self._read(CompiledKernelArtifact, await self._transport.request("PUT", path, json={"status": status}))
 
     async def next_lease_end(self) -> float | None:
         """`GET /internal/v1/blueprints/next-lease-end`: in seconds."""
-        seconds = self._json(await self._transport.request("GET", "/internal/v1/blueprints/next-lease-end"))["seconds"]
-        return None if seconds is None else float(seconds)
+        answer = await self._transport.request("GET", "/internal/v1/blueprints/next-lease-end")
+        return self._read(_LeaseEnd, answer).seconds
 
     async def stats(self) -> StoreStats:
         """`GET /internal/v1/database/stats`."""
@@ -219,8 +240,8 @@ class UrzaClient:
             raise self._transport.not_understood(kind or "something without a content type")
         try:
             document = json.loads(answer.body)
-        except ValueError as cause:
-            raise self._transport.not_understood("what is not JSON") from cause
+        except (ValueError, RecursionError) as cause:
+            raise self._transport.not_understood("what is not JSON, or nested too deeply") from cause
         if not isinstance(document, dict):
             raise self._transport.not_understood(f"a {type(document).__name__}")
         return document
@@ -236,10 +257,12 @@ class UrzaClient:
 
     def _page(self, kind: type[_Document], answer: Answer) -> tuple[list[_Document], str | None]:
         page = self._json(answer)
-        items = page.get("items")
+        items, cursor = page.get("items"), page.get("next_cursor")
         if not isinstance(items, list):
             raise self._transport.not_understood("a page without items")
-        return [self._validated(kind, item) for item in items], page.get("next_cursor")
+        if cursor is not None and not (isinstance(cursor, str) and items):
+            raise self._transport.not_understood("a page after which there is no next one, and which has one")
+        return [self._validated(kind, item) for item in items], cursor
 
     def _signature(self, answer: Answer) -> Signature | None:
         header = answer.headers.get(_SIGNATURE_HEADER)
@@ -251,9 +274,34 @@ class UrzaClient:
             raise self._transport.not_understood("a signature that cannot be read") from cause
 
 
-def _path(*parts: str) -> str:
-    return "/api/v1/" + "/".join(quote(part, safe="") for part in parts)
+# What stands in a path is looked at first: `..`, or a name with a slash, would be another path.
 
 
-def _internal(*parts: str) -> str:
-    return "/internal/v1/" + "/".join(quote(part, safe="") for part in parts)
+def _blueprint(root: str, blueprint_id: str, *rest: str) -> str:
+    if not is_full_id(blueprint_id):
+        raise UnknownBlueprintError(f"there is no blueprint {blueprint_id[:120]!r} in this store; submit it")
+    return "/".join((root, "blueprints", blueprint_id, *rest))
+
+
+def _kernel(root: str, artifact_id: str, *rest: str) -> str:
+    if not is_full_id(artifact_id):
+        raise UnknownKernelReferenceError(f"there is no kernel {artifact_id[:120]!r} in this store")
+    return "/".join((root, "kernels", artifact_id, *rest))
+
+
+def _reference(text: str) -> str:
+    if is_full_id(text) or is_id_prefix(text):
+        return text
+    try:
+        return check_name(text)
+    except InvalidNameError as cause:
+        raise UnknownKernelReferenceError(
+            f"no kernel is called {text[:120]!r}; a reference is a full id, its first {MIN_PREFIX} or more hex digits, "
+            "or a name that was given at submission"
+        ) from cause
+
+
+def _target(key: str) -> str:
+    if not _TARGET.fullmatch(key):
+        raise UnknownAttachmentError(f"{key[:120]!r} is not the key of a target")
+    return key

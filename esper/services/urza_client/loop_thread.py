@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from esper.forking import reset_after_fork
@@ -25,24 +25,39 @@ class LoopThread:
         """Forget the parent's thread; see `esper.forking`."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """The result of `work`, or its exception."""
-        return asyncio.run_coroutine_threadsafe(work, self._started()).result()
-
-    def stop(self) -> None:
-        """End the thread. Another :meth:`run` starts it anew."""
-        with self._lock:
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
-
-    def _started(self) -> asyncio.AbstractEventLoop:
+        """The result of `work`, or its exception; ``concurrent.futures.CancelledError`` if the thread was stopped."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(self._loop,), name="esper-urza-client", daemon=True).start()
-            return self._loop
+                self._thread = threading.Thread(target=_run, args=(self._loop,), name="esper-urza-client", daemon=True)
+                self._thread.start()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result()
+
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Call off what runs, run `last`, and end the thread, if there is one. Another :meth:`run` starts it anew."""
+        with self._lock:  # until the end, so that nothing of the next loop is mixed up with this one
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+            if loop is None or thread is None:
+                return
+            ended = asyncio.run_coroutine_threadsafe(_end(last), loop)
+            thread.join()
+        ended.result()
+
+
+async def _end(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    try:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await last()
+    finally:
+        asyncio.get_running_loop().stop()
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -6,19 +6,20 @@ import random
 import time
 from collections.abc import Callable
 
-__all__ = ["CircuitBreaker", "RetryBudget", "backoff"]
+__all__ = ["LONGEST_REQUESTED_WAIT", "CircuitBreaker", "RetryBudget", "backoff"]
+
+LONGEST_REQUESTED_WAIT = 30.0
+"""Seconds. A server that asks for more is not asked again, and its error is the answer."""
 
 _LONGEST_WAIT = 10.0
-_LONGEST_REQUESTED_WAIT = 30.0
 
 
 def backoff(attempt: int, first: float, requested: float | None = None) -> float:
     """Seconds to wait before attempt number `attempt` (from 1): a random part of a bound that doubles each time.
 
-    Not less than what the server `requested`, up to half a minute.
+    It comes on top of what the server `requested`, so that its clients do not all return at one moment.
     """
-    wait = random.uniform(0.0, min(first * 2.0 ** (attempt - 1), _LONGEST_WAIT))
-    return wait if requested is None else max(wait, min(requested, _LONGEST_REQUESTED_WAIT))
+    return (requested or 0.0) + random.uniform(0.0, min(first * 2.0 ** (attempt - 1), _LONGEST_WAIT))
 
 
 class RetryBudget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from esper.artifacts import Attachment, Blueprint, Signature
@@ -19,7 +20,8 @@ from esper.services.contracts import (
     KernelStatus,
     StoreStats,
 )
-from esper.services.errors import UrzaUnavailableError
+from esper.services.errors import UnknownKernelReferenceError, UrzaUnavailableError
+from esper.services.names import is_full_id
 from esper.services.stores import LEASE_SECONDS
 from esper.services.urza_client.client import UrzaClient
 from esper.services.urza_client.loop_thread import LoopThread
@@ -51,7 +53,10 @@ class RemoteStore:
         """The result of `question(client)`, which runs on the client's own thread."""
         if self.settings.client.offline:
             raise UrzaUnavailableError("urza.client.offline is set: only kernels downloaded before can be used")
-        return self._thread.run(self._asked(question))
+        try:
+            return self._thread.run(self._asked(question))
+        except CancelledError as cause:
+            raise UrzaUnavailableError(f"the store at {self.settings.url} was closed while it was asked") from cause
 
     async def _asked(self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]]) -> _Result:
         if self._client is None:
@@ -63,11 +68,13 @@ class RemoteStore:
         return self.ask(lambda client: client.stats())
 
     def close(self) -> None:
-        """Close the connections and end the thread. Another question opens them again."""
+        """Close the connections and end the thread. What others ask just then fails; another question starts anew."""
+        self._thread.stop(self._close_client)
+
+    async def _close_client(self) -> None:
         client, self._client = self._client, None
         if client is not None:
-            self._thread.run(client.close())
-        self._thread.stop()
+            await client.close()
 
 
 class RemoteBlueprints:
@@ -147,6 +154,8 @@ class RemoteKernels:
         self._ask(lambda client: client.add_attachment(attachment))
 
     def get(self, artifact_id: str) -> CompiledKernelArtifact:
+        if not is_full_id(artifact_id):  # the route takes names and prefixes as well
+            raise UnknownKernelReferenceError(f"there is no kernel {artifact_id[:120]!r} in this store")
         return self._ask(lambda client: client.kernel(artifact_id))
 
     def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:

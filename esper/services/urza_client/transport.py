@@ -5,19 +5,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from esper.configs import UrzaConfig
-from esper.services.errors import StoreCorruptError, UrzaProtocolError, UrzaUnavailableError
+from esper.services.errors import (
+    RateLimitedError,
+    StoreCorruptError,
+    StoreFullError,
+    StoreReadOnlyError,
+    StoreSchemaError,
+    UnauthorisedError,
+    UrzaProtocolError,
+    UrzaUnavailableError,
+)
 from esper.services.problems import MEDIA_TYPE, ProblemDocument, error_of
-from esper.services.urza_client.patience import CircuitBreaker, RetryBudget, backoff
+from esper.services.urza_client.patience import LONGEST_REQUESTED_WAIT, CircuitBreaker, RetryBudget, backoff
 
 __all__ = ["Answer", "UrzaTransport"]
 
@@ -25,40 +36,55 @@ _log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
 _CONNECTIONS = 16
+_IDLE_SECONDS = 15.0  # less than Urza keeps a connection, so that it is not closed while a request is on its way
 _MAX_DOCUMENT = 64 * 2**20
 _TROUBLE = {429, 500, 502, 503, 504}
-_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_LASTING = (StoreCorruptError, StoreFullError, StoreReadOnlyError, StoreSchemaError)  # the same would come again
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 _AS_IT_IS = {"Accept-Encoding": "identity"}  # the hash is that of the bytes, not of what a proxy makes of them
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/\d+")
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back, if it was no error."""
+    """What came back."""
 
     status: int
     headers: httpx.Headers
     body: bytes = field(repr=False)
+    attempts: int = 1
+    """How often it was asked for; an attempt before the last may have done its work, and its answer be lost."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is no error."""
+        return self.status < httpx.codes.MULTIPLE_CHOICES or self.status == httpx.codes.NOT_MODIFIED
+
+
+_Receive = Callable[[httpx.Response], Awaitable[tuple[int, httpx.Headers, bytes]]]
 
 
 class UrzaTransport:
     """For one event loop. Does not follow redirects: Urza makes none, and a token must not go elsewhere."""
 
     def __init__(self, settings: UrzaConfig) -> None:
-        if settings.url is None:
-            raise UrzaUnavailableError("there is no Urza to ask: set urza.url, for example http://localhost:8321")
-        self._url = settings.url.rstrip("/")
+        self._url = _checked_url(settings.url)
         self._settings = settings.client
-        token = settings.token
         self._client = httpx.AsyncClient(
             base_url=self._url,
-            headers={} if token is None else {"Authorization": f"Bearer {token.get_secret_value()}"},
-            timeout=httpx.Timeout(self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout)),
-            limits=httpx.Limits(max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS),
+            headers=_authorization(settings.token),
+            timeout=httpx.Timeout(
+                self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout), pool=None
+            ),
+            limits=httpx.Limits(
+                max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS
+            ),
             follow_redirects=False,
         )
         self._budget = RetryBudget()
         self._breaker = CircuitBreaker()
+        self._last_failure = ""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -70,28 +96,18 @@ class UrzaTransport:
         path: str,
         *,
         repeatable: bool = True,
+        accepted: Collection[int] = (),
         headers: Mapping[str, str] | None = None,
         **content: Any,
     ) -> Answer:
-        """An answer of status 2xx or 304; `content` is httpx's `json`, `params`, `content`, `files` or `data`.
+        """One of status 2xx, 304 or one of `accepted`. `content` is httpx's `json`, `params`, `content` or `files`.
 
         What is not `repeatable` is asked again only if it never reached the server. Raises what the store would raise,
         ``UrzaUnavailableError``, and ``UrzaProtocolError`` for what is no answer of Urza's.
         """
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                async with self._stream(method, path, headers, content) as response:
-                    answer = Answer(response.status_code, response.headers, await _read(response, _MAX_DOCUMENT))
-            except httpx.HTTPError as error:
-                again = repeatable or isinstance(error, _NEVER_SENT)
-                await self._wait_or_raise(attempt, again, None, self._unreachable(error), error)
-                continue
-            if answer.status in _TROUBLE and repeatable:
-                await self._wait_or_raise(attempt, True, _retry_after(answer.headers), self._error(answer))
-                continue
-            return self._checked(answer)
+        given = headers or {}
+        answer = await self._ask(method, path, lambda: given, content, _document, repeatable)
+        return answer if answer.status in accepted else self.checked(answer)
 
     async def download(
         self, path: str, digest: str | None, most: int, headers: Mapping[str, str] | None = None
@@ -102,147 +118,204 @@ class UrzaTransport:
         of status 304, to `headers` that allow for it, has no bytes. Raises as :meth:`request` does, and
         ``StoreCorruptError``.
         """
-        attempt, wrong, parts = 0, 0, _Parts()
-        while True:
-            attempt += 1
-            try:
-                async with self._stream(
-                    "GET", path, {**_AS_IT_IS, **(headers or {}), **parts.headers()}, {}
-                ) as response:
-                    if response.status_code in (200, 206):
-                        await parts.receive(response, most, self._url)
-                        answer = Answer(200, response.headers, bytes(parts.data))
-                    else:
-                        answer = Answer(response.status_code, response.headers, await _read(response, _MAX_DOCUMENT))
-            except httpx.HTTPError as error:
-                await self._wait_or_raise(attempt, True, None, self._unreachable(error), error)
-                continue
-            if answer.status in _TROUBLE:
-                await self._wait_or_raise(attempt, True, _retry_after(answer.headers), self._error(answer))
-                continue
-            self._checked(answer)
+        expected = found = ""
+        for _ in range(2):
+            parts = _Parts(most, self._url, {**_AS_IT_IS, **(headers or {})})
+            answer = self.checked(await self._ask("GET", path, parts.headers, {}, parts.receive, True))
             if answer.status == httpx.codes.NOT_MODIFIED:
                 return answer
             expected = digest if digest is not None else answer.headers.get("etag", "").strip('"')
             found = hashlib.sha256(answer.body).hexdigest()
             if found == expected:
                 return answer
-            wrong += 1
-            if wrong > 1:
-                raise StoreCorruptError(
-                    f"Urza at {self._url} sent bytes that hash to {found[:12]}... for {expected[:12] or path}, twice; "
-                    "look at its blobs, or at what stands between"
-                )
-            _log.warning("bytes for %s hash to %s; they are asked for once more", expected[:12], found[:12])
-            parts = _Parts()
+            _log.warning("bytes of %s hash to %s...; they are asked for once more", path, found[:12])
+        raise StoreCorruptError(
+            f"Urza at {self._url} sent bytes that hash to {found[:12]}... for {expected[:12] or path}, twice; "
+            "look at its blobs, or at what stands between"
+        )
 
-    @asynccontextmanager
-    async def _stream(
-        self, method: str, path: str, headers: Mapping[str, str] | None, content: Mapping[str, Any]
-    ) -> AsyncIterator[httpx.Response]:
-        """One attempt, which the breaker is told of."""
-        wait = self._breaker.wait()
-        if wait > 0:
-            raise UrzaUnavailableError(
-                f"Urza at {self._url} failed {self._breaker.failures} times in a row; it is asked again in {wait:.0f} s"
-            )
-        known = False
-        try:
-            async with self._client.stream(method, path, headers=dict(headers or {}), **content) as response:
-                yield response
-                known = True
-                if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
-                    self._breaker.failed()
-                else:
-                    self._breaker.succeeded()
-                    self._budget.earn()
-        except httpx.HTTPError:
-            known = True
-            self._breaker.failed()
-            raise
-        finally:
-            if not known:
-                self._breaker.abandoned()
-
-    async def _wait_or_raise(
-        self,
-        attempt: int,
-        again: bool,
-        requested: float | None,
-        error: Exception,
-        cause: Exception | None = None,
-    ) -> None:
-        if not again or attempt > self._settings.retries or not self._budget.spend():
-            raise error from cause
-        wait = backoff(attempt, self._settings.retry_seconds, requested)
-        _log.info("%s; attempt %d follows in %.1f s", error, attempt + 1, wait)
-        await asyncio.sleep(wait)
-
-    def _unreachable(self, error: httpx.HTTPError) -> UrzaUnavailableError:
-        what = str(error) or type(error).__name__
-        return UrzaUnavailableError(f"Urza at {self._url} cannot be reached ({what}); start it, or correct urza.url")
-
-    def _checked(self, answer: Answer) -> Answer:
-        if answer.status < httpx.codes.MULTIPLE_CHOICES or answer.status == httpx.codes.NOT_MODIFIED:
-            return answer
-        raise self._error(answer)
-
-    def _error(self, answer: Answer) -> Exception:
-        if answer.headers.get("content-type", "").partition(";")[0].strip() == MEDIA_TYPE:
-            try:
-                return error_of(ProblemDocument.model_validate_json(answer.body))
-            except ValidationError:
-                pass
-        said = f"{answer.status} {answer.headers.get('content-type', 'without a content type')}"
-        if answer.status >= httpx.codes.INTERNAL_SERVER_ERROR:
-            return UrzaUnavailableError(f"Urza at {self._url} answers {said}; look at its log, or at a proxy before it")
-        return UrzaProtocolError(f"{self._url} answers {said}, which is not how Urza answers; correct urza.url")
+    def checked(self, answer: Answer) -> Answer:
+        """`answer`, or the error that it is, raised."""
+        if not answer.is_good:
+            raise self._error(answer)
+        return answer
 
     def not_understood(self, what: object) -> UrzaProtocolError:
         """The error for an answer of status 200 that is not what was asked for."""
         return UrzaProtocolError(f"{self._url} sent {what}; is it an Urza, and of this version of Esper?")
 
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        headers: Callable[[], Mapping[str, str]],
+        content: Mapping[str, Any],
+        receive: _Receive,
+        repeatable: bool,
+    ) -> Answer:
+        """Any answer, after as many attempts as are due. Raises ``UrzaUnavailableError`` if there is none."""
+        attempt = 0
+        while True:
+            attempt += 1
+            self._check_breaker()
+            try:
+                async with self._client.stream(method, path, headers=dict(headers()), **content) as response:
+                    answer = Answer(*await receive(response), attempt)
+            except httpx.HTTPError as cause:
+                unreachable = self._unreachable(cause)
+                self._failed(unreachable)
+                may_repeat = repeatable or isinstance(cause, _NEVER_SENT)
+                if not (may_repeat and await self._wait(attempt, unreachable)):
+                    raise unreachable from cause
+            except BaseException:
+                self._breaker.abandoned()
+                raise
+            else:
+                trouble = self._trouble(answer)
+                if trouble is None or answer.status == httpx.codes.TOO_MANY_REQUESTS:
+                    self._breaker.succeeded()
+                else:
+                    self._failed(trouble)
+                if trouble is None:
+                    self._budget.earn()
+                    return answer
+                if not (repeatable and await self._wait(attempt, trouble, _retry_after(answer.headers))):
+                    return answer
+
+    def _check_breaker(self) -> None:
+        wait = self._breaker.wait()
+        if wait > 0:
+            raise UrzaUnavailableError(
+                f"Urza at {self._url} failed {self._breaker.failures} times in a row and is asked again in "
+                f"{math.ceil(wait)} s; the last time it {self._last_failure}"
+            )
+
+    def _failed(self, error: Exception) -> None:
+        self._last_failure = str(error).removeprefix(f"Urza at {self._url} ")
+        self._breaker.failed()
+
+    async def _wait(self, attempt: int, error: Exception, requested: float | None = None) -> bool:
+        """Wait until the next attempt is due; False, at once, if there is none."""
+        too_long = requested is not None and requested > LONGEST_REQUESTED_WAIT
+        if too_long or attempt > self._settings.retries or not self._budget.spend():
+            return False
+        wait = backoff(attempt, self._settings.retry_seconds, requested)
+        _log.info("%s; attempt %d follows in %.1f s", error, attempt + 1, wait)
+        await asyncio.sleep(wait)
+        return True
+
+    def _unreachable(self, error: httpx.HTTPError) -> UrzaUnavailableError:
+        said = str(error) or type(error).__name__
+        if isinstance(error, _NEVER_SENT):
+            what = f"cannot be reached ({said}); start it, or correct urza.url"
+        elif isinstance(error, httpx.TimeoutException):
+            what = f"said nothing for {self._settings.timeout:g} s; look at its log, or raise urza.client.timeout"
+        else:
+            what = f"broke off ({said}); look at its log, or at a proxy before it"
+        return UrzaUnavailableError(f"Urza at {self._url} {what}")
+
+    def _trouble(self, answer: Answer) -> Exception | None:
+        """The error that `answer` is, if it may be over soon."""
+        if answer.status not in _TROUBLE:
+            return None
+        error = self._error(answer)
+        return None if isinstance(error, _LASTING) else error
+
+    def _error(self, answer: Answer) -> Exception:
+        kind = answer.headers.get("content-type", "").partition(";")[0].strip()
+        if kind == MEDIA_TYPE:
+            try:
+                error = error_of(ProblemDocument.model_validate_json(answer.body))
+            except ValidationError as cause:
+                _log.debug("an answer called %s is none: %s", MEDIA_TYPE, cause)
+            else:
+                if isinstance(error, RateLimitedError):
+                    error.retry_after = _retry_after(answer.headers)
+                return error
+        said = f"{answer.status} with {kind or 'no content type'}"
+        if answer.status >= httpx.codes.INTERNAL_SERVER_ERROR:
+            return UrzaUnavailableError(f"Urza at {self._url} answers {said}; look at its log, or at a proxy before it")
+        if "location" in answer.headers:
+            said += f" and the way to {answer.headers['location'][:200]}"
+        return UrzaProtocolError(f"{self._url} answers {said}, which is not how Urza answers; correct urza.url")
+
 
 class _Parts:
     """What has come of a download so far, over several connections."""
 
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self._etag: str | None = None
+    def __init__(self, most: int, url: str, headers: Mapping[str, str]) -> None:
+        self._most, self._url, self._headers = most, url, headers
+        self._data = bytearray()
+        self._received = httpx.Headers()
 
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> Mapping[str, str]:
         """Of the next request."""
-        if not self.data or self._etag is None:
-            return {}
-        return {"Range": f"bytes={len(self.data)}-", "If-Range": self._etag}
+        etag = self._received.get("etag", "")
+        if not self._data or not etag.startswith('"'):  # a weak tag does not stand for bytes
+            return self._headers
+        return {**self._headers, "Range": f"bytes={len(self._data)}-", "If-Range": etag}
 
-    async def receive(self, response: httpx.Response, most: int, url: str) -> None:
-        if response.status_code == httpx.codes.PARTIAL_CONTENT:
+    async def receive(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
+        status = response.status_code
+        if status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and self._data:
+            return 200, self._received, bytes(self._data)  # nothing is left to come; the hash says whether that is so
+        if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
+            return await _document(response)
+        if status == httpx.codes.PARTIAL_CONTENT:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-            if found is None or int(found[1]) != len(self.data):
-                raise UrzaProtocolError(f"{url} sent another part of a file than was asked for")
+            if found is None or int(found[1]) != len(self._data):
+                raise UrzaProtocolError(f"{self._url} sent another part of a file than was asked for")
         else:
-            self.data.clear()
-        etag = response.headers.get("etag")
-        self._etag = etag if etag is not None and etag.startswith('"') else None
+            self._data.clear()
+        self._received = response.headers
         announced = response.headers.get("content-length", "")
-        if announced.isdigit() and len(self.data) + int(announced) > most:
-            raise StoreCorruptError(f"{url} announces {announced} bytes, and at most {most} are taken")
+        if announced.isdigit() and len(self._data) + int(announced) > self._most:
+            raise StoreCorruptError(f"{self._url} announces {announced} bytes, and at most {self._most} are taken")
         async for chunk in response.aiter_raw():
-            self.data += chunk
-            if len(self.data) > most:
-                raise StoreCorruptError(f"{url} sends more than {most} bytes, which are not taken")
+            self._data += chunk
+            if len(self._data) > self._most:
+                raise StoreCorruptError(f"{self._url} sends more than {self._most} bytes, which are not taken")
+        return 200, self._received, bytes(self._data)
 
 
-async def _read(response: httpx.Response, most: int) -> bytes:
+async def _document(response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
     body = bytearray()
     async for chunk in response.aiter_bytes():
         body += chunk
-        if len(body) > most:
-            raise UrzaProtocolError(f"{response.url.host} sends a document of more than {most} bytes; is it an Urza?")
-    return bytes(body)
+        if len(body) > _MAX_DOCUMENT:
+            raise UrzaProtocolError(
+                f"{response.url.host} sends a document of more than {_MAX_DOCUMENT} bytes; is it an Urza?"
+            )
+    return response.status_code, response.headers, bytes(body)
+
+
+def _checked_url(text: str | None) -> str:
+    if text is None:
+        raise UrzaUnavailableError("there is no Urza to ask: set urza.url, for example http://localhost:8321")
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as cause:
+        raise UrzaUnavailableError(f"urza.url cannot be a URL: {cause}") from cause
+    if url.userinfo:  # it would stand in every message
+        raise UrzaUnavailableError("urza.url has a user or a password in it; put a token into urza.token")
+    return text.rstrip("/")
+
+
+def _authorization(token: SecretStr | None) -> dict[str, str]:
+    if token is None:
+        return {}
+    text = token.get_secret_value()
+    if not _TOKEN.fullmatch(text):  # httpx would refuse it too, and say the whole of it
+        raise UnauthorisedError("urza.token has blanks, line ends or letters beyond ASCII in it, which no token has")
+    return {"Authorization": f"Bearer {text}"}
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    text = headers.get("retry-after", "")
-    return float(text) if text.isdigit() else None
+    """In seconds; RFC 9110 has a number or a date."""
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None
