@@ -75,8 +75,7 @@ def main() -> None:
         "The platform on the wire, μs",
         ("case", "median", "99 %", "worst"),
         rows,
-        {"goals": GOALS, "publishing": publishing, "steps": steps, "fetching": fetching, "requests": requests,
-         "compiling": compiling},
+        {"goals": GOALS, "steps": steps, "requests": requests, "compiling": compiling},
         lambda axes: plot(axes, rows),
         options,
         sections=[
