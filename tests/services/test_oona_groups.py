@@ -111,7 +111,7 @@ def test_what_was_handed_out_over_a_connection_that_broke_is_handed_out_again_to
     with BreakableLink(valkey_server.port) as link:
         bus = RedisBus(valkey_server.config(url=f"redis://127.0.0.1:{link.port}", **PATIENT))
         member, got = bus.subscribe([SUBMITTED], group="g"), queue.Queue[object]()
-        thread = threading.Thread(target=lambda: got.put(numbers(member.receive())))
+        thread = threading.Thread(target=lambda: got.put(numbers(member.receive())), daemon=True)
         thread.start()
         with valkey_server.client() as client:
             eventually(lambda: client.info("clients")["blocked_clients"] == 1, "nobody waits for a message")
