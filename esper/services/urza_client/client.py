@@ -42,7 +42,7 @@ __all__ = ["UrzaClient"]
 
 _SIGNATURE_HEADER = "Esper-Signature"
 _PAGE = 1000
-_MAX_ATTACHMENT = 256 * 2**20
+_MAX_BYTES = 256 * 2**20  # of a blueprint or an attachment
 _API, _INTERNAL = "/api/v1", "/internal/v1"
 _TARGET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _Document = TypeVar("_Document", bound=BaseModel)
@@ -87,9 +87,9 @@ class UrzaClient:
         return self._read(BlueprintRecord, await self._transport.request("GET", _blueprint(_API, blueprint_id)))
 
     async def document(self, blueprint_id: str) -> bytes:
-        """`GET /api/v1/blueprints/{id}/document`: canonical JSON."""
-        answer = await self._transport.request("GET", _blueprint(_API, blueprint_id, "document"))
-        return answer.body
+        """`GET /api/v1/blueprints/{id}/document`: canonical JSON, its hash checked."""
+        path = _blueprint(_API, blueprint_id, "document")
+        return (await self._transport.download(path, blueprint_id, _MAX_BYTES)).body
 
     async def blueprints(
         self, status_filter: BlueprintStatus | None = None, limit: int = 100
@@ -132,7 +132,7 @@ class UrzaClient:
         headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
         try:
             path = _kernel(_API, artifact_id, "attachments", _target(target_key))
-            answer = await self._transport.download(path, None, _MAX_ATTACHMENT, headers)
+            answer = await self._transport.download(path, None, _MAX_BYTES, headers)
         except (UnknownAttachmentError, UnknownKernelReferenceError):
             return None
         return known if answer.status == httpx.codes.NOT_MODIFIED else answer.body
