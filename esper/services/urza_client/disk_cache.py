@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -24,14 +25,15 @@ _log = logging.getLogger(__name__)
 _MIB = 2**20
 _FILL = 0.9  # of the bound, which is left after an eviction
 _ABANDONED_SECONDS = 3600.0  # after which an unfinished file is nobody's
+_OURS = re.compile(r"[0-9a-f]{64}|(?P<unfinished>\.[0-9a-f]{16}\.[0-9a-f]{16})")
 
 
 class DiskCache:
     """Bytes by their SHA-256, and small facts by a key, in `folder`. For any thread and any number of processes.
 
     Files are written under another name and renamed, so they are whole or not there. A damaged one is removed when it
-    is read. What was used longest ago goes first when the folder holds more than `max_mb` MiB. Nothing raises: what
-    cannot be kept is logged and not kept.
+    is read. What was used longest ago goes first when there are more than `max_mb` MiB; files that are not the cache's
+    are left alone. Nothing raises: what cannot be kept is logged and not kept.
     """
 
     def __init__(self, folder: Path | None = None, max_mb: float = 2048) -> None:
@@ -40,59 +42,69 @@ class DiskCache:
             Path(platformdirs.user_cache_dir("esper", appauthor=False)) / "kernels" if folder is None else folder
         )
         self._max_bytes = int(max_mb * _MIB)
-        self._complained = False
+        self._complaints: set[str] = set()
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether there is a file for this SHA-256; only :meth:`get` looks whether it is whole."""
+        return os.path.isfile(self._blob(digest))
 
     def get(self, digest: str) -> bytes | None:
         """The bytes with this SHA-256, if they are here."""
-        path = self._blob(digest)
-        try:
-            data = path.read_bytes()
-        except OSError:
+        data = self._read(self._blob(digest))
+        if data is not None and hashlib.sha256(data).hexdigest() != digest:
+            self._remove_damaged(self._blob(digest))
             return None
-        if hashlib.sha256(data).hexdigest() != digest:
-            _log.warning("%s is damaged and removed; it will be fetched again", path)
-            with suppress(OSError):
-                path.unlink()
-            return None
-        with suppress(OSError):
-            os.utime(path)
         return data
 
     def put(self, data: bytes) -> str:
         """Keep `data`; its digest."""
         digest = hashlib.sha256(data).hexdigest()
-        if len(data) <= self._max_bytes and self._write(self._blob(digest), data):
+        if len(data) > self._max_bytes:
+            self._complain(f"{len(data)} bytes are more than all of the cache may hold; raise urza.client.cache_mb")
+        elif self._write(self._blob(digest), data):
             self._evict(keep=self._blob(digest))
         return digest
 
     def note(self, key: str, fact: dict[str, str | None]) -> None:
         """Keep a fact under `key`, in place of what was there."""
-        self._write(self._fact(key), json.dumps(fact).encode())
+        path, text = self._fact(key), json.dumps(fact)
+        is_new = not os.path.exists(path)
+        if self._write(path, f"{_digest(text)}\n{text}".encode()) and is_new:
+            self._evict(keep=path)
 
     def fact(self, key: str) -> dict[str, str | None] | None:
         """What is known under `key`."""
-        path = self._fact(key)
-        try:
-            fact = json.loads(path.read_bytes())
-        except OSError:
+        data = self._read(self._fact(key))
+        if data is None:
             return None
-        except ValueError:
-            with suppress(OSError):
-                path.unlink()
+        digest, _, text = data.decode(errors="replace").partition("\n")
+        if digest != _digest(text):
+            self._remove_damaged(self._fact(key))
             return None
-        with suppress(OSError):
-            os.utime(path)
-        return fact if isinstance(fact, dict) else None
+        fact: dict[str, str | None] = json.loads(text)
+        return fact
 
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(each.stat.st_size for each in self._files())
+        return sum(each.size for each in self._files())
 
     def _blob(self, digest: str) -> Path:
         return self.folder / "blobs" / digest[:2] / digest
 
     def _fact(self, key: str) -> Path:
-        return self.folder / "facts" / hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / "facts" / _digest(key)
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._complain(str(error))
+            return None
+        with suppress(OSError):  # it was evicted meanwhile, or the folder may only be read
+            os.utime(path)
+        return data
 
     def _write(self, path: Path, data: bytes) -> bool:
         unfinished = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}")
@@ -102,37 +114,54 @@ class DiskCache:
                 file.write(data)
             os.replace(unfinished, path)
         except OSError as error:
-            if not self._complained:
-                _log.warning("kernels are not kept on disk: %s", error)
-            self._complained = True
+            self._complain(error.strerror or str(error))
             with suppress(OSError):
                 unfinished.unlink()
             return False
         return True
 
+    def _remove_damaged(self, path: Path) -> None:
+        _log.warning("%s is damaged and removed; it will be fetched again", path)
+        with suppress(OSError):
+            path.unlink()
+
+    def _complain(self, what: str) -> None:
+        if what not in self._complaints:
+            _log.warning("kernels are not kept in %s: %s", self.folder, what)
+        self._complaints.add(what)
+
     def _evict(self, keep: Path) -> None:
-        files = sorted(self._files(), key=lambda each: each.stat.st_mtime)
-        surplus = sum(each.stat.st_size for each in files) - self._max_bytes
+        files = sorted(self._files(), key=lambda each: each.used_at)
+        surplus = sum(each.size for each in files) - self._max_bytes
         if surplus > 0:  # make some room, so that not every file that comes makes another one go
             surplus += int((1.0 - _FILL) * self._max_bytes)
         abandoned_before = time.time() - _ABANDONED_SECONDS
         for each in files:
-            unfinished = each.path.name.startswith(".")
-            if each.stat.st_mtime < abandoned_before if unfinished else surplus > 0 and each.path != keep:
-                with suppress(OSError):  # another process was faster
-                    each.path.unlink()
-                surplus -= each.stat.st_size
+            if each.used_at < abandoned_before if each.unfinished else surplus > 0 and each.path != keep:
+                try:
+                    each.path.unlink(missing_ok=True)  # another process may have been faster
+                except OSError as error:
+                    self._complain(error.strerror or str(error))
+                else:
+                    surplus -= each.size
 
     def _files(self) -> Iterator[_File]:
-        for folder, _, names in os.walk(self.folder):
-            for name in names:
-                path = Path(folder) / name
-                with suppress(OSError):
-                    yield _File(path, path.stat())
+        for part in ("blobs", "facts"):
+            for folder, _, names in os.walk(self.folder / part):
+                for name in names:
+                    ours = _OURS.fullmatch(name)
+                    if ours is not None:
+                        with suppress(OSError):
+                            yield _File(Path(folder) / name, ours["unfinished"] is not None)
 
 
 class _File:
-    __slots__ = ("path", "stat")
+    __slots__ = ("path", "size", "unfinished", "used_at")
 
-    def __init__(self, path: Path, stat: os.stat_result) -> None:
-        self.path, self.stat = path, stat
+    def __init__(self, path: Path, unfinished: bool) -> None:
+        status = path.stat()
+        self.path, self.unfinished, self.size, self.used_at = path, unfinished, status.st_size, status.st_mtime
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from esper.artifacts import Signature, TrustStore
 from esper.execution.sources import FetchedKernel, KernelSourceError, UnknownKernelError
-from esper.services.errors import UrzaUnavailableError
+from esper.services.errors import StoreError, UrzaProtocolError
 from esper.services.names import is_full_id
 from esper.services.store_source import source_errors
-from esper.services.urza_client.client import UrzaClient
 from esper.services.urza_client.disk_cache import DiskCache
 from esper.services.urza_client.remote_store import RemoteStore
 
@@ -19,13 +18,19 @@ __all__ = ["RemoteKernelSource"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 8
+_ANSWERS = (
+    LookupError,
+    ValueError,
+    PermissionError,
+    UrzaProtocolError,
+)  # not for a while, and not for lack of a server
 
 
 class RemoteKernelSource:
     """A :class:`~esper.execution.sources.KernelSource` over a remote store, with what was fetched kept on disk.
 
-    While Urza is away, or with `urza.client.offline`, kernels on the disk can be loaded, also by the names and prefixes
-    that they were found under before.
+    While Urza is away or in trouble, or with `urza.client.offline`, kernels on the disk can be loaded, also by the
+    names and prefixes that they were found under before. For any thread.
     """
 
     def __init__(self, store: RemoteStore, trust: Callable[[], TrustStore]) -> None:
@@ -39,18 +44,19 @@ class RemoteKernelSource:
 
     def resolve(self, reference: str) -> str:
         """See :class:`~esper.execution.sources.KernelSource`."""
-        if is_full_id(reference) and self._kept(reference) is not None:
+        if is_full_id(reference) and reference in self.disk:
             return reference
-        with source_errors():
-            try:
+        key = f"reference {reference}"
+        try:
+            with source_errors():
                 artifact_id = self._store.kernels.resolve(reference)
-            except UrzaUnavailableError as away:
-                known = (self.disk.fact(f"reference {reference}") or {}).get("id")
-                if known is None:
-                    raise
-                _log.warning("%r is taken for %s, as it was before: %s", reference, known, away)
-                return known
-        self.disk.note(f"reference {reference}", {"id": artifact_id})
+        except KernelSourceError as error:
+            known = (self.disk.fact(key) or {}).get("id")
+            if known is None or not _is_trouble(error):
+                raise self._explained(error, repr(reference)) from error.__cause__
+            _log.warning("%r is taken for %s, as it was before: %s", reference, known, error)
+            return known
+        self.disk.note(key, {"id": artifact_id})
         return artifact_id
 
     def fetch(self, artifact_id: str) -> FetchedKernel:
@@ -58,9 +64,13 @@ class RemoteKernelSource:
         kept = self._kept(artifact_id)
         if kept is not None:
             return kept
-        with source_errors():
-            data, signature = self._store.kernels.content(artifact_id)
-        self._keep(data, signature)
+        try:
+            with source_errors():
+                data, signature = self._store.kernels.content(artifact_id)
+        except KernelSourceError as error:
+            raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
+        digest = self.disk.put(data)
+        self.disk.note(f"signature {digest}", {"signature": None if signature is None else signature.to_json()})
         return FetchedKernel(data, signature)
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
@@ -68,12 +78,14 @@ class RemoteKernelSource:
         key = f"attachment {artifact_id} {target_key}"
         digest = (self.disk.fact(key) or {}).get("digest")
         known = None if digest is None else self.disk.get(digest)
-        with source_errors():
-            try:
+        try:
+            with source_errors():
                 found = self._store.ask(lambda client: client.attachment(artifact_id, target_key, known))
-            except UrzaUnavailableError as away:
-                _log.info("the attachment on the disk is used, if there is one: %s", away)
-                return known
+        except KernelSourceError as error:
+            if not _is_trouble(error):
+                raise
+            _log.info("the attachment on the disk is used, if there is one: %s", error)
+            return known
         if found is not None and found is not known:
             self.disk.note(key, {"digest": self.disk.put(found)})
         return found
@@ -83,36 +95,39 @@ class RemoteKernelSource:
         with source_errors():
             return self._trust()
 
-    def prefetch(self, references: Iterable[str]) -> dict[str, str | KernelSourceError]:
-        """Have kernels on the disk before they are asked for: the id of each, or why it cannot be had."""
+    def prefetch(self, references: Iterable[str], target_key: str | None = None) -> dict[str, str | KernelSourceError]:
+        """Have kernels on the disk before they are asked for: the id of each, or why it is not there. Blocks.
+
+        With a `target_key` (`esper.artifacts.Target.key`) their compiled code for it as well, where there is some.
+        """
         wanted = list(dict.fromkeys(references))
-        outcomes: dict[str, str | KernelSourceError] = {}
 
-        async def work(client: UrzaClient) -> None:
-            turns = asyncio.Semaphore(_AT_ONCE)
+        def one(reference: str) -> str | KernelSourceError:
+            try:
+                artifact_id = self.resolve(reference)
+                self.fetch(artifact_id)
+                if target_key is not None:
+                    self.attachment(artifact_id, target_key)
+            except KernelSourceError as error:
+                return error
+            return artifact_id
 
-            async def one(reference: str) -> None:
-                async with turns:
-                    try:
-                        with source_errors():
-                            kernel = await client.kernel(reference)
-                            if self.disk.get(kernel.id) is None:
-                                self._keep(*await client.content(kernel.id))
-                    except KernelSourceError as error:
-                        outcomes[reference] = error
-                    else:
-                        self.disk.note(f"reference {reference}", {"id": kernel.id})
-                        outcomes[reference] = kernel.id
+        with ThreadPoolExecutor(_AT_ONCE, "esper-prefetch") as pool:
+            outcomes = dict(zip(wanted, pool.map(one, wanted), strict=True))
+        return {reference: self._on_disk(outcome) for reference, outcome in outcomes.items()}
 
-            await asyncio.gather(*map(one, wanted))
+    def _on_disk(self, outcome: str | KernelSourceError) -> str | KernelSourceError:
+        if isinstance(outcome, KernelSourceError) or outcome in self.disk:
+            return outcome
+        return KernelSourceError(
+            f"kernel {outcome} can be fetched, but is not kept in {self.disk.folder}; make the folder writable, free "
+            "some space, or raise urza.client.cache_mb"
+        )
 
-        with source_errors():
-            self._store.ask(work)
-        return {reference: outcomes[reference] for reference in wanted}
-
-    def _keep(self, data: bytes, signature: Signature | None) -> None:
-        digest = self.disk.put(data)
-        self.disk.note(f"signature {digest}", {"signature": None if signature is None else signature.to_json()})
+    def _explained(self, error: KernelSourceError, what: str) -> KernelSourceError:
+        if not _is_trouble(error):
+            return error
+        return KernelSourceError(f"{error}; {what} is not in {self.disk.folder} either")
 
     def _kept(self, artifact_id: str) -> FetchedKernel | None:
         if not is_full_id(artifact_id):
@@ -123,3 +138,8 @@ class RemoteKernelSource:
             return None
         text = fact.get("signature")
         return FetchedKernel(data, None if text is None else Signature.from_json(text))
+
+
+def _is_trouble(error: KernelSourceError) -> bool:
+    """Whether Urza is away or failed, and has said nothing of the kernel."""
+    return isinstance(error.__cause__, StoreError) and not isinstance(error.__cause__, _ANSWERS)
