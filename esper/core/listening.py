@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CommandBus", "Listener", "ListeningPlatform"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("esper.execution")  # one part of `ESPER_LOGS`
 _REMEMBERED = 4096  # commands whose outcomes are kept, to be given again
 _State = SeedLifecycleState
 
