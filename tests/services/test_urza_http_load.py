@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert
+from sqlalchemy import event, insert, update
 
 from esper.services.urza import UrzaStore
 from esper.services.urza.models import BlueprintRow
@@ -142,6 +142,23 @@ def test_a_name_that_is_raced_for_goes_to_one(any_urza: RunningUrza) -> None:
         answers = at_once(8, lambda number: submit(clients[number], blueprint(number), "wanted"))
         assert sorted(each.status_code for each in answers) == [201] + [409] * 7
         assert len(clients[0].get("/api/v1/blueprints").json()["items"]) == 1
+
+
+def test_blueprints_of_one_moment_are_each_on_one_page(any_urza: RunningUrza) -> None:
+    ids = fill(any_urza.store, 10)
+    with any_urza.store.database.writing() as session:
+        session.execute(update(BlueprintRow).values(submitted_at=1.0e9 + 0.1))
+    seen: list[str] = []
+    cursor: str | None = None
+    with any_urza.client() as client:
+        for _ in ids:
+            params: dict[str, Any] = {"limit": 3} | ({} if cursor is None else {"cursor": cursor})
+            page = client.get("/api/v1/blueprints", params=params).json()
+            seen += [each["id"] for each in page["items"]]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                break
+    assert seen == ids[::-1]
 
 
 class TestLongQueue:

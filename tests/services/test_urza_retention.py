@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -188,3 +190,18 @@ def test_uploads_that_race_with_the_collection_are_whole(store: UrzaStore, folde
         for seed, artifact in enumerate(artifacts):
             assert client.get(f"/api/v1/kernels/{artifact.id}/content").content == artifact.data
             assert client.get(f"/api/v1/blueprints/{blueprint(seed).id}/document").status_code == 200
+
+
+def test_kernels_retired_before_their_time_was_noted_are_kept_from_the_update_on(folder: Path) -> None:
+    with UrzaStore.in_folder(folder) as store:
+        artifact, _ = add_kernel(store, blueprint(1))
+        retire(store, artifact)
+    with contextlib.closing(sqlite3.connect(folder / "esper.db")) as database, database:
+        database.execute("DROP INDEX ix_kernels_created_at")
+        database.execute("DROP INDEX ix_blueprints_submitted_at")
+        database.execute("ALTER TABLE kernels DROP COLUMN retired_at")
+        database.execute("UPDATE alembic_version SET version_num = '0001'")
+    with UrzaStore.in_folder(folder) as store:
+        assert store.schema_version == "0002"
+        assert collect(store, keep_days=1, dry_run=True).kernels == ()
+        assert collect(store, keep_days=0, dry_run=True).kernels == (artifact.id,)

@@ -31,7 +31,7 @@ from esper.services.problems import (
 )
 from esper.services.urza.request_id import request_id_of
 
-__all__ = ["RefusedError", "install_problem_responses", "problem_response", "refusal"]
+__all__ = ["RefusedError", "install_problem_responses", "problem_response"]
 
 _log = logging.getLogger(__name__)
 _MAX_ERRORS = 5
@@ -95,10 +95,10 @@ def _of_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, RefusedError):
         return problem_response(request.scope, error.cause, error.problem, error.headers)
-    return problem_response(request.scope, *refusal(error.status_code, error.detail, request), error.headers)
+    return problem_response(request.scope, *_refusal(error.status_code, error.detail, request), error.headers)
 
 
-def refusal(status: int, detail: str, request: Request) -> tuple[EsperError, Problem]:
+def _refusal(status: int, detail: str, request: Request) -> tuple[EsperError, Problem]:
     """The error and kind for an HTTP status that the framework chose."""
     if status == 404:
         error: EsperError = UnknownRouteError("there is nothing at this path; see the OpenAPI document")
