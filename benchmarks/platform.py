@@ -110,16 +110,18 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 @contextmanager
 def redis_in(state: str) -> Iterator[RedisConfig]:
     """A Redis that works, that answers late, that does not answer, or that is not there."""
+    if state == "dead":
+        with ValkeyServer() as server:
+            url = server.connection_url
+        yield RedisConfig.model_validate({"url": url})
+        return
     with ValkeyServer() as server:
         if state == "slow":
             with slow_link(server.port, _DELAY) as port:
                 yield RedisConfig.model_validate({"url": f"redis://127.0.0.1:{port}"})
             return
         redis = RedisConfig.model_validate({"url": server.connection_url})
-        if state == "dead":
-            server.stop()
-            yield redis
-        elif state == "hanging":
+        if state == "hanging":
             process = server._process
             assert process is not None
             os.kill(process.pid, signal.SIGSTOP)

@@ -162,7 +162,8 @@ def _urza(port: int) -> Iterator[str]:
     """The URL of an Urza in a process of its own, once it is ready."""
     port = port or _free_port()
     address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)])
+    command = [sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=sys.stderr)  # what `esper up --json` prints is its own
     try:
         _wait_until_ready(address, process)
         yield address

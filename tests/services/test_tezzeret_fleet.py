@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
 import pytest
+import redis
 
 from esper.artifacts import Blueprint
 from esper.configs import RedisConfig
@@ -182,3 +188,33 @@ def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(team: Deployment, t
         wait_until_gone(each, 1)
     record = team_store.blueprints.get(blueprint().id)
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
+
+
+# ---- all of it on one machine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_esper_up_says_where_things_are_and_takes_everything_down_again(tmp_path: Path) -> None:
+    with deployment(tmp_path, "") as team:
+        environment = team.environment(ESPER_URZA__PORT="0")
+        del environment["ESPER_REDIS__URL"]
+        command = [sys.executable, "-m", "esper.cli", "up", "--json"]
+        with open(team.log("up"), "ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            told = ""
+            while not told.endswith("\n}\n") and (text := process.stdout.readline()):
+                told += text
+            where = json.loads(told)["environment"]
+            assert httpx.get(f"{where['ESPER_URZA__URL']}/health/ready").status_code == httpx.codes.OK
+            redis.Redis.from_url(where["ESPER_REDIS__URL"]).ping()
+            up = psutil.Process(process.pid)
+            team.wait_for(lambda: len(up.children(recursive=True)) >= 3, "Valkey, Urza and a worker run")
+            started = up.children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+        for each in started:
+            wait_until_gone(each, 5)
