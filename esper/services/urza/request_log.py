@@ -76,4 +76,4 @@ class RequestLog:
             "address": scope["client"][0] if scope.get("client") else None,
         }
         text = "%(method)s %(target)s %(status)d %(bytes)d bytes %(seconds).4f s caller=%(caller)s id=%(request_id)s"
-        _log.info(text, fields, extra=fields)
+        _log.info(text, fields, extra={"fields": fields})
