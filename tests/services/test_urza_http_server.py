@@ -210,11 +210,11 @@ class TestAccessLog:
             client.get("/api/v1/blueprints?limit=2", headers={"X-Request-ID": "two"})
             client.get("/a%0d%0ab", headers={"X-Request-ID": "three"})
         lines = {
-            each.request_id: each  # type: ignore[attr-defined]
+            each.fields["request_id"]: each  # type: ignore[attr-defined]
             for each in caplog.records
             if each.name == "esper.services.urza.request_log"
         }
-        one, two, three = (vars(lines[name]) for name in ("one", "two", "three"))
+        one, two, three = (vars(lines[name])["fields"] for name in ("one", "two", "three"))
         assert (one["method"], one["target"], one["status"]) == ("GET", "/api/v1/kernels/mine", 404)
         assert (one["route"], one["caller"], one["address"]) == ("/api/v1/kernels/{reference}", None, "127.0.0.1")
         assert one["bytes"] > 0
