@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.artifacts import Blueprint
 from esper.compiler.attachment import attach_from
+from esper.core.listening import ListeningPlatform, set_default_platform
 from esper.core.model_wrapper import MorphableModel, unwrap, wrap
 from esper.errors import EsperError
 from esper.execution.alpha import CosineRamp, LinearRamp
@@ -70,5 +71,12 @@ def _default_sink() -> TelemetrySink | None:
     return None if platform is None else platform.oona
 
 
+def _default_platform() -> ListeningPlatform:
+    from esper.platform import default_platform
+
+    return default_platform()
+
+
 configure_logs()
+set_default_platform(_default_platform)
 set_defaults(_default_source, _default_sink, attach_from)

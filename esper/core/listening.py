@@ -20,13 +20,14 @@ from pydantic import BaseModel, ValidationError
 
 from esper.contracts.commands import CommandStatus, KasminaAction, KasminaCommandOutcome, KasminaControlCommand
 from esper.contracts.messages import OonaMessage, TopicNames
+from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
 
-__all__ = ["CommandBus", "Listener", "ListeningPlatform"]
+__all__ = ["CommandBus", "Listener", "ListeningPlatform", "default_platform", "set_default_platform"]
 
 _log = logging.getLogger("esper.execution")  # one part of `ESPER_LOGS`
 _REMEMBERED = 4096  # commands whose outcomes are kept, to be given again
@@ -55,6 +56,22 @@ class ListeningPlatform(Protocol):
 
     @property
     def oona(self) -> CommandBus: ...
+
+
+_default: Callable[[], ListeningPlatform] | None = None
+
+
+def set_default_platform(make: Callable[[], ListeningPlatform]) -> None:
+    """What a model listens at that is given no platform; called whenever one is needed, and keeps what it makes."""
+    global _default
+    _default = make
+
+
+def default_platform() -> ListeningPlatform:
+    """Raises ``EsperError`` if there is none, because the package's top level was not imported."""
+    if _default is None:
+        raise EsperError("there is no default platform to listen at: import esper, or pass `platform`")
+    return _default()
 
 
 class Listener:

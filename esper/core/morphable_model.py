@@ -17,7 +17,7 @@ from esper.compiler.report import CompileReport
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
-from esper.core.listening import Listener, ListeningPlatform
+from esper.core.listening import Listener, ListeningPlatform, default_platform
 from esper.core.persistence import PackedModel, is_hooks
 from esper.core.targets import Selection
 from esper.core.watched import signal_of
@@ -330,11 +330,8 @@ class MorphableModel(nn.Module):
         thread of the listener's, and comes into force like what is asked here. The listener does not keep the model
         alive. To be called before training begins, as it may have to connect.
         """
-        if platform is None:
-            from esper.platform import default_platform  # which brings a database along
-
-            platform = self._options.platform or default_platform()
-        return Listener(self, platform.oona, name)
+        chosen = platform or self._options.platform or default_platform()
+        return Listener(self, chosen.oona, name)
 
     def commit(self) -> list[Transition]:
         """Put everything staged in force, all at once; call it between two steps. Returns what changed."""

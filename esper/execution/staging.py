@@ -78,6 +78,7 @@ class Stager:
         self._records = SeedRecords(runtime, self._requests, sink)
         self._queue = StagingQueue(runtime, self._requests, thread)
         self._replacer = SeedReplacer(runtime, self._requests, self._records, thread)
+        self._later_alphas: dict[tuple[int, int], tuple[float | AlphaSchedule, float]] = {}  # set during a load
 
     def load(
         self,
@@ -103,6 +104,7 @@ class Stager:
             request = LoadRequest(layer, seed, ticket, Future(), reference, alpha, first, trainable, isolate)
             request.staged.set_running_or_notify_cancel()  # not to be cancelled from outside: unload() calls a load off
             self._requests.begin(request)
+            self._later_alphas.pop(request.key, None)
         if replaced is not None:
             replaced.staged.set_result(False)
         self._queue.put(lambda: self._fetched(request))
@@ -200,10 +202,15 @@ class Stager:
         )
 
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
-        """Set or schedule the alpha of `seed`. Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized."""
+        """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
+
+        Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized.
+        """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         with self._runtime.lock:
             self._requests.refuse_fossil(layer, seed)
+            if layer.state.lifecycle(seed) is _State.LOADING:
+                self._later_alphas[layer.site, seed] = alpha, first
             self._runtime.start_alpha(layer.first_seed + seed, alpha, first)
 
     def replace_all(self, layers: Sequence[KasminaLayer], seeds: Sequence[SeedReplacement]) -> None:
@@ -228,7 +235,8 @@ class Stager:
         planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
 
         def applied() -> Transition:
-            self._runtime.start_alpha(index, request.alpha, request.first_alpha)
+            asked = request.alpha, request.first_alpha
+            self._runtime.start_alpha(index, *self._later_alphas.pop(request.key, asked))
             layer.seed_errors.pop(seed, None)
             return self._records.enter(layer, seed, _State.ACTIVE, "committed", kernel.artifact_id)
 

@@ -204,6 +204,17 @@ def test_manual_commits(shelf: KernelShelf, x: torch.Tensor) -> None:
     assert not torch.allclose(layer(x), dormant)
 
 
+def test_an_alpha_that_is_set_while_a_kernel_loads_is_the_kernels(shelf: KernelShelf) -> None:
+    layer = esper.KasminaLayer("m", 1, 8, 6, commit="manual", source=shelf.platform.kernel_source)
+    load(layer, 0, shelf.put(blueprint()).id, alpha=1.0)
+    layer.set_alpha(0, 0.25)
+    layer.runtime.commit()
+    assert layer.state.alpha(0) == 0.25
+    load(layer, 0, shelf.put(blueprint()).id, alpha=0.75)  # what is asked with a load counts for it
+    layer.runtime.commit()
+    assert layer.state.alpha(0) == 0.75
+
+
 def test_schedules_move_in_training(layer: esper.KasminaLayer, shelf: KernelShelf, x: torch.Tensor) -> None:
     load(layer, 0, shelf.put(blueprint()).id, alpha=esper.LinearRamp(0.0, 1.0, 4))
     layer(x), layer(x)
