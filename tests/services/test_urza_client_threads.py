@@ -37,8 +37,18 @@ def remote(urza: RunningUrza) -> Iterator[RemoteStore]:
     opened.close()
 
 
+_before: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_other_tests() -> None:
+    _before.clear()
+    _before.update(threading.enumerate())
+
+
 def client_threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name == THREAD]
+    """Those that this test has started."""
+    return [each.name for each in set(threading.enumerate()) - _before if each.name == THREAD]
 
 
 def connections_to(urza: RunningUrza) -> int:
@@ -188,10 +198,11 @@ print(len(remote.blueprints.list()), flush=True)
 """
 
 ASK_IN_VAIN = """
-import sys, threading
+import signal, sys, threading
 from esper.configs import UrzaConfig
 from esper.services.urza_client import RemoteStore
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which the shell may have had ignored
 remote = RemoteStore(UrzaConfig.model_validate({"url": sys.argv[1], "client": {"timeout": 600}}))
 if sys.argv[2] == "elsewhere":
     threading.Thread(target=remote.blueprints.list, daemon=True).start()
