@@ -128,7 +128,7 @@ class KernelQuery(_Document):
     graph_digest: str | None = None
     uses_host: bool | None = None
     max_size_bytes: int | None = Field(default=None, ge=1)
-    max_latency_us: float | None = Field(default=None, gt=0)
+    max_latency_us: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     target_key: str | None = None
     """Only kernels with an attachment for this target."""
     status: KernelStatus | None = KernelStatus.VALIDATED
