@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -12,6 +13,9 @@ from esper.contracts.validation import (
     ValidationCheck,
     ValidationReport,
 )
+
+if TYPE_CHECKING:
+    from esper.artifacts import KernelGraph
 
 __all__ = [
     "AttachmentReport",
@@ -65,6 +69,19 @@ class KernelMetadata(_Document):
     node_count: int = Field(ge=1)
     graph_digest: str
     """`KernelGraph.digest`: equal for kernels that differ in weights only."""
+
+    @classmethod
+    def of(cls, graph: KernelGraph) -> KernelMetadata:
+        """Read off `graph`."""
+        return cls(
+            in_features=graph.in_features,
+            out_features=graph.out_features,
+            dtype=graph.dtype,
+            uses_host=graph.uses_host,
+            parameter_count=sum(spec.elements for spec in graph.tensors),
+            node_count=len(graph.nodes),
+            graph_digest=graph.digest,
+        )
 
 
 class BlueprintRecord(_Document):

@@ -7,9 +7,8 @@ from typing import Any
 from esper.artifacts import Artifact, Signature, SigningKey, Target
 from esper.configs import UrzaConfig
 from esper.contracts.validation import AttachmentReport, LatencyMeasurement, ValidationCheck, ValidationReport
-from esper.services.contracts import Claim, CompiledKernelArtifact
+from esper.services.contracts import Claim, CompiledKernelArtifact, KernelMetadata
 from esper.services.stores import Store
-from esper.services.urza.uploads import kernel_metadata
 from esper.services.urza_client import RemoteStore
 from tests.services.urza_server import RunningUrza
 
@@ -61,6 +60,6 @@ def add(
         artifact.data,
         signature,
         blueprint_id=artifact.blueprint_id,
-        metadata=kernel_metadata(artifact.graph),
+        metadata=KernelMetadata.of(artifact.graph),
         report=report,
     )

@@ -51,15 +51,7 @@ def add_kernel(
     report = ValidationReport(
         blueprint_id=of.id, pipeline="fast", passed=True, artifact_id=artifact.id, latencies=latencies
     )
-    metadata = KernelMetadata(
-        in_features=artifact.in_features,
-        out_features=artifact.out_features,
-        dtype=artifact.graph.dtype,
-        uses_host=artifact.graph.uses_host,
-        parameter_count=sum(spec.elements for spec in artifact.graph.tensors),
-        node_count=len(artifact.graph.nodes),
-        graph_digest=artifact.graph.digest,
-    )
+    metadata = KernelMetadata.of(artifact.graph)
     signature = (key or SigningKey.generate()).sign(artifact_message(artifact.id))
     kernel = store.kernels.add(artifact.data, signature, blueprint_id=of.id, metadata=metadata, report=report)
     store.blueprints.set_status(

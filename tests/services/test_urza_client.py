@@ -12,10 +12,9 @@ from sqlalchemy import insert
 
 from esper.artifacts import Attachment, artifact_message, build_artifact
 from esper.contracts.validation import LatencyMeasurement, ValidationReport
-from esper.services.contracts import BlueprintStatus, KernelQuery, KernelStatus
+from esper.services.contracts import BlueprintStatus, KernelMetadata, KernelQuery, KernelStatus
 from esper.services.urza import UrzaStore
 from esper.services.urza.models import BlueprintRow
-from esper.services.urza.uploads import kernel_metadata
 from esper.services.urza_client import RemoteStore
 from tests.services.remote_stores import KEY, NOBODY, TARGET, add, claimed, remote_of, report_of
 from tests.services.shelf import add_kernel, blueprint
@@ -120,7 +119,7 @@ class TestKernels:
         signature, report = KEY.sign(artifact_message(artifact.id)), report_of(artifact)
         kernel = add(remote, artifact, signature, report)
         assert kernel == store.kernels.get(artifact.id)
-        assert (kernel.report, kernel.metadata) == (report, kernel_metadata(artifact.graph))
+        assert (kernel.report, kernel.metadata) == (report, KernelMetadata.of(artifact.graph))
         ended = remote.blueprints.set_status(
             blueprint(1).id, BlueprintStatus.VALIDATED, token=token, report=report, artifact_id=artifact.id
         )

@@ -82,15 +82,7 @@ def test_work_whose_answers_were_all_lost_is_done_once(store: UrzaStore, urza: R
     of = blueprint(1)
     artifact = build_artifact(of)
     report = ValidationReport(blueprint_id=of.id, pipeline="fast", passed=True, artifact_id=artifact.id)
-    metadata = KernelMetadata(
-        in_features=artifact.in_features,
-        out_features=artifact.out_features,
-        dtype=artifact.graph.dtype,
-        uses_host=artifact.graph.uses_host,
-        parameter_count=sum(spec.elements for spec in artifact.graph.tensors),
-        node_count=len(artifact.graph.nodes),
-        graph_digest=artifact.graph.digest,
-    )
+    metadata = KernelMetadata.of(artifact.graph)
     signature = SigningKey.generate().sign(artifact_message(artifact.id))
     script = [
         lost, through,  # submit

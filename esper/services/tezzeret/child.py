@@ -99,7 +99,7 @@ def compile_blueprint(blueprint: Blueprint, pipeline: Pipeline, folder: Path) ->
     )
     return ChildResult(
         report=report,
-        metadata=None if artifact is None else _metadata(artifact.graph),
+        metadata=None if artifact is None else KernelMetadata.of(artifact.graph),
         target=None if target is None or attachment is None or attachment.status != "compiled" else target.to_json(),
     )
 
@@ -189,18 +189,6 @@ def _toolchain_problem() -> str | None:
 def _summary(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text[:2000]}" if text else type(error).__name__
-
-
-def _metadata(graph: KernelGraph) -> KernelMetadata:
-    return KernelMetadata(
-        in_features=graph.in_features,
-        out_features=graph.out_features,
-        dtype=graph.dtype,
-        uses_host=graph.uses_host,
-        parameter_count=sum(spec.elements for spec in graph.tensors),
-        node_count=len(graph.nodes),
-        graph_digest=graph.digest,
-    )
 
 
 def _peak_memory_mb() -> float | None:

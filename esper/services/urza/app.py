@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 
 from esper.configs import EsperConfig
-from esper.services.urza.announcements import Announcements
 from esper.services.urza.auth import Access, check_exposure
 from esper.services.urza.health_routes import add_health_routes
 from esper.services.urza.metrics import Metrics
@@ -31,20 +29,14 @@ _DESCRIPTION = "The store of Esper's blueprints and kernels. Errors are problem 
 def create_app(store: UrzaStore, config: EsperConfig, *, on_submit: Callable[[str], None] | None = None) -> FastAPI:
     """The application that serves `store` as the section `urza` of `config` says.
 
-    `on_submit` is called with the id of each blueprint that was not there before, on a thread, after the submitter was
-    answered or while it is; it may block, and what it raises is logged. The store stays the caller's to close. Raises
-    :class:`~esper.configs.ConfigError` if there are no tokens although strangers could ask.
+    `on_submit` is called with the id of each blueprint that was not there before, on the event loop: it must return at
+    once and not raise, as `esper.services.tezzeret.queue.Dispatch.submitted` does. The store stays the caller's to
+    close. Raises :class:`~esper.configs.ConfigError` if there are no tokens although strangers could ask.
     """
     from esper import __version__
 
     check_exposure(config)
     urza = config.urza
-    announcements = Announcements(on_submit)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        announcements.close()
 
     app = _App(
         title="Urza",
@@ -53,13 +45,12 @@ def create_app(store: UrzaStore, config: EsperConfig, *, on_submit: Callable[[st
         docs_url=None,  # its pages fetch scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lifespan,
     )
     install_problem_responses(app)
     metrics = Metrics(store)
     threads = StoreThreads()
     add_health_routes(app, store, threads, metrics)
-    add_blueprint_routes(app, store, threads, announcements)
+    add_blueprint_routes(app, store, threads, on_submit)
     add_kernel_routes(app, store, threads)
     add_claim_routes(app, store, threads, metrics)
     add_upload_routes(app, store, threads)

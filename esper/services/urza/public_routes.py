@@ -10,9 +10,10 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Request, Response
 
 from esper.artifacts import Signature
+from esper.services import references
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact, KernelQuery
 from esper.services.errors import InvalidRequestError, UnknownAttachmentError
-from esper.services.urza import references, uploads
+from esper.services.urza import uploads
 from esper.services.urza.content_response import matches, not_modified, ranged
 from esper.services.urza.openapi import BYTES, DOCUMENT, problems, request_body
 from esper.services.urza.request_documents import (
@@ -37,7 +38,7 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 def add_blueprint_routes(
-    app: FastAPI, store: UrzaStore, threads: StoreThreads, announce: Callable[[str], None]
+    app: FastAPI, store: UrzaStore, threads: StoreThreads, on_submit: Callable[[str], None] | None
 ) -> None:
     """Submitting, listing, reading and forgetting blueprints."""
     blueprints = store.blueprints
@@ -55,10 +56,10 @@ def add_blueprint_routes(
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise InvalidRequestError("send the blueprint as JSON, with `Content-Type: application/json`")
         submission = await threads.write(uploads.submit, store, await request.body())
-        if submission.is_new:
-            announce(submission.record.id)
-        else:
+        if not submission.is_new:
             response.status_code = 200
+        elif on_submit is not None:
+            on_submit(submission.record.id)
         return submission.record
 
     @app.get("/api/v1/blueprints", tags=["blueprints"], responses=problems(422))

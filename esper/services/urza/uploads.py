@@ -10,7 +10,6 @@ from esper.artifacts import (
     AttachmentError,
     Blueprint,
     BlueprintError,
-    KernelGraph,
     Signature,
     load_artifact,
 )
@@ -21,20 +20,7 @@ from esper.services.urza.blueprints import Submission
 from esper.services.urza.request_documents import KernelUpload
 from esper.services.urza.store import UrzaStore
 
-__all__ = ["add_attachment", "add_kernel", "kernel_metadata", "submit"]
-
-
-def kernel_metadata(graph: KernelGraph) -> KernelMetadata:
-    """What a kernel is, read off its graph."""
-    return KernelMetadata(
-        in_features=graph.in_features,
-        out_features=graph.out_features,
-        dtype=graph.dtype,
-        uses_host=graph.uses_host,
-        parameter_count=sum(spec.elements for spec in graph.tensors),
-        node_count=len(graph.nodes),
-        graph_digest=graph.digest,
-    )
+__all__ = ["add_attachment", "add_kernel", "submit"]
 
 
 def submit(store: UrzaStore, body: bytes) -> Submission:
@@ -75,7 +61,7 @@ def add_kernel(store: UrzaStore, record: str | bytes, content: bytes) -> Compile
     artifact = load_artifact(content)
     report = upload.report
     described = {
-        "metadata": (upload.metadata, kernel_metadata(artifact.graph)),
+        "metadata": (upload.metadata, KernelMetadata.of(artifact.graph)),
         "blueprint_id": (upload.blueprint_id, artifact.blueprint_id),
         "report.blueprint_id": (report.blueprint_id, artifact.blueprint_id),
         "report.artifact_id": (report.artifact_id, artifact.id),

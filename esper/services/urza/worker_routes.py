@@ -7,9 +7,10 @@ import time
 from fastapi import FastAPI, Request, Response
 from starlette.datastructures import UploadFile
 
+from esper.services import references
 from esper.services.contracts import BlueprintRecord, Claim, CompiledKernelArtifact, StoreStats
 from esper.services.errors import ClaimLostError, InvalidRequestError
-from esper.services.urza import references, uploads
+from esper.services.urza import uploads
 from esper.services.urza.blueprints import as_datetime
 from esper.services.urza.metrics import Metrics
 from esper.services.urza.openapi import OCTETS, problems, upload_body

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from esper.artifacts import Attachment, Blueprint, Limits, Signature, UntrustedArtifactError
 from esper.configs import UrzaConfig
 from esper.contracts.validation import ValidationReport
+from esper.services import references
 from esper.services.contracts import (
     BlueprintRecord,
     BlueprintStatus,
@@ -29,12 +29,9 @@ from esper.services.contracts import (
 )
 from esper.services.errors import (
     ForbiddenError,
-    InvalidNameError,
     UnknownAttachmentError,
-    UnknownBlueprintError,
     UnknownKernelReferenceError,
 )
-from esper.services.names import MIN_PREFIX, check_name, is_full_id, is_id_prefix
 from esper.services.stores import LEASE_SECONDS
 from esper.services.urza_client.transport import Answer, UrzaTransport
 
@@ -44,7 +41,6 @@ _SIGNATURE_HEADER = "Esper-Signature"
 _PAGE = 1000
 _MAX_BYTES = 256 * 2**20  # of a blueprint or an attachment
 _API, _INTERNAL = "/api/v1", "/internal/v1"
-_TARGET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 _Document = TypeVar("_Document", bound=BaseModel)
 
 
@@ -115,7 +111,7 @@ class UrzaClient:
 
     async def kernel(self, reference: str) -> CompiledKernelArtifact:
         """`GET /api/v1/kernels/{reference}`: by full id, prefix or name."""
-        path = f"{_API}/kernels/{_reference(reference)}"
+        path = f"{_API}/kernels/{references.kernel_reference(reference)}"
         return self._read(CompiledKernelArtifact, await self._transport.request("GET", path))
 
     async def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
@@ -131,7 +127,7 @@ class UrzaClient:
         """
         headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
         try:
-            path = _kernel(_API, artifact_id, "attachments", _target(target_key))
+            path = _kernel(_API, artifact_id, "attachments", references.target_key(target_key))
             answer = await self._transport.download(path, None, _MAX_BYTES, headers)
         except (UnknownAttachmentError, UnknownKernelReferenceError):
             return None
@@ -211,7 +207,7 @@ class UrzaClient:
 
     async def add_attachment(self, attachment: Attachment) -> None:
         """`PUT /internal/v1/kernels/{id}/attachments/{target}`."""
-        path = _kernel(_INTERNAL, attachment.artifact_id, "attachments", _target(attachment.target.key))
+        path = _kernel(_INTERNAL, attachment.artifact_id, "attachments", references.target_key(attachment.target.key))
         headers = {"Content-Type": "application/octet-stream"}
         await self._transport.request("PUT", path, content=attachment.pack(), headers=headers)
 
@@ -277,31 +273,9 @@ class UrzaClient:
 # What stands in a path is looked at first: `..`, or a name with a slash, would be another path.
 
 
-def _blueprint(root: str, blueprint_id: str, *rest: str) -> str:
-    if not is_full_id(blueprint_id):
-        raise UnknownBlueprintError(f"there is no blueprint {blueprint_id[:120]!r} in this store; submit it")
-    return "/".join((root, "blueprints", blueprint_id, *rest))
+def _blueprint(root: str, text: str, *rest: str) -> str:
+    return "/".join((root, "blueprints", references.blueprint_id(text), *rest))
 
 
-def _kernel(root: str, artifact_id: str, *rest: str) -> str:
-    if not is_full_id(artifact_id):
-        raise UnknownKernelReferenceError(f"there is no kernel {artifact_id[:120]!r} in this store")
-    return "/".join((root, "kernels", artifact_id, *rest))
-
-
-def _reference(text: str) -> str:
-    if is_full_id(text) or is_id_prefix(text):
-        return text
-    try:
-        return check_name(text)
-    except InvalidNameError as cause:
-        raise UnknownKernelReferenceError(
-            f"no kernel is called {text[:120]!r}; a reference is a full id, its first {MIN_PREFIX} or more hex digits, "
-            "or a name that was given at submission"
-        ) from cause
-
-
-def _target(key: str) -> str:
-    if not _TARGET.fullmatch(key):
-        raise UnknownAttachmentError(f"{key[:120]!r} is not the key of a target")
-    return key
+def _kernel(root: str, text: str, *rest: str) -> str:
+    return "/".join((root, "kernels", references.kernel_id(text), *rest))

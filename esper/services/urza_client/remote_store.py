@@ -10,6 +10,7 @@ from esper.artifacts import Attachment, Blueprint, Signature
 from esper.configs import UrzaConfig
 from esper.contracts.validation import ValidationReport
 from esper.forking import reset_after_fork
+from esper.services import references
 from esper.services.contracts import (
     BlueprintRecord,
     BlueprintStatus,
@@ -20,8 +21,7 @@ from esper.services.contracts import (
     KernelStatus,
     StoreStats,
 )
-from esper.services.errors import UnknownKernelReferenceError, UrzaUnavailableError
-from esper.services.names import is_full_id
+from esper.services.errors import UrzaUnavailableError
 from esper.services.stores import LEASE_SECONDS
 from esper.services.urza_client.client import UrzaClient
 from esper.services.urza_client.loop_thread import LoopThread
@@ -154,9 +154,8 @@ class RemoteKernels:
         self._ask(lambda client: client.add_attachment(attachment))
 
     def get(self, artifact_id: str) -> CompiledKernelArtifact:
-        if not is_full_id(artifact_id):  # the route takes names and prefixes as well
-            raise UnknownKernelReferenceError(f"there is no kernel {artifact_id[:120]!r} in this store")
-        return self._ask(lambda client: client.kernel(artifact_id))
+        full = references.kernel_id(artifact_id)  # the route takes names and prefixes as well
+        return self._ask(lambda client: client.kernel(full))
 
     def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
         return self._ask(lambda client: client.content(artifact_id))

@@ -14,22 +14,20 @@ from esper.services.names import MIN_PREFIX, check_name, is_full_id, is_id_prefi
 
 __all__ = ["blueprint_id", "kernel_id", "kernel_reference", "target_key"]
 
-_TARGET = re.compile(r"[A-Za-z0-9._-]{1,200}")
+_TARGET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
 def blueprint_id(text: str) -> str:
     """Raises :class:`UnknownBlueprintError` unless `text` is written like a full id."""
     if not is_full_id(text):
-        raise UnknownBlueprintError(f"{text[:120]!r} is not the id of a blueprint, which is 64 lower-case hex digits")
+        raise UnknownBlueprintError(f"there is no blueprint {text[:120]!r} in this store; submit it")
     return text
 
 
 def kernel_id(text: str) -> str:
     """Raises :class:`UnknownKernelReferenceError` unless `text` is written like a full id."""
     if not is_full_id(text):
-        raise UnknownKernelReferenceError(
-            f"{text[:120]!r} is not the full id of a kernel; names and prefixes are resolved by GET /api/v1/kernels/…"
-        )
+        raise UnknownKernelReferenceError(f"there is no kernel {text[:120]!r} in this store")
     return text
 
 
