@@ -57,6 +57,7 @@ class Platform:
         self._config = config
         self._closed = False
         self._store: Store | None = None
+        self._trust: TrustStore | None = None
         self._is_embedded = True
         self._start_afresh()
         reset_after_fork(self)
@@ -117,11 +118,13 @@ class Platform:
 
     @property
     def trust(self) -> TrustStore:
-        """The keys whose artifacts and attachments may be used."""
+        """The keys whose artifacts and attachments may be used, as they were when first asked for."""
         with self._opening:
-            if self._is_embedded:
-                signing_key(self._config, self.root)  # made, so that it is among them
-            return trusted_keys(self._config, self.root)
+            if self._trust is None:
+                if self._is_embedded:
+                    signing_key(self._config, self.root)  # made, so that it is among them
+                self._trust = trusted_keys(self._config, self.root)
+            return self._trust
 
     def _tezzeret(self) -> Compiler:
         with self._opening:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,18 +13,12 @@ from pathlib import Path
 
 import httpx
 
-__all__ = ["TOKENS", "Deployment", "deployment", "free_port"]
+from tests.services.valkey_server import free_port
+
+__all__ = ["TOKENS", "Deployment", "deployment"]
 
 _ROOT = Path(__file__).parents[2]
 TOKENS = {"submitter": "a-token-to-submit-with", "worker": "a-token-to-work-with"}
-
-
-def free_port() -> int:
-    """A port of the loopback address that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Deployment:

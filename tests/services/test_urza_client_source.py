@@ -297,6 +297,26 @@ def test_a_model_loads_a_kernel_by_name_and_again_without_urza(
     assert "as it was before" in caplog.text
 
 
+def test_a_model_takes_no_kernel_that_a_stranger_has_put_into_urza(
+    store: UrzaStore, tmp_path: Path, cache: Path
+) -> None:
+    add_kernel(store, Blueprint.bottleneck(8, 8, 2, seed=6), "strange", key=SigningKey.generate())
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
+    with RunningUrza(store, settings(port=0)) as urza:
+        config = EsperConfig(
+            environment="test",
+            platform=PlatformConfig(root=tmp_path / "data", trusted_keys=(KEY.public_bytes.hex(),)),
+            urza=client_settings(urza.url, cache_folder=cache, timeout=30, retries=1),
+        )
+        with Platform.connect(config) as platform:
+            wrapped = esper.wrap(model, platform=platform, telemetry_enabled=False)
+            assert not asyncio.run(wrapped.load_kernel("0", 0, "strange"))
+            layer = wrapped.kasmina_layers["0"]
+            assert "not trusted" in layer.seed_errors[0]
+            assert layer.state.lifecycle(0).name == "ERROR_RECOVERY"
+            assert torch.equal(wrapped(x), model(x))
+
+
 def _output_with(config: EsperConfig, model: nn.Module, x: torch.Tensor, reference: str) -> torch.Tensor:
     """In a platform of its own, as another training job would have it."""
     with Platform.connect(config) as platform:
