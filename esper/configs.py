@@ -5,7 +5,9 @@ Nested settings are reached with two underscores: `ESPER_TEZZERET__PIPELINE=fast
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +62,12 @@ class _Section(BaseModel):
 
 def _without_user_shorthand(path: Path) -> Path:
     return path.expanduser()
+
+
+def _http_address(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text):
+        raise ValueError("it is no address; begin with http:// or https://, as in http://localhost:8321")
+    return text
 
 
 _Folder = Annotated[Path, AfterValidator(_without_user_shorthand)]
@@ -134,7 +142,7 @@ class UrzaClientConfig(_Section):
 class UrzaConfig(_Section):
     """The store's service, and where to find it."""
 
-    url: str | None = Field(default=None, pattern=r"^https?://[^\s/]+(/.*)?$")
+    url: Annotated[str, AfterValidator(_http_address)] | None = None
     """Where clients and workers reach Urza, such as `http://urza:8321`."""
     token: SecretStr | None = None
     """What clients and workers show there."""
@@ -324,7 +332,9 @@ def _refuse_unknown_variables() -> None:
     known = {CONFIG_VARIABLE, LOGS_VARIABLE, DEBUG_DIR_VARIABLE, *_variables(EsperConfig.model_fields, _PREFIX)}
     unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
     if unknown:
-        raise ConfigError(f"there is no setting for {', '.join(unknown)}; the variables are {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(unknown[0].upper(), known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`esper config show` lists the settings"
+        raise ConfigError(f"there is no setting for {', '.join(unknown)}; {hint}")
 
 
 def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Location, int]) -> str:

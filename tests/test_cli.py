@@ -116,11 +116,12 @@ def test_a_kernel_of_a_stranger_is_not_verified(line: CommandLine) -> None:
         (("submit", "missing.json"), "missing.json cannot be read"),
         (("watch",), "set redis.url"),
         (("config", "check", "missing.yaml"), "cannot be read"),
+        (("urza", "--port", "99999"), "less than or equal to 65535"),
         (("--config", "missing.yaml", "config", "show"), "cannot be read"),
     ],
 )
 def test_mistakes_are_named(line: CommandLine, arguments: tuple[str, ...], told: str) -> None:
-    status = 2 if arguments[0] == "submit" else 1
+    status = 2 if arguments[0] in ("submit", "urza") else 1
     assert told in " ".join(line.run(*arguments, status=status).replace("│", " ").split())
 
 

@@ -84,6 +84,7 @@ def test_settings_do_not_change() -> None:
         ("tezzeret: {pipeline: slow}", "tezzeret.pipeline"),
         ("oona: {queue_size: 0}", "oona.queue_size"),
         ("oona: 3", "oona"),
+        ("urza: {url: 'localhost:8321'}", "urza.url: .*begin with http://"),
         ("execution: {compile_workers: 0}", "execution.compile_workers"),
         ("execution: {compile_timeout: 0}", "execution.compile_timeout"),
         ("- a list", "does not hold settings"),
@@ -137,7 +138,7 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["ESPER_NMAE", "ESPER_TEZZERET__PIPELIN", "ESPER_TEZZERET_PIPELINE"])
 def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "fast")
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ConfigError, match=rf"{name}; did you mean ESPER_"):
         load_config()
 
 
