@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -131,17 +132,22 @@ def test_a_server_that_fails_is_left_alone_and_asked_again_after_a_while() -> No
     port = free_port()
     with BrokenServer(answer(500, b"{}"), port=port) as server:
         store = RemoteStore(client_settings(server.url, retries=0))
-        for _ in range(8):
+        for _ in range(7):
             with pytest.raises(UrzaUnavailableError, match="answers 500"):
                 ask(store)
+        began = time.monotonic()
+        with pytest.raises(UrzaUnavailableError, match="answers 500"):
+            ask(store)
+        told = 0
         for _ in range(50):
-            began = time.monotonic()
-            with pytest.raises(
-                UrzaUnavailableError, match=r"failed 8 times in a row and is asked again in 1 s.* answers 500"
-            ):
+            with pytest.raises(UrzaUnavailableError) as failure:
                 ask(store)
-            assert time.monotonic() - began < 0.25, "it is said at once"
-        assert len(server.requests) == 8
+            if time.monotonic() - began >= 1:
+                break  # a busy machine: by now it may be asked again
+            assert re.search(r"failed 8 times in a row and is asked again in 1 s.* answers 500", str(failure.value))
+            assert len(server.requests) == 8
+            told += 1
+        assert told
     with BrokenServer(GOOD, port=port) as server:
         assert _eventually(lambda: ask(store)) == 2.5
         assert len(server.requests) == 1
