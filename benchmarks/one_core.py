@@ -6,7 +6,7 @@ import os
 
 import psutil
 
-__all__ = ["ALL_CORES", "confine"]
+__all__ = ["ALL_CORES", "confine", "move_aside"]
 
 ALL_CORES = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 """The cores that this process could use when it was started; none where the system does not tell (only Linux does)."""
@@ -25,6 +25,12 @@ def confine() -> None:
     _allow(process, frozenset({max(ALL_CORES)}))
     for child in process.children(recursive=True):
         _allow(child, ALL_CORES)
+
+
+def move_aside(pid: int) -> None:
+    """Keep a process, and what it starts from here on, off the core that :func:`confine` puts this process on."""
+    if len(ALL_CORES) > 1:
+        _allow(psutil.Process(pid), ALL_CORES - {max(ALL_CORES)})
 
 
 def _allow(process: psutil.Process, cores: frozenset[int]) -> None:
