@@ -1,4 +1,4 @@
-.PHONY: demo test golden lint docs bench clean
+.PHONY: demo test coverage golden lint docs bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +16,9 @@ demo: $(STAMP)
 	$(BIN)/esper demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
 
 golden: $(STAMP)

@@ -232,6 +232,7 @@ def soak(team: Team, options: argparse.Namespace) -> dict[str, Any]:
         stop.set()
         killer.join()
         submitter.stop()
+        confine()  # which lets the services have every core: steps have been timed, and work is waiting
         team.wait_until_ready()
         submitter.wait_for_ends(team)
         listening.close()

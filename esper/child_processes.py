@@ -48,19 +48,21 @@ def start_child(
     *,
     log: IO[bytes],
     compile_threads: int = 1,
+    nice: int = 0,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m module arguments...`, whose output goes to `log`, in a process group of its own.
 
-    It imports the `esper` that this process has, computes on one thread, and lets Inductor run `compile_threads` C++
-    compilers at a time. The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
+    It imports the `esper` that this process has, computes on one thread, lets Inductor run `compile_threads` C++
+    compilers at a time, and is as much nicer than this process as `nice` says, from its first instruction but a few on.
+    The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
     """
     if not sys.executable:
         raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
     environment = _environment(compile_threads)
     try:
         with no_forks():
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -71,6 +73,10 @@ def start_child(
             )
     except OSError as cause:
         raise ChildStartError(f"{sys.executable} cannot be started: {cause}") from cause
+    if nice and os.name == "posix":
+        with suppress(ProcessLookupError):  # it has ended already, which its exit will tell
+            os.setpriority(os.PRIO_PROCESS, process.pid, min(19, os.getpriority(os.PRIO_PROCESS, 0) + nice))
+    return process
 
 
 def end_with_parent(parent: int) -> None:

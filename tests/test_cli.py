@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
@@ -144,6 +145,27 @@ def test_settings_are_shown_without_secrets(line: CommandLine, tmp_path: Path) -
 @pytest.mark.parametrize("file", ["esper.yaml", "workstation.yaml", "trainer.yaml"])
 def test_sample_settings_can_be_used(line: CommandLine, file: str) -> None:
     assert "can be used" in line.run("config", "check", str(_ROOT / "deploy" / file))
+
+
+def _settings_in(lines: Iterable[str]) -> dict[str, str]:
+    pairs = (each.removeprefix("Environment=").partition("=") for each in lines)
+    return {name: value for name, _, value in pairs if name.startswith("ESPER_") and name != "ESPER_CONFIG"}
+
+
+@pytest.mark.parametrize("part", ["compose urza", "compose tezzeret", "esper-urza.service", "esper-tezzeret.service"])
+def test_sample_deployments_set_what_there_is_to_set(line: CommandLine, part: str) -> None:
+    secrets = _settings_in((_ROOT / "deploy" / "esper.env.example").read_text().splitlines())
+    if part.startswith("compose"):
+        services = yaml.safe_load((_ROOT / "deploy" / "compose.yaml").read_text())["services"]
+        service = services[part.split()[1]]
+        assert set(service["depends_on"]) <= set(services)
+        settings = _settings_in(f"{name}={value}" for name, value in service["environment"].items())
+    else:
+        settings = _settings_in((_ROOT / "deploy" / part).read_text().splitlines())
+    assert secrets
+    assert settings
+    sample = str(_ROOT / "deploy" / "esper.yaml")
+    assert "can be used" in line.run("config", "check", sample, **secrets, **settings)
 
 
 def test_keys(line: CommandLine, tmp_path: Path) -> None:

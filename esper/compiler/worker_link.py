@@ -69,9 +69,10 @@ class WorkerLink:
         try:
             return start_child(
                 _MODULE,
-                [str(descriptor), str(os.getpid()), str(nice), self._target],
+                [str(descriptor), str(os.getpid()), self._target],
                 log=self._log,
                 compile_threads=_compile_threads(),
+                nice=nice,
                 pass_fds=[descriptor],
             )
         finally:

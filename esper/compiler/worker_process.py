@@ -53,10 +53,10 @@ class _Line:
 
 def main() -> NoReturn:
     """Serve the parent until it hangs up."""
-    descriptor, parent, nice, target = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    descriptor, parent, target = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     end_with_parent(parent)
     line = _Line(descriptor)
-    _stand_back(nice)
+    _stand_back()
     function = _find(target, line)
     with suppress(ConnectionError):  # the parent has hung up, or is gone
         line.send(Kind.READY, b"")
@@ -66,13 +66,12 @@ def main() -> NoReturn:
     _leave(0)
 
 
-def _stand_back(nice: int) -> None:
-    """Let everything else come first; and if this process dies, let the log tell where."""
+def _stand_back() -> None:
+    """Be the first to go if memory runs out; and if this process dies, let the log tell where."""
     cast("io.TextIOWrapper", sys.stdout).reconfigure(line_buffering=True)
     faulthandler.enable()
-    os.nice(nice)
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:  # where there is no such file, no matter
-        score.write(str(_FIRST_TO_DIE))  # rather than the process that trains, if memory runs out
+        score.write(str(_FIRST_TO_DIE))  # rather than the process that trains
 
 
 def _find(target: str, line: _Line) -> _Target:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +172,17 @@ def test_a_stop_ends_the_child_at_once_and_gives_the_blueprint_back(bench: Bench
     wait_until_gone(child, 10)
     record = bench.store.blueprints.get(blueprint().id)
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
+
+
+def test_a_child_stands_back_from_its_first_moment_on(bench: Bench) -> None:
+    """It imports torch for seconds; on a machine that trains, that is not to be felt either."""
+    bench.store.blueprints.submit(blueprint())
+    working = bench.start(bench.worker())
+    child = child_of()
+    time.sleep(0.1)  # far less than the imports take
+    assert child.nice() == min(19, os.nice(0) + 15)
+    bench.stop.set()
+    working.result(timeout=30)
 
 
 def test_while_a_child_runs_its_claim_is_renewed(bench: Bench) -> None:

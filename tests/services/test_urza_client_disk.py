@@ -163,10 +163,23 @@ def test_unfinished_files_that_nobody_writes_are_removed(disk: DiskCache) -> Non
     for path in (old, fresh):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
-    disk.put(content(2))
+    DiskCache(disk.folder).put(content(2))  # the first that a process writes makes it look
     assert not old.exists()
     assert fresh.exists(), "somebody may be writing it"
     assert digest in disk
+
+
+def test_what_others_wrote_is_found_before_much_more_is_written(folder: Path) -> None:
+    bound = 50_000
+    ours, theirs = (DiskCache(folder, max_mb=bound / MIB) for _ in range(2))
+    ours.put(content(0))
+    for number in range(1, 60):
+        theirs.put(content(number))
+    full = ours.size()
+    assert bound * 0.8 < full <= bound
+    for number in range(60, 66):
+        ours.put(content(number))
+        assert ours.size() <= bound * 1.02 + 1000
 
 
 WRITE_FOR_EVER = """

@@ -30,7 +30,6 @@ from esper.services.tezzeret.validation import CompiledKernel, check_agreement, 
 __all__ = ["compile_blueprint", "main"]
 
 _DEVICE = "cpu"
-_NICE = 15
 _Value = TypeVar("_Value")
 
 
@@ -205,7 +204,6 @@ def _limit(request: ChildRequest) -> None:
         return
     import resource
 
-    os.nice(_NICE)
     for what, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, request.cpu_seconds),

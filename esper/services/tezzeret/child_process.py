@@ -36,6 +36,7 @@ LOOK_EVERY = 0.25
 """Seconds between two looks at the child's memory. Its exit and a stop are noticed at once."""
 
 _MODULE = "esper.services.tezzeret.child"
+_NICE = 15
 Kill = Literal["time", "memory", "stopped"]
 
 
@@ -170,6 +171,6 @@ def _resident(process: psutil.Process) -> int:
 
 def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
-        return start_child(_MODULE, [str(os.getpid())], log=log)
+        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE)
     except ChildStartError as cause:
         raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause

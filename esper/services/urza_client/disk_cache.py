@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _MIB = 2**20
 _FILL = 0.9  # of the bound, which is left after an eviction
+_LOOKS = 50  # for each bound's worth that is written: other processes write too, and looking at every file takes time
 _ABANDONED_SECONDS = 3600.0  # after which an unfinished file is nobody's
 _OURS = re.compile(r"[0-9a-f]{64}|(?P<unfinished>\.[0-9a-f]{16}\.[0-9a-f]{16})")
 
@@ -42,6 +43,8 @@ class DiskCache:
             Path(platformdirs.user_cache_dir("esper", appauthor=False)) / "kernels" if folder is None else folder
         )
         self._max_bytes = int(max_mb * _MIB)
+        self._seen = self._max_bytes  # at the last look; until the first, there may be that much
+        self._written = 0  # since
         self._complaints: set[str] = set()
 
     def __contains__(self, digest: str) -> bool:
@@ -56,21 +59,22 @@ class DiskCache:
             return None
         return data
 
-    def put(self, data: bytes) -> str:
-        """Keep `data`; its digest."""
-        digest = hashlib.sha256(data).hexdigest()
+    def put(self, data: bytes, digest: str | None = None) -> str:
+        """Keep `data`; its digest, which may be given by whoever has it already."""
+        digest = digest or hashlib.sha256(data).hexdigest()
         if len(data) > self._max_bytes:
             self._complain(f"{len(data)} bytes are more than all of the cache may hold; raise urza.client.cache_mb")
         elif self._write(self._blob(digest), data):
-            self._evict(keep=self._blob(digest))
+            self._make_room(len(data), keep=self._blob(digest))
         return digest
 
     def note(self, key: str, fact: dict[str, str | None]) -> None:
         """Keep a fact under `key`, in place of what was there."""
         path, text = self._fact(key), json.dumps(fact)
         is_new = not os.path.exists(path)
-        if self._write(path, f"{_digest(text)}\n{text}".encode()) and is_new:
-            self._evict(keep=path)
+        data = f"{_digest(text)}\n{text}".encode()
+        if self._write(path, data) and is_new:
+            self._make_room(len(data), keep=path)
 
     def fact(self, key: str) -> dict[str, str | None] | None:
         """What is known under `key`."""
@@ -130,20 +134,27 @@ class DiskCache:
             _log.warning("kernels are not kept in %s: %s", self.folder, what)
         self._complaints.add(what)
 
-    def _evict(self, keep: Path) -> None:
+    def _make_room(self, size: int, keep: Path) -> None:
+        self._written += size
+        if self._seen + self._written > self._max_bytes or self._written * _LOOKS > self._max_bytes:
+            self._written = 0
+            self._seen = self._evict(keep)
+
+    def _evict(self, keep: Path) -> int:
+        """Remove what is too much; bytes of what is left."""
         files = sorted(self._files(), key=lambda each: each.used_at)
-        surplus = sum(each.size for each in files) - self._max_bytes
-        if surplus > 0:  # make some room, so that not every file that comes makes another one go
-            surplus += int((1.0 - _FILL) * self._max_bytes)
+        left = sum(each.size for each in files)
+        most = self._max_bytes if left <= self._max_bytes else int(_FILL * self._max_bytes)  # room for more than one
         abandoned_before = time.time() - _ABANDONED_SECONDS
         for each in files:
-            if each.used_at < abandoned_before if each.unfinished else surplus > 0 and each.path != keep:
+            if each.used_at < abandoned_before if each.unfinished else left > most and each.path != keep:
                 try:
                     each.path.unlink(missing_ok=True)  # another process may have been faster
                 except OSError as error:
                     self._complain(error.strerror or str(error))
                 else:
-                    surplus -= each.size
+                    left -= each.size
+        return left
 
     def _files(self) -> Iterator[_File]:
         for part in ("blobs", "facts"):

@@ -69,8 +69,8 @@ class RemoteKernelSource:
                 data, signature = self._store.kernels.content(artifact_id)
         except KernelSourceError as error:
             raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
-        digest = self.disk.put(data)
-        self.disk.note(f"signature {digest}", {"signature": None if signature is None else signature.to_json()})
+        self.disk.put(data, artifact_id)
+        self.disk.note(f"signature {artifact_id}", {"signature": None if signature is None else signature.to_json()})
         return FetchedKernel(data, signature)
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
