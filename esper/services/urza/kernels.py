@@ -131,8 +131,10 @@ class KernelRecords:
     def signature(self, artifact_id: str) -> Signature | None:
         """The artifact's signature, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
-            signature = _row(session, artifact_id).signature
-        return None if signature is None else Signature.from_json(signature)
+            row = session.execute(select(KernelRow.signature).where(KernelRow.id == artifact_id)).one_or_none()
+            if row is None:
+                raise _unknown(session, artifact_id)
+        return None if row.signature is None else Signature.from_json(row.signature)
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """The packed attachment for a target, its signature not checked; None if there is none."""
