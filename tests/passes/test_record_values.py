@@ -151,7 +151,7 @@ def test_a_region_that_is_called_twice() -> None:
     module = received(lambda x: region(layer, region(layer, x)), torch.randn(3, 4, requires_grad=True))
     module = with_kernels(module, {2: [low_rank_seed()]}, RecordValues())
     assert_expected_inline(
-        recorded(module),
+        re.sub(r"getitem_\d+", "getitem", recorded(module)),  # Dynamo's numbers differ between versions
         """\
 l_x_: float32[3, 4] requires grad
 l_layer_weight_: float32[4, 4] requires grad
@@ -165,7 +165,7 @@ invoke_subgraph: tuple of 1
 getitem: float32[3, 4] requires grad
 subgraph_1: None
 invoke_subgraph_1: tuple of 1
-getitem_1: float32[3, 4] requires grad
+getitem: float32[3, 4] requires grad
 output: tuple of 1
 
 # subgraph_0
