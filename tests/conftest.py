@@ -9,6 +9,9 @@ from pathlib import Path
 # One cache of compiled code for all tests and worker processes, set before torch is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "inductor"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores; a second thread would only wait for one
+# Else every process that compiles asks for a second, and every folder of compiled code for five more, whether the
+# compiler knows AVX.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest
 import torch
@@ -36,10 +39,15 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelShelf]:
         yield shelf
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need a CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need a CUDA device. Where processes share the tests, long ones come first.
+
+    A long test that comes last is one that all other processes wait for. Groups stay as they are, with their fixtures.
+    """
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device")
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+    if hasattr(config, "workerinput"):  # in a process of pytest-xdist
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None and "slow" not in item.keywords)

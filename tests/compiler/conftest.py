@@ -41,8 +41,13 @@ def empty_store(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo:
 
 
 @pytest.fixture
-def compiler(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> Iterator[MoodyCompiler]:
-    """What compile workers, and programs of their own, compile with. No variant is stored yet."""
+def compiler(
+    _own_cache: Path, _own_workers: None, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None
+) -> Iterator[MoodyCompiler]:
+    """What compile workers, and programs of their own, compile with. No variant is stored yet.
+
+    Workers that live go on to a module's next test. What they have compiled they do not compile again.
+    """
     cache = _own_cache / "faults"
     compiler = MoodyCompiler(cache / "compiler")
     compiler.install()
@@ -51,13 +56,18 @@ def compiler(_own_cache: Path, monkeypatch: pytest.MonkeyPatch, fresh_dynamo: No
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     with monkeypatch.context() as patch:
         patch.setenv("CXX", str(compiler.path))
-        _end_workers()
         yield compiler
+
+
+@pytest.fixture(scope="module")
+def _own_workers() -> Iterator[None]:
+    """No worker that has the environment of another module's tests is used, and none is left to others."""
+    _end_workers()
+    yield
     _end_workers()
 
 
 def _end_workers() -> None:
-    """Those that run have the environment of earlier tests."""
     for each in workers():
         each.kill()
         wait_until_gone(each, 10)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.compiler.workers import default_workers
-from tests.compiler.agreement import agrees, load, put
+from tests.compiler.agreement import agrees, load, put, unload
 from tests.compiler.moody_compiler import MoodyCompiler
 from tests.compiler.variants import AMPLE, in_force, train, wait_until, workers
 from tests.kernel_shelf import KernelShelf
@@ -110,28 +111,29 @@ def ends(when: str) -> None:
     _say(pids=[*(each.pid for each in workers()), *compiler.pids[earlier:]], state=_state(model)["state"])
 
 
-def forks(when: str) -> None:
-    """Once the model is wrapped, once it is compiled, or while it loads a kernel."""
+def forks() -> None:
+    """Once the model is wrapped, while it loads its first kernel into compiled code, and when it has nothing to do."""
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a child
     with KernelShelf(Path(sys.argv[1])) as shelf:
         model, run = _compiled(shelf)
-        kernels = [put(shelf, 4, 4, rank=rank) for rank in (2, 3)]
-        loading = None
-        if when == "wrapped":
-            run = model
-        else:
-            train(run, X)
-        if when == "loading":
-            loading = model.request_kernel("0", 0, kernels[0], alpha=0.5, trainable=True)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(CHILD_SECONDS)
-            _go_on(model, run, kernels[1], "child")
-            os._exit(0)
-        _say(child=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        if loading is not None:
-            _say(loaded=loading.result(AMPLE))
-        _go_on(model, run, kernels[1], "parent")
+        _fork(model, model, put(shelf, 4, 4, rank=1))
+        assert model.unload_kernel("0", 0)
+        train(run, X)
+        loading = model.request_kernel("0", 0, put(shelf, 4, 4, rank=2), alpha=0.5, trainable=True)
+        _fork(model, run, put(shelf, 4, 4, rank=3), loading)
+        unload(model, "0", 0)
+        _fork(model, run, put(shelf, 4, 4, rank=4))
+
+
+def _fork(model: esper.MorphableModel, run: Any, kernel: str, loading: Future[bool] | None = None) -> None:
+    """Go on in a child, and then in this process."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(CHILD_SECONDS)
+        _go_on(model, run, kernel, "child")
+        os._exit(0)
+    _say(child=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), loaded=loading and loading.result(AMPLE))
+    _go_on(model, run, kernel, "parent")
 
 
 def _go_on(model: esper.MorphableModel, run: Any, kernel: str, who: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -61,10 +62,18 @@ class Grown:
         assert seed not in self.layer.seed_errors
 
 
+_ranks = itertools.count(1)
+
+
+def unseen(shelf: KernelShelf) -> str:
+    """A kernel of a structure that no worker has compiled before."""
+    return put(shelf, 4, 4, rank=next(_ranks))
+
+
 def test_a_load_survives_the_death_of_one_worker(compiler: MoodyCompiler, shelf: KernelShelf) -> None:
     grown, crashes = Grown(shelf), crashes_so_far()
     compiler.mood = "deadly once"
-    assert grown.request(put(shelf, 4, 4)).result(AMPLE), grown.layer.seed_errors
+    assert grown.request(unseen(shelf)).result(AMPLE), grown.layer.seed_errors
     agrees(grown.run, grown.model, X)
     assert (grown.state(), in_force(grown.model)) == ("ACTIVE", ["worker"])
     assert crashes_so_far() == crashes + 1
@@ -76,33 +85,29 @@ def crashes_so_far() -> int:
     return 0 if workers is None else workers.crashes
 
 
-def test_a_load_that_kills_every_worker_fails_and_the_next_one_works(
+def test_a_load_that_kills_every_worker_fails_and_leaves_the_rest_alone_and_the_next_one_works(
     compiler: MoodyCompiler, shelf: KernelShelf
 ) -> None:
-    grown, kernel = Grown(shelf), put(shelf, 4, 4)
+    grown, kernel = Grown(shelf), unseen(shelf)
     before = grown.output()
-    for errors in (1, 2):
-        compiler.mood = "deadly"
-        assert grown.request(kernel).result(AMPLE) is False
-        grown.assert_in_recovery(UNLUCKY, errors=errors)
-        assert torch.equal(grown.output(), before)
-        agrees(grown.run, grown.model, X)
-        assert in_force(grown.model) == ["host compile"]
+    compiler.mood = "deadly"
+    assert grown.request(kernel).result(AMPLE) is False
+    grown.assert_in_recovery(UNLUCKY)
+    assert torch.equal(grown.output(), before)
+    agrees(grown.run, grown.model, X)
+    assert in_force(grown.model) == ["host compile"]
+
+    compiler.mood = "good"
+    load(grown.model, "0", 1, unseen(shelf))
+    before = grown.output()
+    compiler.mood = "deadly"
+    assert grown.request(kernel).result(AMPLE) is False
+    grown.assert_in_recovery(UNLUCKY, errors=2)
+    assert torch.equal(grown.output(), before)
+    agrees(grown.run, grown.model, X)
+    assert (grown.state(1), in_force(grown.model)) == ("ACTIVE", ["worker"])
     compiler.mood = "good"
     grown.assert_loads(kernel)
-
-
-def test_a_failure_beside_an_active_seed_leaves_that_one_alone(compiler: MoodyCompiler, shelf: KernelShelf) -> None:
-    grown = Grown(shelf)
-    load(grown.model, "0", 0, put(shelf, 4, 4))
-    before, other = grown.output(), put(shelf, 4, 4, rank=2)
-    compiler.mood = "deadly"
-    assert grown.request(other, seed=1).result(AMPLE) is False
-    grown.assert_in_recovery(UNLUCKY, seed=1)
-    assert torch.equal(grown.output(), before)
-    assert (grown.state(), in_force(grown.model)) == ("ACTIVE", ["worker"])
-    compiler.mood = "good"
-    grown.assert_loads(other, seed=1)
 
 
 def test_with_a_fallback_a_load_that_kills_every_worker_runs_uncompiled(
@@ -110,21 +115,21 @@ def test_with_a_fallback_a_load_that_kills_every_worker_runs_uncompiled(
 ) -> None:
     grown = Grown(shelf, fallback="eager")
     compiler.mood = "deadly"
-    assert grown.request(put(shelf, 4, 4)).result(AMPLE), grown.layer.seed_errors
+    assert grown.request(unseen(shelf)).result(AMPLE), grown.layer.seed_errors
     agrees(grown.run, grown.model, X)
     assert (grown.state(), in_force(grown.model)) == ("ACTIVE", ["uncompiled"])
     (reason,) = (each.reason for each in grown.model.compile_report().graphs[0].variants if each.in_force)
     assert UNLUCKY in reason
     assert "runs uncompiled: two compile workers died" in caplog.text
     compiler.mood = "good"
-    grown.assert_loads(put(shelf, 4, 4, rank=2))
+    grown.assert_loads(unseen(shelf))
 
 
 @pytest.mark.parametrize("mood", ["dying", "dying in mid-link"])
 def test_an_empty_library_that_a_dying_compiler_left_is_made_anew(
     mood: Mood, compiler: MoodyCompiler, shelf: KernelShelf
 ) -> None:
-    grown, kernel = Grown(shelf), put(shelf, 4, 4)
+    grown, kernel = Grown(shelf), unseen(shelf)
     before = grown.output()
     compiler.mood = mood
     if grown.request(kernel).result(AMPLE):
@@ -144,7 +149,7 @@ def test_an_unload_whose_compilation_fails(
 ) -> None:
     grown = Grown(shelf, fallback=fallback)
     with grown.model.runtime.lock:  # so that both are compiled together, and neither ever alone
-        loads = [grown.request(put(shelf, 4, 4, rank=2 + seed), seed) for seed in (0, 1)]
+        loads = [grown.request(unseen(shelf), seed) for seed in (0, 1)]
     assert all(each.result(AMPLE) for each in loads)
     before = agrees(grown.run, grown.model, X)
     compiler.mood = "deadly"
@@ -175,10 +180,10 @@ def test_a_cold_start_whose_worker_fails_goes_on_uncompiled_and_loads_kernels(
     assert in_force(grown.model) == ["uncompiled"]
     (variant,) = grown.model.compile_report().graphs[0].variants
     assert UNLUCKY in variant.reason
-    assert grown.request(put(shelf, 4, 4)).result(AMPLE) is False
+    assert grown.request(unseen(shelf)).result(AMPLE) is False
     grown.assert_in_recovery(UNLUCKY)
     compiler.mood = "good"
-    assert grown.request(put(shelf, 4, 4)).result(AMPLE), grown.layer.seed_errors
+    assert grown.request(unseen(shelf)).result(AMPLE), grown.layer.seed_errors
     if commit == "manual":
         assert torch.equal(agrees(grown.run, grown.model, X), dormant)
         assert [each.layer for each in grown.model.commit()] == ["0"]
@@ -208,7 +213,7 @@ def test_a_kernel_with_norms_is_compiled_while_the_model_is_cast(
 
 
 def test_a_stored_variant_whose_libraries_were_deleted_is_a_miss(compiler: MoodyCompiler, shelf: KernelShelf) -> None:
-    kernel = put(shelf, 4, 4)
+    kernel = unseen(shelf)
     Grown(shelf).assert_loads(kernel)
     again = Grown(shelf)
     load(again.model, "0", 0, kernel)
@@ -222,7 +227,7 @@ def test_a_stored_variant_whose_libraries_were_deleted_is_a_miss(compiler: Moody
 def test_what_a_worker_compiled_for_a_load_that_was_called_off_is_kept(
     compiler: MoodyCompiler, shelf: KernelShelf
 ) -> None:
-    grown, kernel = Grown(shelf), put(shelf, 4, 4)
+    grown, kernel = Grown(shelf), unseen(shelf)
     before = written(grown.model)
     compiler.mood = "hanging"
     future = grown.request(kernel)

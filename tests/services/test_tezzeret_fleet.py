@@ -27,6 +27,7 @@ from tests.services.shelf import blueprint, exponential
 from tests.services.valkey_server import ValkeyProcess
 
 pytestmark = pytest.mark.xdist_group("fleet")
+_CHILD = "esper.services.tezzeret.child"
 
 
 @pytest.fixture
@@ -35,19 +36,50 @@ def valkey() -> Iterator[ValkeyProcess]:
         yield server
 
 
-@pytest.fixture
-def team(tmp_path: Path, valkey: ValkeyProcess) -> Iterator[Deployment]:
-    """Short leases; nothing is started yet."""
-    settings = {"ESPER_TEZZERET__LEASE_SECONDS": "3"}
-    with deployment(tmp_path, valkey.url, settings) as made:
-        yield made
+class Fleet:
+    """Urza and a fleet of two workers in `folder`, with short leases. They run between tests, unless one ends them."""
+
+    def __init__(self, folder: Path, team: Deployment) -> None:
+        self.team = team
+        self.store = UrzaStore.in_folder(folder / "data")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """If it does not run."""
+        if self._process is None or self._process.poll() is not None:
+            self.team.start_urza()
+            self._process = self.team.start_workers(2)
+
+    def workers(self) -> list[psutil.Process]:
+        return _descendants(self.pid, "esper.services.tezzeret.fleet")
+
+    def compiling_child(self) -> psutil.Process:
+        """Once there is one."""
+        self.team.wait_for(lambda: bool(_descendants(self.pid, _CHILD)), "a child compiles")
+        (child,) = _descendants(self.pid, _CHILD)
+        return child
+
+
+@pytest.fixture(scope="module")
+def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Nothing is started yet."""
+    folder, settings = tmp_path_factory.mktemp("fleet"), {"ESPER_TEZZERET__LEASE_SECONDS": "3"}
+    with ValkeyProcess() as server, deployment(folder, server.url, settings) as team:
+        made = Fleet(folder, team)
+        with made.store:
+            yield made
 
 
 @pytest.fixture
-def team_store(team: Deployment) -> Iterator[UrzaStore]:
-    """What Urza of `team` keeps."""
-    with UrzaStore.in_folder(team.folder / "data") as store:
-        yield store
+def fleet(shared_fleet: Fleet) -> Fleet:
+    """It runs."""
+    shared_fleet.start()
+    return shared_fleet
 
 
 def _final(team: Deployment, store: UrzaStore, *wanted: Blueprint, seconds: float = 120.0) -> list[BlueprintRecord]:
@@ -135,28 +167,26 @@ def _until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_at_its_work_loses_nothing(team: Deployment, team_store: UrzaStore) -> None:
-    team.start_urza()
-    fleet = team.start_workers(1)
-    team_store.blueprints.submit(blueprint())
-    team.wait_for(lambda: bool(_descendants(fleet.pid, "esper.services.tezzeret.child")), "a child compiles")
-    (worker,) = _descendants(fleet.pid, "esper.services.tezzeret.fleet")
-    (child,) = _descendants(fleet.pid, "esper.services.tezzeret.child")
+def test_a_worker_that_is_killed_at_its_work_loses_nothing_and_is_replaced(fleet: Fleet) -> None:
+    fleet.store.blueprints.submit(blueprint(1))
+    child = fleet.compiling_child()
+    (worker,) = (each for each in fleet.workers() if each == child.parent())
     worker.kill()
     wait_until_gone(child, 10)
-    (record,) = _final(team, team_store, blueprint())
+    (record,) = _final(fleet.team, fleet.store, blueprint(1))
     assert record.status is BlueprintStatus.VALIDATED, record.reason
     assert record.attempts == 2
-    assert len(team_store.kernels.query(KernelQuery())) == 1
+    kernels = fleet.store.kernels.query(KernelQuery())
+    assert [each.blueprint_id for each in kernels].count(record.id) == 1
+    fleet.team.wait_for(lambda: len(fleet.workers()) == 2, "there are two workers again")
+    assert worker not in fleet.workers()
 
 
 @pytest.mark.slow
-def test_a_poisonous_blueprint_ends_invalid_and_the_next_is_compiled(team: Deployment, team_store: UrzaStore) -> None:
-    team.start_urza()
-    team.start_workers(2)
-    team_store.blueprints.submit(exponential())
-    team_store.blueprints.submit(blueprint())
-    bad, good = _final(team, team_store, exponential(), blueprint())
+def test_a_poisonous_blueprint_ends_invalid_and_the_next_is_compiled(fleet: Fleet) -> None:
+    fleet.store.blueprints.submit(exponential())
+    fleet.store.blueprints.submit(blueprint(2))
+    bad, good = _final(fleet.team, fleet.store, exponential(), blueprint(2))
     assert bad.status is BlueprintStatus.INVALID
     assert bad.report is not None
     assert bad.report.failures()
@@ -177,16 +207,14 @@ def test_without_redis_and_with_urza_late_workers_come_to_it(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(team: Deployment, team_store: UrzaStore) -> None:
-    team.start_urza()
-    fleet = team.start_workers(1)
-    team_store.blueprints.submit(blueprint())
-    team.wait_for(lambda: bool(_descendants(fleet.pid, "esper.services.tezzeret.child")), "a child compiles")
-    workers = psutil.Process(fleet.pid).children(recursive=True)
-    assert set(team.stop().values()) == {0}
-    for each in workers:
+def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(fleet: Fleet) -> None:
+    fleet.store.blueprints.submit(blueprint(3))
+    fleet.compiling_child()
+    started = psutil.Process(fleet.pid).children(recursive=True)
+    assert set(fleet.team.stop().values()) == {0}
+    for each in started:
         wait_until_gone(each, 1)
-    record = team_store.blueprints.get(blueprint().id)
+    record = fleet.store.blueprints.get(blueprint(3).id)
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
 
 
