@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -38,6 +38,8 @@ _CONNECT_SECONDS = 5.0
 _CONNECTIONS = 16
 _IDLE_SECONDS = 15.0  # less than Urza keeps a connection, so that it is not closed while a request is on its way
 _MAX_DOCUMENT = 64 * 2**20
+_SLOWEST = 1024  # bytes a second on average, of an answer that takes ...
+_SLOW = 10  # ... as many times longer than silence may
 _TROUBLE = {429, 500, 502, 503, 504}
 _LASTING = (StoreCorruptError, StoreFullError, StoreReadOnlyError, StoreSchemaError)  # the same would come again
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
@@ -69,10 +71,11 @@ class UrzaTransport:
     """For one event loop. Does not follow redirects: Urza makes none, and a token must not go elsewhere."""
 
     def __init__(self, settings: UrzaConfig) -> None:
-        self._url = _checked_url(settings.url)
+        self.url = _checked_url(settings.url)
+        """Without a slash at its end."""
         self._settings = settings.client
         self._client = httpx.AsyncClient(
-            base_url=self._url,
+            base_url=self.url,
             headers=_authorization(settings.token),
             timeout=httpx.Timeout(
                 self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout), pool=None
@@ -106,7 +109,7 @@ class UrzaTransport:
         ``UrzaUnavailableError``, and ``UrzaProtocolError`` for what is no answer of Urza's.
         """
         given = headers or {}
-        answer = await self._ask(method, path, lambda: given, content, _document, repeatable)
+        answer = await self._ask(method, path, lambda: given, content, self.document, repeatable)
         return answer if answer.status in accepted else self.checked(answer)
 
     async def download(
@@ -120,7 +123,7 @@ class UrzaTransport:
         """
         expected = found = ""
         for _ in range(2):
-            parts = _Parts(most, self._url, {**_AS_IT_IS, **(headers or {})})
+            parts = _Parts(most, self, {**_AS_IT_IS, **(headers or {})})
             answer = self.checked(await self._ask("GET", path, parts.headers, {}, parts.receive, True))
             if answer.status == httpx.codes.NOT_MODIFIED:
                 return answer
@@ -130,7 +133,7 @@ class UrzaTransport:
                 return answer
             _log.warning("bytes of %s hash to %s...; they are asked for once more", path, found[:12])
         raise StoreCorruptError(
-            f"Urza at {self._url} sent bytes that hash to {found[:12]}... for {expected[:12] or path}, twice; "
+            f"Urza at {self.url} sent bytes that hash to {found[:12]}... for {expected[:12] or path}, twice; "
             "look at its blobs, or at what stands between"
         )
 
@@ -142,7 +145,28 @@ class UrzaTransport:
 
     def not_understood(self, what: object) -> UrzaProtocolError:
         """The error for an answer of status 200 that is not what was asked for."""
-        return UrzaProtocolError(f"{self._url} sent {what}; is it an Urza, and of this version of Esper?")
+        return UrzaProtocolError(f"{self.url} sent {what}; is it an Urza, and of this version of Esper?")
+
+    async def document(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and all of the body, which may be compressed."""
+        body = bytearray()
+        async for chunk in self.in_time(response.aiter_bytes()):
+            body += chunk
+            if len(body) > _MAX_DOCUMENT:
+                raise UrzaProtocolError(
+                    f"{response.url.host} sends a document of more than {_MAX_DOCUMENT} bytes; is it an Urza?"
+                )
+        return response.status_code, response.headers, bytes(body)
+
+    async def in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """`chunks`, as long as they do not come at a trickle. Raises an ``httpx.ReadTimeout``."""
+        began, received = time.monotonic(), 0
+        async for chunk in chunks:
+            received += len(chunk)
+            seconds = time.monotonic() - began
+            if seconds > _SLOW * self._settings.timeout and received < _SLOWEST * seconds:
+                raise _TooSlowError(f"{received} bytes in {seconds:.1f} s")
+            yield chunk
 
     async def _ask(
         self,
@@ -186,12 +210,12 @@ class UrzaTransport:
         wait = self._breaker.wait()
         if wait > 0:
             raise UrzaUnavailableError(
-                f"Urza at {self._url} failed {self._breaker.failures} times in a row and is asked again in "
+                f"Urza at {self.url} failed {self._breaker.failures} times in a row and is asked again in "
                 f"{math.ceil(wait)} s; the last time it {self._last_failure}"
             )
 
     def _failed(self, error: Exception) -> None:
-        self._last_failure = str(error).removeprefix(f"Urza at {self._url} ")
+        self._last_failure = str(error).removeprefix(f"Urza at {self.url} ")
         self._breaker.failed()
 
     async def _wait(self, attempt: int, error: Exception, requested: float | None = None) -> bool:
@@ -208,11 +232,13 @@ class UrzaTransport:
         said = str(error) or type(error).__name__
         if isinstance(error, _NEVER_SENT):
             what = f"cannot be reached ({said}); start it, or correct urza.url"
+        elif isinstance(error, _TooSlowError):
+            what = f"sends too slowly ({said}); look at the network, or at a proxy before it"
         elif isinstance(error, httpx.TimeoutException):
             what = f"said nothing for {self._settings.timeout:g} s; look at its log, or raise urza.client.timeout"
         else:
             what = f"broke off ({said}); look at its log, or at a proxy before it"
-        return UrzaUnavailableError(f"Urza at {self._url} {what}")
+        return UrzaUnavailableError(f"Urza at {self.url} {what}")
 
     def _trouble(self, answer: Answer) -> Exception | None:
         """The error that `answer` is, if it may be over soon."""
@@ -234,17 +260,21 @@ class UrzaTransport:
                 return error
         said = f"{answer.status} with {kind or 'no content type'}"
         if answer.status >= httpx.codes.INTERNAL_SERVER_ERROR:
-            return UrzaUnavailableError(f"Urza at {self._url} answers {said}; look at its log, or at a proxy before it")
+            return UrzaUnavailableError(f"Urza at {self.url} answers {said}; look at its log, or at a proxy before it")
         if "location" in answer.headers:
             said += f" and the way to {answer.headers['location'][:200]}"
-        return UrzaProtocolError(f"{self._url} answers {said}, which is not how Urza answers; correct urza.url")
+        return UrzaProtocolError(f"{self.url} answers {said}, which is not how Urza answers; correct urza.url")
+
+
+class _TooSlowError(httpx.ReadTimeout):
+    """Something comes all the time, and so little that the end is out of sight."""
 
 
 class _Parts:
     """What has come of a download so far, over several connections."""
 
-    def __init__(self, most: int, url: str, headers: Mapping[str, str]) -> None:
-        self._most, self._url, self._headers = most, url, headers
+    def __init__(self, most: int, transport: UrzaTransport, headers: Mapping[str, str]) -> None:
+        self._most, self._transport, self._url, self._headers = most, transport, transport.url, headers
         self._data = bytearray()
         self._received = httpx.Headers()
 
@@ -260,7 +290,7 @@ class _Parts:
         if status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and self._data:
             return 200, self._received, bytes(self._data)  # nothing is left to come; the hash says whether that is so
         if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-            return await _document(response)
+            return await self._transport.document(response)
         if status == httpx.codes.PARTIAL_CONTENT:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
             if found is None or int(found[1]) != len(self._data):
@@ -271,22 +301,11 @@ class _Parts:
         announced = response.headers.get("content-length", "")
         if announced.isdigit() and len(self._data) + int(announced) > self._most:
             raise StoreCorruptError(f"{self._url} announces {announced} bytes, and at most {self._most} are taken")
-        async for chunk in response.aiter_raw():
+        async for chunk in self._transport.in_time(response.aiter_raw()):
             self._data += chunk
             if len(self._data) > self._most:
                 raise StoreCorruptError(f"{self._url} sends more than {self._most} bytes, which are not taken")
         return 200, self._received, bytes(self._data)
-
-
-async def _document(response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > _MAX_DOCUMENT:
-            raise UrzaProtocolError(
-                f"{response.url.host} sends a document of more than {_MAX_DOCUMENT} bytes; is it an Urza?"
-            )
-    return response.status_code, response.headers, bytes(body)
 
 
 def _checked_url(text: str | None) -> str:
