@@ -111,7 +111,7 @@ def test_an_answer_may_be_slow_as_long_as_it_goes_on() -> None:
 def test_an_answer_that_trickles_is_given_up() -> None:
     """One that never ends would hold up every load of a process that is waiting."""
     with broken(drip(b" " * 1000, 0.02), timeout=0.05, retries=1) as (server, store):
-        with pytest.raises(UrzaUnavailableError, match=r"sends too slowly \(\d+ bytes in 0\.\d s\); look at the network"):
+        with pytest.raises(UrzaUnavailableError, match=r"sends too slowly \(\d+ bytes in 0\.\d s\); look"):
             ask(store)
         assert len(server.requests) == 2
 
