@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import esper
 from tests.compiler.agreement import agrees, load, put
 from tests.compiler.unsendable import Checkpointed, OwnOperator
-from tests.compiler.variants import AMPLE, compilations, in_force, jobs, paused_workers, train, wait_until
+from tests.compiler.variants import AMPLE, compilations, in_force, jobs, paused_workers, train, train_until, wait_until
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
@@ -85,8 +85,7 @@ def test_many_threads_load_and_unload_one_seed_while_steps_go_on(grown: Grown, s
     threads = [threading.Thread(target=control, args=(kernel,)) for kernel in kernels]
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
-        train(run, x)
+    train_until(lambda: not any(thread.is_alive() for thread in threads), run, x)
     assert problems == []
     model.unload_kernel("0", 0)
     agrees(run, model, x)

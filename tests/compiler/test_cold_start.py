@@ -9,7 +9,7 @@ import torch
 
 import esper
 from tests.compiler.agreement import agrees, load, put
-from tests.compiler.variants import compilations, in_force, jobs, origins, train, wait_until
+from tests.compiler.variants import compilations, in_force, jobs, origins, train, train_until, wait_until
 from tests.kernel_shelf import KernelShelf
 from tests.models import Branching, mlp
 
@@ -45,8 +45,7 @@ def test_a_kernel_loaded_during_a_cold_start(shelf: KernelShelf, empty_store: Pa
     run, x, before = torch.compile(model, backend="esper", options=COLD), torch.randn(3, 4), _uncompiled()
     train(run, x)
     future = model.request_kernel("0", 0, put(shelf, 4, 6), alpha=0.5, trainable=True)
-    while not future.done():
-        train(run, x)
+    train_until(future.done, run, x)
     assert future.result()
     agrees(run, model, x)
     assert in_force(model) == ["worker"]

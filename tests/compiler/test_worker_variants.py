@@ -12,19 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from tests.compiler.agreement import agrees, load, put
-from tests.compiler.variants import AMPLE, compilations, in_force, jobs, origins, train
+from tests.compiler.variants import AMPLE, compilations, in_force, jobs, origins, train_until
 from tests.kernel_shelf import KernelShelf
 from tests.models import Branching, mlp
 
 pytestmark = [pytest.mark.xdist_group("compile workers"), pytest.mark.slow]
 
 
-def _steps_until(done: Future[bool], run: torch.nn.Module, x: torch.Tensor) -> int:
-    steps = 0
-    while not done.done():
-        train(run, x)
-        steps += 1
-    assert done.result()
+def _steps_until(loaded: Future[bool], run: torch.nn.Module, x: torch.Tensor) -> int:
+    steps = train_until(loaded.done, run, x)
+    assert loaded.result()
     return steps
 
 

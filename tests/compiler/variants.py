@@ -15,7 +15,18 @@ import esper
 from esper.compiler.report import GraphReport
 from esper.compiler.workers import default_workers, workers_so_far
 
-__all__ = ["AMPLE", "compilations", "in_force", "jobs", "origins", "paused_workers", "train", "wait_until", "workers"]
+__all__ = [
+    "AMPLE",
+    "compilations",
+    "in_force",
+    "jobs",
+    "origins",
+    "paused_workers",
+    "train",
+    "train_until",
+    "wait_until",
+    "workers",
+]
 
 AMPLE = 200.0
 """Seconds that nothing here takes."""
@@ -26,6 +37,16 @@ def train(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
     loss = run(x.detach().requires_grad_()).square().sum()
     loss.backward()
     return loss.item()
+
+
+def train_until(done: Callable[[], object], run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Make steps until `done()`; how many it were. The pauses leave the processor to the workers."""
+    steps = 0
+    while not done():
+        train(run, x)
+        steps += 1
+        time.sleep(0.01)
+    return steps
 
 
 def compilations() -> dict[str, int]:
