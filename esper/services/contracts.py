@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from esper.contracts.validation import (
     AttachmentReport,
@@ -28,9 +28,17 @@ __all__ = [
     "KernelStatus",
     "LatencyMeasurement",
     "StoreStats",
+    "Text",
     "ValidationCheck",
     "ValidationReport",
 ]
+
+
+_MAX_FEATURES = 2**31 - 1
+_MAX_SIZE = 2**63 - 1
+
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+"""Databases refuse the character NUL."""
 
 
 class _Document(BaseModel):
@@ -138,15 +146,15 @@ class CompiledKernelArtifact(_Document):
 class KernelQuery(_Document):
     """Conditions that must all hold; None asks for nothing."""
 
-    in_features: int | None = Field(default=None, ge=1)
-    out_features: int | None = Field(default=None, ge=1)
-    dtype: str | None = None
-    blueprint_id: str | None = None
-    graph_digest: str | None = None
+    in_features: int | None = Field(default=None, ge=1, le=_MAX_FEATURES)
+    out_features: int | None = Field(default=None, ge=1, le=_MAX_FEATURES)
+    dtype: Text | None = None
+    blueprint_id: Text | None = None
+    graph_digest: Text | None = None
     uses_host: bool | None = None
-    max_size_bytes: int | None = Field(default=None, ge=1)
+    max_size_bytes: int | None = Field(default=None, ge=1, le=_MAX_SIZE)
     max_latency_us: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    target_key: str | None = None
+    target_key: Text | None = None
     """Only kernels with an attachment for this target."""
     status: KernelStatus | None = KernelStatus.VALIDATED
     limit: int = Field(default=100, ge=1, le=1000)

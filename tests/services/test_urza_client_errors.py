@@ -174,6 +174,7 @@ class TestErrors:
         assert_same_error(troubled, unknown, lambda store: store.kernels.content(odd))
         assert_same_error(troubled, UnknownBlueprintError, lambda store: store.blueprints.get(odd))
         assert_same_error(troubled, UnknownBlueprintError, lambda store: store.blueprints.forget(odd))
+        assert_same_error(troubled, UnknownBlueprintError, lambda store: store.blueprints.claim("w", blueprint_id=odd))
 
     @pytest.mark.parametrize("odd", ODD)
     def test_there_is_no_attachment_under_an_odd_key(self, troubled: tuple[UrzaStore, RemoteStore], odd: str) -> None:

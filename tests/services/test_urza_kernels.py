@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from esper.artifacts import (
     Attachment,
@@ -159,6 +160,20 @@ class TestReferences:
 
 
 class TestQueries:
+    @pytest.mark.parametrize(
+        ("condition", "most"),
+        [("in_features", 2**31 - 1), ("out_features", 2**31 - 1), ("max_size_bytes", 2**63 - 1), ("limit", 1000)],
+    )
+    def test_numbers_that_no_database_holds_are_refused(self, store: UrzaStore, condition: str, most: int) -> None:
+        assert store.kernels.query(KernelQuery.model_validate({condition: most})) == ()
+        with pytest.raises(ValidationError, match=f"{condition}\n.*less than or equal to {most}"):
+            KernelQuery.model_validate({condition: most + 1})
+
+    def test_text_that_no_database_holds_is_refused(self) -> None:
+        for condition in ("dtype", "blueprint_id", "graph_digest", "target_key"):
+            with pytest.raises(ValidationError, match=condition):
+                KernelQuery.model_validate({condition: "a\0b"})
+
     def test_conditions_all_hold_and_the_latest_come_first(self, store: UrzaStore) -> None:
         fast = (LatencyMeasurement(rows=32, graph_us=5.0),)
         small, _ = add_kernel(store, blueprint(width=4), latencies=fast)

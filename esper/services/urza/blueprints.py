@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from esper.artifacts import Blueprint
 from esper.contracts.validation import ValidationReport
+from esper.services import references
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, Claim
 from esper.services.errors import (
     ClaimLostError,
@@ -126,8 +127,11 @@ class BlueprintRecords:
         """Take the blueprint that has waited longest, or the one asked for, if it is free; None if there is none.
 
         Free is what is being compiled by a worker whose lease ran out, which comes first, and what is unvalidated. No
-        two workers get the same one. Leases are counted on the clock of the process that serves this store.
+        two workers get the same one. Leases are counted on the clock of the process that serves this store. Raises
+        :class:`UnknownBlueprintError` for what cannot be an id.
         """
+        if blueprint_id is not None:
+            references.blueprint_id(blueprint_id)
         with self._database.writing() as session:
             while True:
                 now = time.time()

@@ -14,6 +14,7 @@ from esper.services.contracts import (
     KernelMetadata,
     KernelQuery,
     KernelStatus,
+    Text,
 )
 from esper.services.stores import LEASE_SECONDS
 
@@ -33,11 +34,7 @@ __all__ = [
 ]
 
 _DAY = 86_400.0
-_MAX_FEATURES = 2**31 - 1
-_MAX_SIZE = 2**63 - 1
 
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
-"""Databases refuse the character NUL."""
 Lease = Annotated[float, Field(gt=0, le=_DAY, allow_inf_nan=False)]
 Token = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -74,14 +71,6 @@ class KernelPage(_Request):
 class KernelQueryRequest(KernelQuery):
     """Conditions that must all hold, and where to go on."""
 
-    in_features: int | None = Field(default=None, ge=1, le=_MAX_FEATURES)
-    out_features: int | None = Field(default=None, ge=1, le=_MAX_FEATURES)
-    dtype: Text | None = None
-    blueprint_id: Text | None = None
-    graph_digest: Text | None = None
-    max_size_bytes: int | None = Field(default=None, ge=1, le=_MAX_SIZE)
-    max_latency_us: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    target_key: Text | None = None
     cursor: str | None = None
     """`next_cursor` of the page before."""
 

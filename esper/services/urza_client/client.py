@@ -144,7 +144,8 @@ class UrzaClient:
         self, worker: str, *, lease_seconds: float = LEASE_SECONDS, blueprint_id: str | None = None
     ) -> Claim | None:
         """`POST /internal/v1/blueprints/claim`. One whose answer is lost runs out by itself."""
-        body = {"worker": worker, "lease_seconds": lease_seconds, "blueprint_id": blueprint_id}
+        wanted = None if blueprint_id is None else references.blueprint_id(blueprint_id)
+        body = {"worker": worker, "lease_seconds": lease_seconds, "blueprint_id": wanted}
         answer = await self._post("/internal/v1/blueprints/claim", body, repeatable=False)
         return None if answer.status == httpx.codes.NO_CONTENT else self._read(Claim, answer)
 
