@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _TAIL = 4096
+_SECRETS = ("ESPER_", "AWS_")
+"""How the names of variables begin whose values may be secrets: tokens, passwords in URLs, keys."""
 
 
 class ChildStartError(EsperError):
@@ -49,17 +51,20 @@ def start_child(
     log: IO[bytes],
     compile_threads: int = 1,
     nice: int = 0,
+    secrets: bool = True,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m module arguments...`, whose output goes to `log`, in a process group of its own.
 
     It imports the `esper` that this process has, computes on one thread, lets Inductor run `compile_threads` C++
     compilers at a time, and is as much nicer than this process as `nice` says, from its first instruction but a few on.
-    The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
+    Without `secrets` its environment has no settings of Esper's and no keys to storage. The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
     """
     if not sys.executable:
         raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
     environment = _environment(compile_threads)
+    if not secrets:
+        environment = {name: value for name, value in environment.items() if not name.upper().startswith(_SECRETS)}
     try:
         with no_forks():
             process = subprocess.Popen(

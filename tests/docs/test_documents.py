@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -22,6 +23,8 @@ import esper
 import esper.artifacts
 import esper_passes
 from tests.docs.pages import BLOCK_END, PAGES, ROOT, Page
+
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 pages = pytest.mark.parametrize("page", [pytest.param(Page(path), id=Page(path).name) for path in PAGES])
 pages_with_code = pytest.mark.parametrize(
@@ -100,7 +103,7 @@ def test_files_and_modules_in_the_text_exist(page: Page) -> None:
     made = ("site/", "demo/report.png", ".venv")  # by commands that the text speaks of
     for code in page.inline_code():
         if "/" in code and code.split("/")[0] in tops and not code.startswith(made) and "<" not in code:
-            assert (ROOT / code.split()[-1]).exists(), f"{page.name}: there is no {code}"
+            assert (ROOT / code.split()[-1].partition("::")[0]).exists(), f"{page.name}: there is no {code}"
         for module in re.findall(r"python -m ([\w.]+)", code):
             assert importlib.util.find_spec(module) is not None, f"{page.name}: there is no module {module}"
 
@@ -189,3 +192,13 @@ def _load(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pages
+def test_tests_that_a_page_names_exist(page: Page) -> None:
+    for path, names in re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", page.path.read_text(encoding="utf-8")):
+        scope: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        for name in names.split("::"):
+            inside = {each.name: each for each in scope.body if isinstance(each, _NAMED)}  # type: ignore[attr-defined]
+            assert name in inside, f"{path} has no {names}"
+            scope = inside[name]

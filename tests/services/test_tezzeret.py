@@ -174,13 +174,19 @@ def test_a_stop_ends_the_child_at_once_and_gives_the_blueprint_back(bench: Bench
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
 
 
-def test_a_child_stands_back_from_its_first_moment_on(bench: Bench) -> None:
+def test_a_child_stands_back_from_its_first_moment_on_and_gets_no_secrets(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It imports torch for seconds; on a machine that trains, that is not to be felt either."""
+    for name in ("ESPER_URZA__TOKEN", "ESPER_DATABASE__URL", "AWS_SECRET_ACCESS_KEY", "KEPT"):
+        monkeypatch.setenv(name, "hunter2")
     bench.store.blueprints.submit(blueprint())
     working = bench.start(bench.worker())
     child = child_of()
     time.sleep(0.1)  # far less than the imports take
     assert child.nice() == min(19, os.nice(0) + 15)
+    assert [name for name, value in child.environ().items() if value == "hunter2"] == ["KEPT"]
+    assert "hunter2" not in " ".join(child.cmdline())
     bench.stop.set()
     working.result(timeout=30)
 

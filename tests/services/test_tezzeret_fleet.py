@@ -110,14 +110,15 @@ def _settings(url: str) -> RedisConfig:
 
 def test_what_is_put_is_worked_on_once(valkey: ValkeyProcess) -> None:
     messages, done = CompilationQueue(_settings(valkey.url)), list[str]()
-    for name in ("a", "b", "c"):
-        messages.put(name)
+    ids = [letter * 64 for letter in "abc"]
+    for each in ids:
+        messages.put(each)
     assert len(messages) == 3
     with messages.consumed_by(done.append):
         deadline = time.monotonic() + 10
         while len(done) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert sorted(done) == ["a", "b", "c"]
+    assert sorted(done) == ids
     assert len(messages) == 0
 
 

@@ -171,6 +171,6 @@ def _resident(process: psutil.Process) -> int:
 
 def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
     try:
-        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE)
+        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE, secrets=False)
     except ChildStartError as cause:
         raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause

@@ -19,6 +19,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from esper.configs import RedisConfig
 from esper.services.errors import QueueUnavailableError
+from esper.services.names import is_full_id
 from esper.services.urza.blueprints import BlueprintRecords
 
 __all__ = ["CompilationQueue", "Dispatch"]
@@ -72,9 +73,17 @@ class CompilationQueue:
     def consumed_by(self, work: Callable[[str], None]) -> Iterator[None]:
         """Call `work` with one id at a time, on a thread, until the block is left; it must not raise.
 
-        A message counts as handled when `work` returns. While Redis is away, connecting is tried again.
+        A message counts as handled when `work` returns. One without an id in it is left out. While Redis is away,
+        connecting is tried again.
         """
-        dramatiq.actor(broker=self._broker, actor_name=_QUEUE, queue_name=_QUEUE)(work)
+
+        def take(*told: object, **more: object) -> None:
+            if len(told) == 1 and not more and isinstance(told[0], str) and is_full_id(told[0]):
+                work(told[0])
+            else:
+                _log.warning("a message in the queue %s is not about a blueprint and left out", self._key)
+
+        dramatiq.actor(broker=self._broker, actor_name=_QUEUE, queue_name=_QUEUE)(take)
         consumer = dramatiq.Worker(self._broker, worker_threads=1, worker_timeout=200)
         consumer.queue_prefetch = 1  # a worker takes no message that another one could begin with
         consumer.start()
