@@ -58,7 +58,8 @@ def start_child(
 
     It imports the `esper` that this process has, computes on one thread, lets Inductor run `compile_threads` C++
     compilers at a time, and is as much nicer than this process as `nice` says, from its first instruction but a few on.
-    Without `secrets` its environment has no settings of Esper's and no keys to storage. The child calls :func:`end_with_parent`. Raises :class:`ChildStartError`.
+    Without `secrets` its environment has no settings of Esper's and no keys to storage. The child calls
+    :func:`end_with_parent`. Raises :class:`ChildStartError`.
     """
     if not sys.executable:
         raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
