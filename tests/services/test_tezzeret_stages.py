@@ -1,0 +1,89 @@
+"""A worker that is killed between any two steps of its work: the next one finishes it, and there is one artifact."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from esper.artifacts import Attachment, SigningKey, Target, TrustStore, load_artifact
+from esper.services.contracts import BlueprintStatus, KernelQuery
+from esper.services.oona_client import OonaClient
+from esper.services.tezzeret.child_process import StopSignal
+from esper.services.tezzeret.limits import ChildLimits
+from esper.services.tezzeret.worker import Worker
+from esper.services.urza import UrzaStore
+from tests.services.shelf import blueprint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch"),
+]
+
+LEASE = 1.0
+STAGES = ["after claim", "after add", "after add_attachment", "after set_status"]
+
+
+class _Deadly:
+    """A part of the store, except that `stage` is the last thing that this process does."""
+
+    def __init__(self, part: Any, stage: str) -> None:
+        self._part, self._stage = part, stage
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._part, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if self._stage == f"before {name}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = method(*arguments, **options)
+            if self._stage == f"after {name}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+
+def _work(store: Any, key: SigningKey) -> str | None:
+    limits = ChildLimits(wall_seconds=120, memory_bytes=2**40)
+    return Worker(store, key, OonaClient(), "fast", limits, LEASE).compile_next(StopSignal())
+
+
+def _work_until(stage: str, folder: Path, key: SigningKey) -> None:
+    store = UrzaStore.in_folder(folder)
+    _work(SimpleNamespace(blueprints=_Deadly(store.blueprints, stage), kernels=_Deadly(store.kernels, stage)), key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_killed_worker_began_is_finished_with_one_artifact(store: UrzaStore, folder: Path, stage: str) -> None:
+    key, wanted = SigningKey.generate(), blueprint()
+    store.blueprints.submit(wanted, "wanted")
+    victim = multiprocessing.get_context("fork").Process(target=_work_until, args=(stage, folder, key))
+    victim.start()
+    victim.join(120)
+    assert victim.exitcode == -signal.SIGKILL, "it has to die at this stage"
+
+    deadline = time.monotonic() + 60
+    while not store.blueprints.get(wanted.id).status.is_final:
+        assert time.monotonic() < deadline
+        if _work(store, key) is None:
+            time.sleep(0.1)  # the lease of the dead has to run out
+    record = store.blueprints.get(wanted.id)
+    assert record.status is BlueprintStatus.VALIDATED, record
+    assert record.attempts == (1 if stage == "after set_status" else 2)
+    (kernel,) = store.kernels.query(KernelQuery(status=None))
+    assert (kernel.id, kernel.name) == (record.artifact_id, "wanted")
+    data, signature = store.kernels.content(kernel.id)
+    trust = TrustStore([key.public_bytes])
+    assert load_artifact(data, expected_id=kernel.id, trust=trust, signature=signature).graph == wanted.graph
+    packed = store.kernels.attachment(kernel.id, Target.current().key)
+    assert packed is not None
+    Attachment.unpack(packed).verify(trust)
+    assert store.blueprints.claim("anybody") is None
