@@ -93,6 +93,7 @@ def test_work_whose_answers_were_all_lost_is_done_once(store: UrzaStore, urza: R
         lost, through, through,  # set_status, and a look at what became of it
         lost, through,  # retire
         lost, through,  # release
+        through,  # set_status anew, of which no answer is lost
     ]  # fmt: skip
     with broken(*script, timeout=30) as (server, remote):
         record = remote.blueprints.submit(of, "twice")
@@ -108,6 +109,10 @@ def test_work_whose_answers_were_all_lost_is_done_once(store: UrzaStore, urza: R
         assert ended.status is BlueprintStatus.VALIDATED
         assert remote.kernels.set_status(kernel.id, KernelStatus.RETIRED).status is KernelStatus.RETIRED
         remote.blueprints.release(claim)
+        with pytest.raises(IllegalTransitionError, match="is validated"):
+            remote.blueprints.set_status(
+                of.id, BlueprintStatus.VALIDATED, token=claim.token, report=report, artifact_id=kernel.id
+            )
         assert len(server.requests) == len(script)
     assert store.stats().kernels == 1
     assert store.blueprints.get(of.id) == ended
