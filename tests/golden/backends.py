@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pgserver
 
+from tests.services.postgres import forget_quickly
 from tests.services.s3_server import s3_server
 
 __all__ = ["BACKENDS", "settings_of"]
@@ -23,4 +24,5 @@ def settings_of(backend: str, folder: Path) -> Iterator[Mapping[str, str]]:
         return
     database = pgserver.get_server(folder / "postgresql", cleanup_mode="delete")
     with database, s3_server() as s3:
+        forget_quickly(database.get_uri())
         yield {"ESPER_DATABASE__URL": database.get_uri().replace("postgresql://", "postgresql+psycopg://"), **s3}

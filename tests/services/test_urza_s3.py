@@ -81,6 +81,7 @@ def test_an_s3_that_cannot_be_reached_is_told_as_such(folder: Path, monkeypatch:
         for name, value in environment.items():
             if name.startswith("AWS_"):
                 monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of botocore; s3fs tries again by itself
         store = UrzaStore(f"sqlite:///{folder / 'esper.db'}", environment["ESPER_STORE__URL"])
         submitted = store.blueprints.submit(blueprint(1))
     with store, RunningUrza(store) as urza, urza.client() as client:
