@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import multiprocessing
 import os
 import queue
 import random
@@ -10,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from logging.handlers import QueueHandler
 from pathlib import Path
 from threading import Barrier
@@ -17,7 +20,7 @@ from threading import Barrier
 import pytest
 
 from esper.services.urza_client import DiskCache
-from tests.services.programs import Program, forked, obey_permissions, race
+from tests.services.programs import forked, obey_permissions, race
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 MIB = 2**20
@@ -122,6 +125,17 @@ def test_what_was_used_longest_ago_goes_first(folder: Path) -> None:
     assert disk.size() <= 4500
 
 
+def test_what_was_just_put_stays_also_if_all_else_seems_younger(folder: Path) -> None:
+    """The clock was set back, or the folder is on a server whose clock is ahead."""
+    disk = DiskCache(folder, max_mb=4500 / MIB)
+    for i in range(4):
+        age(disk, disk.put(content(i)), -3600)
+    assert disk.put(content(4)) in disk
+    disk.note("a key", {"id": "x" * 600})
+    assert disk.fact("a key") == {"id": "x" * 600}
+    assert disk.size() <= 4500
+
+
 def test_facts_are_bounded_too(folder: Path) -> None:
     disk = DiskCache(folder, max_mb=5000 / MIB)
     for i in range(200):
@@ -182,28 +196,34 @@ def test_what_others_wrote_is_found_before_much_more_is_written(folder: Path) ->
         assert ours.size() <= bound * 1.02 + 1000
 
 
-WRITE_FOR_EVER = """
-import itertools, random, sys
-from pathlib import Path
-from esper.services.urza_client import DiskCache
-
-disk = DiskCache(Path(sys.argv[1]))
-print("begins", flush=True)
-for i in itertools.count():
-    disk.put(random.Random(i).randbytes(3_000_000))
-"""
+def _die_half_way(write: Callable[[], object]) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which kills; Python ignores it otherwise
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    write()
 
 
-def test_what_a_killed_process_wrote_is_whole(disk: DiskCache, folder: Path) -> None:
-    program = Program(WRITE_FOR_EVER, folder)
-    assert program.read_line() == "begins"
-    time.sleep(0.5)
-    program.process.send_signal(signal.SIGKILL)
-    program.process.communicate(timeout=30)
-    whole = [path for path in files(folder) if not path.name.startswith(".")]
-    assert whole
-    for path in whole:
-        assert disk.get(path.name) is not None
+@needs_fork
+def test_a_process_that_is_killed_while_it_writes_leaves_what_was_there(
+    disk: DiskCache, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digest, old = disk.put(content(1)), {"id": "x"}
+    disk.note("a key", old)
+    whole = files(folder)
+    for write in (
+        lambda: disk.put(content(2)),
+        lambda: disk.put(content(1)),
+        lambda: disk.note("a key", {"id": "y" * 1000}),
+    ):
+        killed = multiprocessing.get_context("fork").Process(target=_die_half_way, args=(write,))
+        killed.start()
+        killed.join(30)
+        assert killed.exitcode == -signal.SIGXFSZ
+    halves = [path for path in files(folder) if path not in whole]
+    assert [path.stat().st_size for path in halves] == [500] * 3, "all died half way"
+    assert all(path.name.startswith(".") for path in halves)
+    assert (disk.get(digest), disk.fact("a key")) == (content(1), old)
+    assert hashlib.sha256(content(2)).hexdigest() not in disk
+    assert "damaged" not in caplog.text
 
 
 def _put_unprivileged(folder: Path) -> tuple[int, bool]:
@@ -254,8 +274,10 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 BOUND = 50_000
 
 
-def _use(barrier: Barrier, folder: Path, seed: int) -> tuple[int, int]:
-    """Put and get, as fast as it goes; how often what was asked for was there, and how often not."""
+def _use(barrier: Barrier, folder: Path, seed: int) -> tuple[int, int, list[str]]:
+    """Put and get, as fast as it goes; how often what was asked for was there, how often not, and all complaints."""
+    complaints: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logging.getLogger("esper").addHandler(QueueHandler(complaints))
     disk = DiskCache(folder, max_mb=BOUND / MIB)
     contents = [content(i, 500 + 97 * i) for i in range(60)]  # four times the bound
     digests = [disk.put(each) for each in contents]
@@ -274,7 +296,7 @@ def _use(barrier: Barrier, folder: Path, seed: int) -> tuple[int, int]:
         disk.note(f"key {i}", {"id": digests[i]})
         fact = disk.fact(f"key {i}")
         assert fact is None or fact == {"id": digests[i]}
-    return found, missed
+    return found, missed, [complaints.get().getMessage() for _ in range(complaints.qsize())]
 
 
 @needs_fork
@@ -282,7 +304,8 @@ def test_processes_put_read_and_evict_at_once_in_one_small_folder(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcomes = race(_use, [(folder, seed) for seed in range(3)])
-    for found, missed in outcomes:
+    for found, missed, complaints in outcomes:
+        assert complaints == []
         assert found > 0
         assert missed > 0, "nothing was evicted: this was no race"
     disk = DiskCache(folder, max_mb=BOUND / MIB)
