@@ -88,6 +88,19 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
     return False
 
 
+def changed_in_trace(container: object) -> bool:
+    """Whether the code that Dynamo traces on this thread has changed `container`, a dictionary such as `_parameters`.
+
+    `torch.func.functional_call` does so for the time of its call. Dynamo keeps changes to itself until the graph has
+    run: `container` is as it was before. Must be called as :func:`backend_being_traced` is.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    variable = effects.id_to_variable.get(id(container))
+    return variable is not None and bool(effects.is_modified(variable))
+
+
 def constant_while_tracing(function: _Function) -> _Function:
     """`torch.compiler.assume_constant_result`, typed: Dynamo calls `function` while it traces and keeps the result."""
     marked: _Function = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]  # torch's own

@@ -42,6 +42,33 @@ def test_outside_of_tracing_no_backend_is_recognised() -> None:
     assert not torch_internals.backend_being_traced(lambda backend: True)
 
 
+def test_what_traced_code_has_changed_is_known_while_it_is_traced(fresh_dynamo: None) -> None:
+    layer, seen = nn.Linear(2, 2, bias=False), []
+
+    @torch_internals.constant_while_tracing
+    def look() -> None:
+        seen.append(torch_internals.changed_in_trace(layer._parameters))
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> Any:
+            look()
+            return self.layer(x)
+
+    model, x = Looking(), torch.ones(2)
+
+    def with_zeros(x: torch.Tensor) -> Any:
+        return torch.func.functional_call(model, {"layer.weight": torch.zeros(2, 2)}, (x,))
+
+    torch.compile(model, backend="eager")(x)
+    assert seen == [False]
+    assert torch.compile(with_zeros, backend="eager", fullgraph=True)(x).tolist() == [0, 0]
+    assert seen == [False, True]
+
+
 def test_a_backward_is_noticed_on_the_thread_that_runs_it() -> None:
     seen: list[bool] = []
 

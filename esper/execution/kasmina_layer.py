@@ -15,11 +15,7 @@ from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.site_marker import (
-    commit_while_tracing,
-    enter_uncompiled,
-    traced_by_esper,
-)
+from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
@@ -129,7 +125,7 @@ class KasminaLayer(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
-            if traced_by_esper():
+            if marked_by_esper(self.site):
                 if self._stands_alone:
                     ENTER(self._runtime_id)
                 marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)

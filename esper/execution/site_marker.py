@@ -10,7 +10,7 @@ import torch
 from esper import torch_internals
 from esper.execution import registry
 
-__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "traced_by_esper"]
+__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "marked_by_esper", "traced_by_esper"]
 
 _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 _MARK = "__esper_backend__"
@@ -33,6 +33,19 @@ def traced_by_esper() -> bool:
     Only for code that Dynamo is tracing: the answer becomes a constant of that trace.
     """
     return torch_internals.backend_being_traced(_is_esper)
+
+
+@torch_internals.constant_while_tracing
+def marked_by_esper(site: int) -> bool:
+    """Whether the tracing in progress is for `backend="esper"`, and a marker can stand for `site`.
+
+    It cannot where the traced code has replaced parameters of the site's kernels, as `torch.func.functional_call` does:
+    a variant takes the kernels' own. Such a site is traced as under any other backend.
+    """
+    if not torch_internals.backend_being_traced(_is_esper):
+        return False
+    seeds = registry.runtime_of_site(site).plan.sites.get(site, ())
+    return not any(torch_internals.changed_in_trace(seed.kernel.module._parameters) for seed in seeds)
 
 
 @torch_internals.constant_while_tracing

@@ -60,6 +60,40 @@ def test_functional_call_with_other_kernel_parameters(
     agrees(run, model, x)
 
 
+def test_functional_call_inside_of_compiled_code_takes_the_kernel_parameters_that_it_is_given(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
+    def call(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, parameters, (x,))
+        return output + model(x)  # with its own again
+
+    def others(shift: float) -> dict[str, Tensor]:
+        return {name: (value.detach() + shift).requires_grad_() for name, value in model.named_parameters()}
+
+    def check(parameters: dict[str, Tensor]) -> None:
+        torch.testing.assert_close(run(parameters, x), call(parameters, x))
+        names = list(parameters)
+        found, expected = (
+            torch.autograd.grad(function(parameters, x).square().sum(), [parameters[name] for name in names])
+            for function in (run, call)
+        )
+        torch.testing.assert_close(found, expected)
+
+    run = compiled(call, fullgraph=True)
+    check(others(0.25))
+    load(model, "0", 0, put(shelf), alpha=0.5)
+    for shift in (0.25, 0.5):
+        check(others(shift))
+    load(model, "0", 1, put(shelf, seed=2), alpha=0.25)
+    check(others(0.25))
+    hosts = {name: value for name, value in others(0.5).items() if not name.startswith("_esper")}
+    check(hosts)
+    unload(model, "0", 0)
+    unload(model, "0", 1)
+    check(hosts)
+    agrees(compiled(model), model, x)
+
+
 def test_kernel_parameters_that_are_thawed_one_by_one(
     model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
 ) -> None:
