@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 LEASE = 1.0
-STAGES = ["after claim", "after add", "after add_attachment", "after set_status"]
+DEATHS = [
+    ("after claim", "before add", "after set_status"),  # it has the blueprint; a sound kernel; all is done
+    ("after add", "after add_attachment"),  # its kernel is stored; its attachment too
+]
 
 
 class _Deadly:
@@ -56,28 +59,36 @@ def _work(store: Any, key: SigningKey) -> str | None:
     return Worker(store, key, OonaClient(), "fast", limits, LEASE).compile_next(StopSignal())
 
 
+def _work_when_it_is_free(store: Any, key: SigningKey) -> None:
+    deadline = time.monotonic() + 60
+    while _work(store, key) is None:
+        assert time.monotonic() < deadline, "the lease of the dead does not run out"
+        time.sleep(0.1)
+
+
 def _work_until(stage: str, folder: Path, key: SigningKey) -> None:
     store = UrzaStore.in_folder(folder)
-    _work(SimpleNamespace(blueprints=_Deadly(store.blueprints, stage), kernels=_Deadly(store.kernels, stage)), key)
+    blueprints, kernels = _Deadly(store.blueprints, stage), _Deadly(store.kernels, stage)
+    _work_when_it_is_free(SimpleNamespace(blueprints=blueprints, kernels=kernels), key)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_a_killed_worker_began_is_finished_with_one_artifact(store: UrzaStore, folder: Path, stage: str) -> None:
+@pytest.mark.parametrize("deaths", DEATHS, ids="; ".join)
+def test_what_killed_workers_began_is_finished_with_one_artifact(
+    store: UrzaStore, folder: Path, deaths: tuple[str, ...]
+) -> None:
     key, wanted = SigningKey.generate(), blueprint()
     store.blueprints.submit(wanted, "wanted")
-    victim = multiprocessing.get_context("fork").Process(target=_work_until, args=(stage, folder, key))
-    victim.start()
-    victim.join(120)
-    assert victim.exitcode == -signal.SIGKILL, "it has to die at this stage"
-
-    deadline = time.monotonic() + 60
-    while not store.blueprints.get(wanted.id).status.is_final:
-        assert time.monotonic() < deadline
-        if _work(store, key) is None:
-            time.sleep(0.1)  # the lease of the dead has to run out
+    for stage in deaths:
+        victim = multiprocessing.get_context("fork").Process(target=_work_until, args=(stage, folder, key))
+        victim.start()
+        victim.join(120)
+        assert victim.exitcode == -signal.SIGKILL, f"it has to die {stage}"
+    if deaths[-1] != "after set_status":
+        assert store.blueprints.get(wanted.id).status is BlueprintStatus.COMPILING
+        _work_when_it_is_free(store, key)
     record = store.blueprints.get(wanted.id)
     assert record.status is BlueprintStatus.VALIDATED, record
-    assert record.attempts == (1 if stage == "after set_status" else 2)
+    assert record.attempts == 3
     (kernel,) = store.kernels.query(KernelQuery(status=None))
     assert (kernel.id, kernel.name) == (record.artifact_id, "wanted")
     data, signature = store.kernels.content(kernel.id)
