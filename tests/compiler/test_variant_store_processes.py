@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from esper.compiler.variant_store import VariantKey, VariantStore
+from esper.compiler.variant_store import StoreStatistics, VariantKey, VariantStore
+from tests.services.programs import race
 
 KEY = VariantKey.of({"torch": "2.13.0"})
 PRELUDE = """
@@ -136,56 +139,53 @@ def test_a_variant_that_may_not_be_read_is_a_miss() -> None:
     assert "it cannot be read (Permission denied)" in lines[0]
 
 
-WRITER = """
-import random
-random.seed(int(sys.argv[2]))
-store = VariantStore(sys.argv[1], limit_bytes=int(sys.argv[3]))
-print("ready", flush=True)
-for turn in range(int(sys.argv[4])):
-    number = random.randrange(12)
-    key = VariantKey.of({"number": str(number)})
-    length = random.randrange(1, 40_000)
-    if random.random() < 0.5:
-        store.put(key, bytes([number]) * length)
-    else:
-        payload = store.get(key)
-        assert payload is None or set(payload) == {number}, (number, payload[:20])
-counted = store.statistics
-print(counted.failed_writes, counted.unusable, counted.hits > 0, counted.writes > 0)
-"""
+def write(folder: Path, seed: int, limit_bytes: int, turns: int) -> StoreStatistics:
+    """Write and read at random; what was counted."""
+    dice, store = random.Random(seed), VariantStore(folder, limit_bytes=limit_bytes)
+    for _ in range(turns):
+        number = dice.randrange(12)
+        key = VariantKey.of({"number": str(number)})
+        length = dice.randrange(1, 40_000)
+        if dice.random() < 0.5:
+            store.put(key, bytes([number]) * length)
+        else:
+            payload = store.get(key)
+            assert payload is None or set(payload) == {number}, (number, payload[:20])
+    return store.statistics
 
 
-def writer(folder: Path, seed: int, limit_bytes: int, turns: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + WRITER, str(folder), str(seed), str(limit_bytes), str(turns)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def write_with_others(barrier: threading.Barrier, *arguments: Any) -> StoreStatistics:
+    barrier.wait()
+    return write(*arguments)
 
 
-@pytest.mark.slow
+def write_until_killed(begun: Event, *arguments: Any) -> None:
+    begun.set()
+    write(*arguments)
+
+
 def test_processes_that_write_read_and_throw_out_at_once_see_only_whole_variants(tmp_path: Path) -> None:
     limit = 150_000
-    processes = [writer(tmp_path, seed, limit, 1500) for seed in range(3)]
-    for process in processes:
-        output, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
-        assert output.splitlines() == ["ready", "0 0 True True"]
+    for counted in race(write_with_others, [(tmp_path, seed, limit, 1500) for seed in range(3)]):
+        assert (counted.failed_writes, counted.unusable) == (0, 0)
+        assert counted.hits > 0
+        assert counted.writes > 0
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
     VariantStore(tmp_path, limit_bytes=limit).put(KEY, b"")  # a new store looks at the folder with its first write
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
 
 
-@pytest.mark.slow
 def test_killed_writers_leave_nothing_that_is_taken_for_a_variant(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
     for seed in range(4):
-        process = writer(tmp_path, seed, 10_000_000, 1_000_000)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        begun = context.Event()
+        process = context.Process(target=write_until_killed, args=(begun, tmp_path, seed, 10_000_000, 1_000_000))
+        process.start()
+        assert begun.wait(30)
         time.sleep(random.uniform(0.05, 0.3))
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert process.is_alive()
+        process.kill()
+        process.join()
     store = VariantStore(tmp_path)
     for number in range(12):
         payload = store.get(VariantKey.of({"number": str(number)}))
