@@ -21,7 +21,7 @@ from esper.compiler.debug import pass_callback
 from esper.compiler.dispatcher import Dispatcher
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
-from esper.compiler.variant_compiler import VariantCompiler
+from esper.compiler.variant_compiler import VariantCompilationError, VariantCompiler
 from esper.execution.registry import runtime_by_id, runtime_of_site
 from esper.execution.runtime import Runtime
 from esper.execution.site_marker import mark_as_backend
@@ -45,7 +45,8 @@ def esper_backend(
     """Compile a graph that Dynamo captured; registered with torch under the name "esper".
 
     `mode` and `options` are `torch.compile`'s; :class:`BackendOptions` has Esper's own, and all others go to Inductor.
-    Raises :class:`BackendOptionError` for options that cannot be used, and what the inner compiler raises.
+    Raises :class:`BackendOptionError` for options that cannot be used, :class:`VariantCompilationError` where Inductor finds
+    no C++ compiler, and what the inner compiler raises.
     """
     chosen = BackendOptions.read(mode, options)
     sites, entered = sites_in(module.graph), runtimes_in(module.graph)
@@ -99,7 +100,10 @@ def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: Backen
         compiled = options.inner(host, inputs)
     except Exception as error:
         if options.fallback != "eager":
-            raise
+            unusable = VariantCompilationError.without_compiler(name, str(error))
+            if unusable is None:
+                raise
+            raise unusable from error
         _LOG.warning("the inner compiler failed; the graph runs uncompiled", exc_info=error)
         return Variant(lambda inputs: host.forward(*inputs), "uncompiled", reason=f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - started

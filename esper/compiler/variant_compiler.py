@@ -39,15 +39,20 @@ class VariantCompilationError(EsperError, RuntimeError):
     @classmethod
     def of(cls, graph: str, error: WorkerJobError) -> VariantCompilationError:
         """What a compile worker reported, with a remedy."""
-        remedy = 'options={"fallback": "eager"} runs such graphs uncompiled'
         what = f"{error.type_name}: {error.message}".removeprefix(_AROUND_ALL)
-        if what.startswith(_NO_COMPILER):
-            return cls(f"{graph} needs a C++ compiler: install g++, or name one in CXX; {remedy} ({what})")
-        return cls(f"the inner compiler failed on {graph}: {what}; {remedy}")
+        return cls.without_compiler(graph, what) or cls(f"the inner compiler failed on {graph}: {what}; {_REMEDY}")
+
+    @classmethod
+    def without_compiler(cls, graph: str, what: str) -> VariantCompilationError | None:
+        """For Inductor's message `what`, if it says that there is no C++ compiler."""
+        if _NO_COMPILER not in what:
+            return None
+        return cls(f"{graph} needs a C++ compiler: install g++, or name one in CXX; {_REMEDY} ({what})")
 
 
 _AROUND_ALL = "InductorError: "  # which Inductor puts around whatever was raised in it
 _NO_COMPILER = "InvalidCxxCompiler: "
+_REMEDY = 'options={"fallback": "eager"} runs such graphs uncompiled'
 
 
 class Compilation:

@@ -56,7 +56,8 @@ def test_without_a_compiler_a_load_says_what_to_do_and_the_fallback_runs_uncompi
     environment = {missing: "/nowhere/g++" if missing == "CXX" else "/nowhere"}
     environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
     raised, fallen_back, failed = said(program(tmp_path, "has_no_compiler()", environment))
-    assert "C++ compiler" in raised["raised"]
+    assert "needs a C++ compiler: install g++, or name one in CXX" in raised["raised"]
+    assert 'options={"fallback": "eager"} runs such graphs uncompiled' in raised["raised"]
     assert fallen_back["dormant"] == ["uncompiled"]
     assert (fallen_back["state"], fallen_back["in_force"]) == ("ACTIVE", ["uncompiled"])
     assert "needs a C++ compiler: install g++, or name one in CXX" in failed.pop("reason")
