@@ -1,4 +1,4 @@
-"""A worker that is killed between any two steps of its work: the next one finishes it, and there is one artifact."""
+"""A worker that is killed between any two steps of its work, or whose store fails: the work ends with one artifact."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ import pytest
 
 from esper.artifacts import Attachment, SigningKey, Target, TrustStore, load_artifact
 from esper.services.contracts import BlueprintStatus, KernelQuery
+from esper.services.errors import StoreBusyError
 from esper.services.oona_client import OonaClient
 from esper.services.tezzeret.child_process import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore
 from tests.services.shelf import blueprint
+from tests.services.urza_server import locked
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,3 +101,23 @@ def test_what_killed_workers_began_is_finished_with_one_artifact(
     assert packed is not None
     Attachment.unpack(packed).verify(trust)
     assert store.blueprints.claim("anybody") is None
+
+
+def test_work_that_a_locked_database_did_not_take_is_done_again_with_one_artifact(
+    store: UrzaStore, folder: Path
+) -> None:
+    key, wanted = SigningKey.generate(), blueprint()
+    store.blueprints.submit(wanted)
+    hasty = UrzaStore(f"sqlite:///{folder / 'esper.db'}", folder / "blobs", busy_seconds=0.2)
+    with hasty, ThreadPoolExecutor(1) as thread:
+        working = thread.submit(_work, hasty, key)
+        while store.blueprints.get(wanted.id).status is not BlueprintStatus.COMPILING:
+            time.sleep(0.01)
+        with locked(folder):
+            assert isinstance(working.exception(timeout=120), StoreBusyError)
+        assert store.kernels.query(KernelQuery(status=None)) == ()
+        _work_when_it_is_free(hasty, key)
+    record = store.blueprints.get(wanted.id)
+    assert (record.status, record.attempts) == (BlueprintStatus.VALIDATED, 2)
+    (kernel,) = store.kernels.query(KernelQuery(status=None))
+    assert kernel.id == record.artifact_id
