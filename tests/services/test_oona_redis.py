@@ -29,7 +29,7 @@ from tests.services.valkey_bus import (
     received,
     submitted,
 )
-from tests.services.valkey_server import ValkeyProcess, free_port, valkey_server
+from tests.services.valkey_server import BreakableLink, ValkeyProcess, free_port, valkey_server
 
 __all__ = ["bus", "make_bus", "valkey_server"]  # fixtures
 
@@ -331,6 +331,27 @@ class TestHanging:
         bus.close()
         assert live.empty()
         assert shared.empty()
+
+
+def test_a_slow_server_holds_up_nobody_who_publishes_and_loses_nothing(valkey_server: ValkeyProcess) -> None:
+    delay, expected = 0.1, [str(number) for number in range(2000)]  # no more than may wait for being sent
+    with BreakableLink(valkey_server.port, delay) as link:
+        bus = RedisBus(valkey_server.config(url=f"redis://127.0.0.1:{link.port}/0"))
+        oona = OonaClient(bus)
+        got: queue.Queue[OonaMessage] = queue.Queue()
+        oona.subscribe(SUBMITTED, got.put)
+        times: list[float] = []
+        for number in range(2000):
+            start = time.perf_counter()
+            oona.publish(SUBMITTED, submitted(number))
+            times.append(time.perf_counter() - start)
+        assert sorted(times)[1_980] < delay / 2, "publishing waits for the server"
+        assert [str(got.get(timeout=20).payload["blueprint_id"]) for _ in expected] == expected
+        assert oona.flush(10)
+        stats = oona.stats()
+        assert (stats.sent, stats.failed, stats.dropped) == (2000, 0, 0)
+        oona.close()
+        bus.close()
 
 
 def test_redis_is_not_imported_by_who_does_not_use_it() -> None:

@@ -21,7 +21,17 @@ from esper.configs import EsperConfig, PlatformConfig
 from esper.execution.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
 from esper.services.urza import UrzaStore
 from esper.services.urza_client import RemoteKernelSource, RemoteStore
-from tests.services.broken_server import Behaviour, BrokenServer, answer, client_settings, hang_up, problem, relay
+from tests.services.broken_server import (
+    Behaviour,
+    BrokenServer,
+    answer,
+    client_settings,
+    free_port,
+    hang_up,
+    problem,
+    relay,
+    silence,
+)
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza, settings
 
@@ -311,6 +321,42 @@ def test_a_model_takes_no_kernel_that_a_stranger_has_put_into_urza(
             assert "not trusted" in layer.seed_errors[0]
             assert layer.state.lifecycle(0).name == "ERROR_RECOVERY"
             assert torch.equal(wrapped(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        hang_up,
+        silence,
+        answer(500, b"{}"),
+        answer(200, b"x" * 1000, "application/octet-stream", cut=500),
+        answer(200, b"x" * 1000, "application/octet-stream"),
+    ],
+    ids=["down", "slow", "500", "truncated", "wrong bytes"],
+)
+@pytest.mark.parametrize("knows", [True, False], ids=["at the content", "at once"])
+def test_a_model_goes_on_as_it_was_when_urza_is_in_trouble(
+    urza: RunningUrza, tmp_path: Path, cache: Path, artifact: Artifact, trouble: Behaviour, knows: bool
+) -> None:
+    """And loads the kernel when it is asked to again after that."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    port = free_port()
+    config = EsperConfig(
+        environment="test",
+        platform=PlatformConfig(root=tmp_path / "data", trusted_keys=(KEY.public_bytes.hex(),)),
+        urza=client_settings(f"http://127.0.0.1:{port}", cache_folder=cache, retries=1, timeout=1),
+    )
+    with Platform.connect(config) as platform:
+        wrapped = esper.wrap(model, platform=platform, telemetry_enabled=False)
+        layer = wrapped.kasmina_layers["0"]
+        with BrokenServer(*[relay(urza.port)] * knows, trouble, port=port):
+            assert not asyncio.run(wrapped.load_kernel("0", 0, "first"))
+        assert layer.seed_errors[0]
+        assert layer.state.lifecycle(0).name == "ERROR_RECOVERY"
+        assert torch.equal(wrapped(x), model(x))
+        with BrokenServer(relay(urza.port), port=port):
+            assert asyncio.run(wrapped.load_kernel("0", 0, "first")), layer.seed_errors
+    assert layer.state.lifecycle(0).name == "ACTIVE"
 
 
 def _output_with(config: EsperConfig, model: nn.Module, x: torch.Tensor, reference: str) -> torch.Tensor:

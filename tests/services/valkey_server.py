@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -97,10 +98,14 @@ class ValkeyProcess:
 
 
 class BreakableLink:
-    """A way to a server that can break after the server has done what it was asked, and before that is known."""
+    """A way to a server that can break after the server has done what it was asked, and before that is known.
 
-    def __init__(self, to_port: int) -> None:
+    What goes through it, either way, takes `delay` seconds.
+    """
+
+    def __init__(self, to_port: int, delay: float = 0.0) -> None:
         self._to_port = to_port
+        self._delay = delay
         self._breaks = threading.Event()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
@@ -137,6 +142,7 @@ class BreakableLink:
                 if answers and self._breaks.is_set():
                     self._breaks.clear()
                     break
+                time.sleep(self._delay)
                 target.sendall(data)
         except OSError:  # the other direction has ended
             pass
