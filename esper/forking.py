@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-__all__ = ["Forkable", "no_forks", "reset_after_fork"]
+__all__ = ["Forkable", "ModuleLock", "no_forks", "reset_after_fork"]
 
 
 class Forkable(Protocol):
@@ -26,6 +26,24 @@ _live: weakref.WeakSet[Forkable] = weakref.WeakSet()
 def reset_after_fork(owner: Forkable) -> None:
     """Have `owner.after_fork()` called in every child that is forked while `owner` lives."""
     _live.add(owner)
+
+
+class ModuleLock:
+    """A reentrant lock that is free in a forked child, whoever held it in the parent."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """See :class:`Forkable`."""
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Held until the block is left."""
+        with self._lock:
+            yield
 
 
 _forking = threading.RLock()

@@ -16,7 +16,7 @@ from esper.artifacts import Blueprint, BlueprintError, TrustStore
 from esper.configs import ConfigError, EsperConfig, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import KernelSource
-from esper.forking import reset_after_fork
+from esper.forking import ModuleLock, reset_after_fork
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import CompilationFailedError, CompilationTimeoutError, PlatformClosedError
 from esper.services.oona import Bus, InMemoryBus
@@ -305,7 +305,7 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 
 
 _live: weakref.WeakSet[Platform] = weakref.WeakSet()
-_default_lock = threading.Lock()
+_default_lock = ModuleLock()
 _default: Platform | None = None
 
 
@@ -315,7 +315,7 @@ def default_platform() -> Platform:
     The one at `urza.url` if the settings have that, else an embedded one.
     """
     global _default
-    with _default_lock:
+    with _default_lock.held():
         if _default is None or _default.closed:
             config = load_config()
             _default = Platform.embedded(config=config) if config.urza.url is None else Platform.connect(config)

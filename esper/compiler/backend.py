@@ -45,8 +45,8 @@ def esper_backend(
     """Compile a graph that Dynamo captured; registered with torch under the name "esper".
 
     `mode` and `options` are `torch.compile`'s; :class:`BackendOptions` has Esper's own, and all others go to Inductor.
-    Raises :class:`BackendOptionError` for options that cannot be used, :class:`VariantCompilationError` where Inductor finds
-    no C++ compiler, and what the inner compiler raises.
+    Raises :class:`BackendOptionError` for options that cannot be used, :class:`VariantCompilationError` where Inductor
+    finds no C++ compiler, and what the inner compiler raises.
     """
     chosen = BackendOptions.read(mode, options)
     sites, entered = sites_in(module.graph), runtimes_in(module.graph)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import threading
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from inspect import Parameter, Signature
@@ -26,10 +25,11 @@ from esper.core.trace_effects import EffectWatch
 from esper.core.traced_values import Refusal
 from esper.core.tracer import RegionTracer
 from esper.core.watched import HOOK_KINDS, global_module_hooks
+from esper.forking import ModuleLock
 
 __all__ = ["Traced", "Untraceable", "leaf_reason", "trace_region"]
 
-_lock = threading.RLock()
+_lock = ModuleLock()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -109,7 +109,7 @@ def trace_region(module: nn.Module, sites: Set[nn.Module], given: frozenset[str]
     kept_apart: dict[str, str] = {}
     while True:
         attempt = _Attempt(module, modules, sites, kept_apart)
-        with _lock:
+        with _lock.held():
             outcome = attempt.run(signature, given)
         if isinstance(outcome, Traced):
             return outcome
