@@ -141,6 +141,16 @@ def test_urza_tells_again_what_an_emptied_server_lost(store: UrzaStore, valkey: 
         _until(lambda: _length(messages) >= 1)
 
 
+def test_a_worker_takes_messages_again_from_a_server_that_came_back_empty(valkey: ValkeyProcess) -> None:
+    messages, done = CompilationQueue(_settings(valkey.url)), list[str]()
+    with messages.consumed_by(done.append):
+        messages.put("a" * 64)
+        _until(lambda: done == ["a" * 64])
+        valkey.restart_empty()
+        messages.put("b" * 64)
+        _until(lambda: done == ["a" * 64, "b" * 64], seconds=20)
+
+
 def test_a_submission_does_not_wait_for_a_server_that_is_away(store: UrzaStore) -> None:
     messages = CompilationQueue(_settings("redis://127.0.0.1:1"))
     with Dispatch(store.blueprints, messages, sweep_seconds=0.1) as dispatch:
