@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # One cache of compiled code for all tests and worker processes, set before torch is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "inductor"))
@@ -51,3 +54,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     if hasattr(config, "workerinput"):  # in a process of pytest-xdist
         items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None and "slow" not in item.keywords)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of files with a mark `xdist_group` together.
+
+    The suffixes of test ids by which pytest-xdist 3.8 knows groups get lost in pytest 9.2, and nothing says so.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # for the process that hands out the tests
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(config.rootpath / nodeid.partition("::")[0]) or nodeid
+
+    return Groups(config, log)
+
+
+@functools.cache
+def _group_of(file: Path) -> str | None:
+    found = re.search(r'\bxdist_group\("([^"]+)"\)', file.read_text(encoding="utf-8"))
+    return None if found is None else found[1]
