@@ -23,6 +23,7 @@ from esper.contracts.messages import OonaMessage, TopicNames
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
+from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
@@ -87,9 +88,15 @@ class Listener:
         """What commands have to name to reach this model alone."""
         self._model = weakref.ref(model)
         self._oona = oona
+        self._inherited = False  # by a forked child, which has no part in what its parent carries out
         self._lock = Lock()  # of the next
         self._known: OrderedDict[str, tuple[KasminaControlCommand, KasminaCommandOutcome | None]] = OrderedDict()
         self._subscription = oona.subscribe(TopicNames.CONTROL_KASMINA_COMMANDS, self._receive, owner=model)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Leave to the parent what is being carried out, and its answers; see `esper.forking`."""
+        self._inherited = True
 
     def __enter__(self) -> Listener:
         return self
@@ -135,6 +142,8 @@ class Listener:
 
     def _carry_out(self, command: KasminaControlCommand, trace_id: str) -> None:
         def answer(status: CommandStatus, reason: str = "") -> None:
+            if self._inherited:
+                return
             outcome = KasminaCommandOutcome.of(command, status, reason, self.name)
             with self._lock:
                 self._known[command.command_id] = (command, outcome)

@@ -1,17 +1,26 @@
-"""A process that is forked while another thread wraps a model, or makes the default platform."""
+"""A process that is forked while another thread wraps a model, makes the default platform, or obeys a command."""
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import esper
 import esper.core.tracing
+from esper.contracts.commands import CommandStatus, KasminaAction, KasminaCommandOutcome, KasminaControlCommand
+from esper.contracts.messages import OonaMessage, TopicNames
+from esper.services.oona import InMemoryBus
+from esper.services.oona_client import OonaClient
+from tests.core.seeds import GatedPlatform, blueprint
+from tests.execution.forked_layer import end_of
+from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 from tests.services.programs import forked
 
@@ -72,3 +81,34 @@ def test_while_the_default_platform_is_made(
 
     while_another_thread_is_in(make)
     assert forked(wraps_and_runs, str(tmp_path)) == [3, 4]
+
+
+def test_while_a_command_is_carried_out_which_stays_the_parents(shelf: KernelShelf) -> None:
+    """A child that calls the load off for itself neither waits for the parent's threads nor answers in its name."""
+    kernel, gated, oona = shelf.put(blueprint()).id, GatedPlatform(shelf), OonaClient(InMemoryBus())
+    platform = SimpleNamespace(kernel_source=gated.kernel_source, oona=oona)
+    model = esper.wrap(mlp(8, 6, 4), platform=platform)
+    gate, outcomes = gated.hold(kernel), queue.Queue[OonaMessage]()
+    load = KasminaControlCommand(layer_name="0", seed_idx=0, action=KasminaAction.LOAD, kernel_artifact_id=kernel)
+    oona.subscribe(TopicNames.CONTROL_KASMINA_OUTCOMES, outcomes.put)
+    with model.listen(platform) as listener:
+        oona.publish(TopicNames.CONTROL_KASMINA_COMMANDS, load)
+        gated.wait_until_held()
+        with listener._lock:  # as the thread that notes a command holds it, for a moment
+            child = os.fork()
+            if child == 0:
+                os._exit(_calls_off(model, oona, load))
+        assert end_of(child) == "0"
+        gate.set()
+        outcome = KasminaCommandOutcome.model_validate(outcomes.get(timeout=20).payload)
+    assert (outcome.command_id, outcome.status) == (load.command_id, CommandStatus.DONE)
+    oona.close()
+
+
+def _calls_off(model: esper.MorphableModel, oona: OonaClient, command: KasminaControlCommand) -> int:
+    heard = queue.Queue[OonaMessage]()
+    oona.subscribe(TopicNames.CONTROL_KASMINA_OUTCOMES, heard.put)
+    model.unload_kernel("0", 0)
+    last = KasminaCommandOutcome.of(command, CommandStatus.REJECTED, "the last that this child says", None)
+    oona.publish(TopicNames.CONTROL_KASMINA_OUTCOMES, last, trace_id="last")
+    return 0 if heard.get(timeout=10).trace_id == "last" else 2
