@@ -70,6 +70,24 @@ def test_transforms_around(name: str, model: esper.MorphableModel, shelf: Kernel
     )
 
 
+def test_transforms_inside_with_other_kernel_parameters(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
+    def slopes(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = grad(lambda given: functional_call(model, given, (x,)).square().sum())(parameters)
+        return found
+
+    def ensemble(parameters: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = vmap(lambda given: functional_call(model, given, (x,)))(parameters)
+        return outputs
+
+    load(model, "0", 0, put(shelf), alpha=0.5)
+    parameters = {name: value.detach() + 0.25 for name, value in model.named_parameters()}
+    several = {name: torch.stack([value, value - 0.5]) for name, value in parameters.items()}
+    torch.testing.assert_close(compiled(slopes, "eager")(parameters), slopes(parameters))
+    torch.testing.assert_close(compiled(ensemble, "eager")(several), ensemble(several))
+
+
 def test_a_functional_call_with_other_host_parameters(
     model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
 ) -> None:
