@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.services.valkey_server import ValkeyProcess
+
 PROGRAM = """
 import json, tempfile
 from pathlib import Path
@@ -59,7 +61,16 @@ def origins(report: dict[str, Any]) -> dict[str, str]:
 @pytest.mark.timeout(600)
 def test_a_second_run_takes_its_variants_from_the_store_unless_they_are_damaged(tmp_path: Path) -> None:
     dumps = tmp_path / "dumps"
-    first = run_program(tmp_path, ESPER_DEBUG_DIR=str(dumps))
+    with ValkeyProcess() as remote:
+        inductors = {
+            "TORCHINDUCTOR_REDIS_URL": remote.url,
+            "TORCHINDUCTOR_FX_GRAPH_REMOTE_CACHE": "1",
+            "TORCHINDUCTOR_AUTOGRAD_REMOTE_CACHE": "1",
+        }
+        first = run_program(tmp_path, ESPER_DEBUG_DIR=str(dumps), **inductors)
+        with remote.client() as client:
+            shared = [key for key in client.keys() if key.startswith("pt2:fx-graph")]
+    assert len(shared) == 2, "one by this process, and one by the compile worker"
     assert origins(first) == {"dormant": "host compile", "active": "worker"}
     assert (first["workers"]["done"], first["store"]["misses"], first["store"]["writes"]) == (1, 1, 1)
     assert list(dumps.glob("*/graph_0/000/00_inline_kernels.after.py")), "the worker dumps too"
