@@ -115,6 +115,37 @@ def test_a_dormant_variant_comes_back_without_a_compilation(shelf: KernelShelf, 
     assert compilations == 2  # dormant, and one for all kernels of this structure
 
 
+@pytest.mark.parametrize(
+    ("budget", "compiled_again"), [(0, [1, 2, 3, 2, 3, 1, 3, 2]), (1, [1, 2, 3, 1, 2]), (256, [1, 2, 3])]
+)
+def test_variants_that_were_used_least_recently_leave_when_the_budget_is_spent(
+    budget: int, compiled_again: list[int], shelf: KernelShelf, fresh_dynamo: None
+) -> None:
+    compilations = 0
+
+    def inner(module: torch.fx.GraphModule, inputs: object) -> Any:  # each counts as 1 MiB
+        nonlocal compilations
+        compilations += 1
+        return module.forward
+
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    x = torch.randn(3, 8)
+    compiled = torch.compile(model, backend="esper", options={"inner": inner, "variant_cache_mb": budget})
+    dormant = compiled(x)
+    kernels = {rank: shelf.put(Blueprint.low_rank(8, 6, rank=rank, start="kaiming")).id for rank in (1, 2, 3)}
+    found = []
+    for rank in (1, 2, 3, 2, 3, 1, 3, 2):
+        before = compilations
+        _load(model, "0", 0, kernels[rank])
+        torch.testing.assert_close(compiled(x), model(x))
+        found += [rank] * (compilations - before)
+        model.unload_kernel("0", 0)
+        before = compilations
+        assert torch.equal(compiled(x), dormant)
+        assert compilations == before  # the dormant one stays
+    assert found == compiled_again
+
+
 def test_several_graphs_change_between_the_same_two_forwards(shelf: KernelShelf, fresh_dynamo: None) -> None:
     host, x = Branching(), torch.randn(3, 8)
     model = esper.wrap(host, platform=shelf.platform, commit="manual")
