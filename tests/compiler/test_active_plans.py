@@ -116,7 +116,7 @@ def test_a_dormant_variant_comes_back_without_a_compilation(shelf: KernelShelf, 
 
 
 @pytest.mark.parametrize(
-    ("budget", "compiled_again"), [(0, [1, 2, 3, 2, 3, 1, 3, 2]), (1, [1, 2, 3, 1, 2]), (256, [1, 2, 3])]
+    ("budget", "compiled_again"), [(0, [1, 2, 3, 2, 1, 2, 3]), (1, [1, 2, 3, 1, 3]), (256, [1, 2, 3])]
 )
 def test_variants_that_were_used_least_recently_leave_when_the_budget_is_spent(
     budget: int, compiled_again: list[int], shelf: KernelShelf, fresh_dynamo: None
@@ -134,7 +134,7 @@ def test_variants_that_were_used_least_recently_leave_when_the_budget_is_spent(
     dormant = compiled(x)
     kernels = {rank: shelf.put(Blueprint.low_rank(8, 6, rank=rank, start="kaiming")).id for rank in (1, 2, 3)}
     found = []
-    for rank in (1, 2, 3, 2, 3, 1, 3, 2):
+    for rank in (1, 2, 3, 3, 2, 1, 2, 3):
         before = compilations
         _load(model, "0", 0, kernels[rank])
         torch.testing.assert_close(compiled(x), model(x))

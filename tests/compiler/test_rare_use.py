@@ -72,9 +72,8 @@ def test_functional_call_inside_of_compiled_code_takes_the_kernel_parameters_tha
 
     def check(parameters: dict[str, Tensor]) -> None:
         torch.testing.assert_close(run(parameters, x), call(parameters, x))
-        names = list(parameters)
         found, expected = (
-            torch.autograd.grad(function(parameters, x).square().sum(), [parameters[name] for name in names])
+            torch.autograd.grad(function(parameters, x).square().sum(), list(parameters.values()))
             for function in (run, call)
         )
         torch.testing.assert_close(found, expected)
