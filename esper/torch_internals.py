@@ -102,9 +102,18 @@ def changed_in_trace(container: object) -> bool:
 
 
 def constant_while_tracing(function: _Function) -> _Function:
-    """`torch.compiler.assume_constant_result`, typed: Dynamo calls `function` while it traces and keeps the result."""
-    marked: _Function = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]  # torch's own
-    return marked
+    """As `torch.compiler.assume_constant_result`: Dynamo calls `function` while it traces and keeps the result.
+
+    Without importing Dynamo, which takes a second that who compiles nothing need not spend.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether `module` came out of `torch.compile`, or its `compile` method was called."""
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: then nothing was compiled
+    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
 
 
 def dynamo_at_work() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -380,3 +382,18 @@ def test_compiled_code_survives_serialisation_for_any_number_of_rows() -> None:
         expected = torch.autograd.grad((x_value @ w_value.T).sum(), [x_value, w_value])
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_module_is_recognised_and_esper_alone_does_not_import_dynamo() -> None:
+    program = """
+import sys, torch, esper
+from torch import nn
+model = nn.Linear(2, 2)
+assert not esper.torch_internals.is_compiled(model)
+esper.wrap(nn.Sequential(nn.Linear(2, 2)))(torch.ones(1, 2))
+assert "torch._dynamo" not in sys.modules
+assert esper.torch_internals.is_compiled(torch.compile(model))
+model.compile()
+assert esper.torch_internals.is_compiled(model)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

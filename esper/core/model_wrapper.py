@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
+from esper import torch_internals
 from esper.compiler.attachment import attach_from
 from esper.core.container_methods import with_container_methods
 from esper.core.eager import EagerExecutor
@@ -132,7 +133,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
         where = f" (its submodule {name!r})" if name else ""
         if isinstance(module, (MorphableModel, KasminaLayer)):
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if torch_internals.is_compiled(module):
             raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
     if any(BANK_NAME in names for names in (vars(model), model._modules, model._parameters, model._buffers)):
         raise WrapError(f"the model has an attribute {BANK_NAME!r}, the name under which kernels are registered")

@@ -22,17 +22,14 @@ from esper.core.persistence import PackedModel, is_hooks
 from esper.core.targets import Selection
 from esper.core.watched import signal_of
 from esper.core.wrap_options import WrapOptions
+from esper.execution import site_marker
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
-from esper.execution.site_marker import (
-    commit_while_tracing,
-    enter_uncompiled,
-    traced_by_esper,
-)
+from esper.execution.site_marker import commit_while_tracing, traced_by_esper
 from esper.execution.staging import Stager
 from esper_passes import ENTER
 
@@ -135,11 +132,11 @@ class MorphableModel(nn.Module):
             if traced_by_esper():
                 ENTER(self._runtime_id)
             elif self.runtime.scheduled:
-                enter_uncompiled(self._runtime_id)
+                site_marker.enter_uncompiled(self._runtime_id)
             else:
                 commit_while_tracing(self._runtime_id)
                 if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
-                    enter_uncompiled(self._runtime_id)
+                    site_marker.enter_uncompiled(self._runtime_id)
             return self._root.forward(*args, **kwargs)
         return self._run(*args, **kwargs)
 

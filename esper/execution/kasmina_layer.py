@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.execution import site_marker
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
+from esper.execution.site_marker import commit_while_tracing, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
@@ -131,11 +132,11 @@ class KasminaLayer(nn.Linear):
                 marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)
                 return marked
             if self._stands_alone and self.runtime.scheduled:
-                enter_uncompiled(self._runtime_id)
+                site_marker.enter_uncompiled(self._runtime_id)
             elif self._stands_alone:
                 commit_while_tracing(self._runtime_id)
                 if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
-                    enter_uncompiled(self._runtime_id)
+                    site_marker.enter_uncompiled(self._runtime_id)
             return self._traced(x)
         return self._run(x)
 

@@ -32,6 +32,7 @@ def traced_by_esper() -> bool:
 
     Only for code that Dynamo is tracing: the answer becomes a constant of that trace.
     """
+    _keep_dynamo_out()
     return torch_internals.backend_being_traced(_is_esper)
 
 
@@ -42,7 +43,7 @@ def marked_by_esper(site: int) -> bool:
     It cannot where the traced code has replaced parameters of the site's kernels, as `torch.func.functional_call` does:
     a variant takes the kernels' own. Such a site is traced as under any other backend.
     """
-    if not torch_internals.backend_being_traced(_is_esper):
+    if not traced_by_esper():
         return False
     seeds = registry.runtime_of_site(site).plan.sites.get(site, ())
     return not any(torch_internals.changed_in_trace(seed.kernel.module._parameters) for seed in seeds)
@@ -54,11 +55,18 @@ def commit_while_tracing(runtime_id: int) -> None:
     registry.runtime_by_id(runtime_id).boundary()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def enter_uncompiled(runtime_id: int) -> None:
     """Begin a forward under another backend outside of its graphs, every time that the traced code runs.
 
     For what cannot be done once, while Dynamo traces: to move a scheduled alpha, and to commit at a later forward when
-    this one repeats an earlier one inside a backward.
+    this one repeats an earlier one inside a backward. To be called through this module, after :func:`traced_by_esper`
+    or :func:`marked_by_esper`, which put it out of Dynamo's reach.
     """
     registry.runtime_by_id(runtime_id).boundary()
+
+
+def _keep_dynamo_out() -> None:
+    """Not when this module is imported: that would import Dynamo, which takes a second."""
+    global enter_uncompiled
+    if not hasattr(enter_uncompiled, "_torchdynamo_disable"):
+        enter_uncompiled = torch.compiler.disable(enter_uncompiled)  # type: ignore[no-untyped-call]  # torch's own
