@@ -189,7 +189,7 @@ class TestClosing:
         start = time.monotonic()
         subscription.close()
         assert got.get(timeout=10) == ()
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         assert subscription.closed
         thread.join(10)
 

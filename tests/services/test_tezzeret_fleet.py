@@ -157,7 +157,7 @@ def test_a_submission_does_not_wait_for_a_server_that_is_away(store: UrzaStore) 
         started = time.monotonic()
         for _ in range(1000):
             dispatch.submitted(blueprint().id)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 5
 
 
 def _length(messages: CompilationQueue) -> int:
