@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from esper.artifacts import Blueprint
+from esper.artifacts import Blueprint, build_artifact
 from esper.contracts.validation import ValidationReport
-from esper.services.contracts import BlueprintStatus
+from esper.services.contracts import BlueprintStatus, KernelMetadata
 from esper.services.errors import (
     ClaimLostError,
     IllegalTransitionError,
@@ -161,6 +161,20 @@ class TestClaims:
         record = store.blueprints.get(blueprint(0).id)
         assert record.status is BlueprintStatus.INVALID
         assert "vanished 3 times" in record.reason
+
+    def test_one_whose_workers_vanished_after_its_kernel_was_stored_is_validated(self, store: UrzaStore) -> None:
+        of = blueprint(0)
+        store.blueprints.submit(of)
+        for _ in range(3):
+            assert store.blueprints.claim("w", lease_seconds=0.0) is not None
+        artifact = build_artifact(of)
+        report = ValidationReport(blueprint_id=of.id, pipeline="fast", passed=True, artifact_id=artifact.id)
+        metadata = KernelMetadata.of(artifact.graph)
+        store.kernels.add(artifact.data, None, blueprint_id=of.id, metadata=metadata, report=report)
+        assert store.blueprints.claim("w") is None
+        record = store.blueprints.get(of.id)
+        assert (record.status, record.artifact_id) == (BlueprintStatus.VALIDATED, artifact.id)
+        assert record.report == report
 
 
 class TestTransitions:

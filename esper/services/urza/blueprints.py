@@ -140,8 +140,13 @@ class BlueprintRecords:
                     return None
                 if row.attempts < MAX_ATTEMPTS:
                     return _claimed(row, worker, now, lease_seconds)
-                reason = f"its worker vanished {row.attempts} times while compiling it"
-                _finish(row, BlueprintStatus.INVALID, now, reason=reason)
+                kernel = session.scalar(select(KernelRow).where(KernelRow.blueprint_id == row.id).limit(1))
+                if kernel is not None:  # a worker validated and stored it, and could not say so any more
+                    report = ValidationReport.model_validate(kernel.report)
+                    _finish(row, BlueprintStatus.VALIDATED, now, report=report, artifact_id=kernel.id)
+                else:
+                    reason = f"its worker vanished {row.attempts} times while compiling it"
+                    _finish(row, BlueprintStatus.INVALID, now, reason=reason)
                 session.flush()
 
     def renew(self, claim: Claim, *, lease_seconds: float = LEASE_SECONDS) -> Claim:
