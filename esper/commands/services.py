@@ -46,9 +46,7 @@ def _needing_services() -> Iterator[None]:
 def urza(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen at, in place of urza.host.")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port, in place of urza.port; 0 takes a free one.")
-    ] = None,
+    port: Port = None,
 ) -> None:
     """Serve the store over HTTP until Ctrl-C or SIGTERM."""
     if context.invoked_subcommand is not None:
@@ -114,9 +112,7 @@ def tezzeret(
 
 def up(
     workers: Annotated[int | None, typer.Option(min=1, help="Workers, in place of tezzeret.workers.")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Urza's port, in place of urza.port; 0 takes a free one.")
-    ] = None,
+    port: Port = None,
     as_json: AsJson = False,
 ) -> None:
     """Run everything on this machine: Urza, workers, and a Valkey unless redis.url names a server."""

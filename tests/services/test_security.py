@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,93 +74,75 @@ def lifecycle(model: esper.MorphableModel) -> str:
     return model.kasmina_layers["0"].state.lifecycle(0).name
 
 
-class TestWhoOwnsTheBus:
-    """They write to Redis themselves, as nothing that Esper ships would."""
+class Attacker:
+    """Writes to Redis itself, as nothing that Esper ships would, and hears what models answer."""
 
-    @pytest.fixture
-    def write(self, valkey: ValkeyProcess) -> Iterator[Callable[[str, bytes | OonaMessage], None]]:
-        """Put any bytes into the stream of a topic."""
-        with valkey.client() as client:
-
-            def put_in(topic: str, content: bytes | OonaMessage) -> None:
-                data = content.model_dump_json().encode() if isinstance(content, OonaMessage) else content
-                client.xadd(f"esper:oona:{topic}", {b"message": data})
-
-            yield put_in
-
-    @pytest.fixture
-    def outcomes(self, platform: esper.Platform) -> queue.Queue[KasminaCommandOutcome]:
-        heard: queue.Queue[KasminaCommandOutcome] = queue.Queue()
+    def __init__(self, redis: Any, platform: esper.Platform) -> None:
+        self._redis = redis
+        self.outcomes: queue.Queue[KasminaCommandOutcome] = queue.Queue()
         platform.oona.subscribe(
             TopicNames.CONTROL_KASMINA_OUTCOMES,
-            lambda message: heard.put(KasminaCommandOutcome.model_validate(message.payload)),
+            lambda message: self.outcomes.put(KasminaCommandOutcome.model_validate(message.payload)),
         )
-        return heard
 
-    @staticmethod
-    def forged(topic: TopicNames, payload: Any) -> OonaMessage:
-        return OonaMessage.model_validate({"sender_id": "nobody you know", "topic": topic, "payload": payload})
+    def write(self, topic: str, data: bytes) -> None:
+        """Put any bytes into the stream of a topic."""
+        self._redis.xadd(f"esper:oona:{topic}", {b"message": data})
 
+    def forge(self, topic: TopicNames, payload: Any) -> None:
+        """Send a message that is well formed."""
+        message = OonaMessage.model_validate({"sender_id": "nobody you know", "topic": topic, "payload": payload})
+        self.write(topic, message.model_dump_json().encode())
+
+    def command(self, **fields: Any) -> KasminaCommandOutcome:
+        """Send a command to seed 0 of layer 0; the answer to it."""
+        command = KasminaControlCommand.model_validate({"layer_name": "0", "seed_idx": 0, **fields})
+        self.forge(TopicNames.CONTROL_KASMINA_COMMANDS, command.model_dump(mode="json"))
+        while (outcome := self.outcomes.get(timeout=20)).command_id != command.command_id:
+            assert not outcome.succeeded
+        return outcome
+
+
+@pytest.fixture
+def attacker(valkey: ValkeyProcess, platform: esper.Platform) -> Iterator[Attacker]:
+    with valkey.client() as client:
+        yield Attacker(client, platform)
+
+
+class TestWhoOwnsTheBus:
     def test_a_command_loads_nothing_that_no_trusted_key_signed(
-        self,
-        platform: esper.Platform,
-        model: esper.MorphableModel,
-        write: Callable[[str, bytes | OonaMessage], None],
-        outcomes: queue.Queue[KasminaCommandOutcome],
+        self, platform: esper.Platform, model: esper.MorphableModel, attacker: Attacker
     ) -> None:
-        topic, before = TopicNames.CONTROL_KASMINA_COMMANDS, model(X)
+        before = model(X)
         strange, ours = put(platform, 1, "strange", SigningKey.generate()), put(platform, 2, "ours")
         with model.listen(platform):
-            for kernel, succeeds in ((strange, False), (ours, True)):
-                command = KasminaControlCommand(
-                    action="load", layer_name="0", seed_idx=0, kernel_artifact_id=kernel, alpha=0.5
-                )
-                write(topic, self.forged(topic, command.model_dump(mode="json")))
-                outcome = outcomes.get(timeout=20)
-                assert (outcome.command_id, outcome.succeeded) == (command.command_id, succeeds), outcome
-                if not succeeds:
-                    assert "not trusted" in outcome.reason
-                    assert torch.equal(model(X), before)
+            refused = attacker.command(action="load", kernel_artifact_id=strange, alpha=0.5)
+            assert not refused.succeeded
+            assert "not trusted" in refused.reason
+            assert torch.equal(model(X), before)
+            assert attacker.command(action="load", kernel_artifact_id=ours, alpha=0.5).succeeded
         assert not torch.equal(model(X), before)
 
     def test_announcements_and_telemetry_change_nothing(
-        self,
-        platform: esper.Platform,
-        model: esper.MorphableModel,
-        write: Callable[[str, bytes | OonaMessage], None],
-        outcomes: queue.Queue[KasminaCommandOutcome],
+        self, platform: esper.Platform, model: esper.MorphableModel, attacker: Attacker
     ) -> None:
         before, known = model(X), put(platform, 3, "known")
         with model.listen(platform):
             for topic in TopicNames:
-                for payload in ({}, {"artifact_id": known}, [1], "x" * 10_000):
-                    write(topic, b'{"event_id": "1", "topic": "' + topic.encode() + b'", "payload": ')
-                    write(topic, repr(payload).encode())
-                    if isinstance(payload, dict):
-                        write(topic, self.forged(topic, payload))
-            command = KasminaControlCommand(action="unload", layer_name="0", seed_idx=0)
-            topic = TopicNames.CONTROL_KASMINA_COMMANDS
-            write(topic, self.forged(topic, command.model_dump(mode="json")))
-            while (outcome := outcomes.get(timeout=20)).command_id != command.command_id:
-                assert not outcome.succeeded
+                attacker.write(topic, b'{"event_id": "1", "topic": "' + topic.encode() + b'", "payload": ')
+                attacker.write(topic, b"x" * 10_000)
+                for payload in ({}, {"artifact_id": known}):
+                    attacker.forge(topic, payload)
+            assert not attacker.command(action="unload").succeeded, "there is nothing to unload"
         assert lifecycle(model) == "DORMANT"
         assert torch.equal(model(X), before)
 
     def test_a_model_that_does_not_listen_is_not_steered(
-        self,
-        platform: esper.Platform,
-        model: esper.MorphableModel,
-        write: Callable[[str, bytes | OonaMessage], None],
-        outcomes: queue.Queue[KasminaCommandOutcome],
+        self, platform: esper.Platform, model: esper.MorphableModel, attacker: Attacker
     ) -> None:
         other = esper.wrap(nn.Sequential(nn.Linear(8, 8)), platform=platform)
-        command = KasminaControlCommand(
-            action="load", layer_name="0", seed_idx=0, kernel_artifact_id=put(platform, 4, "ours")
-        )
         with other.listen(platform):
-            topic = TopicNames.CONTROL_KASMINA_COMMANDS
-            write(topic, self.forged(topic, command.model_dump(mode="json")))
-            assert outcomes.get(timeout=20).succeeded
+            assert attacker.command(action="load", kernel_artifact_id=put(platform, 4, "ours")).succeeded
         other(X)
         assert (lifecycle(other), lifecycle(model)) == ("ACTIVE", "DORMANT")
 

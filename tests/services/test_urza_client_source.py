@@ -290,11 +290,7 @@ def test_a_model_loads_a_kernel_by_name_and_again_without_urza(
     artifact, _ = add_kernel(store, Blueprint.bottleneck(8, 8, 2, seed=5), "narrow", key=KEY)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
     with RunningUrza(store, settings(port=0)) as urza:
-        config = EsperConfig(
-            environment="test",
-            platform=PlatformConfig(root=tmp_path / "data", trusted_keys=(KEY.public_bytes.hex(),)),
-            urza=client_settings(urza.url, cache_folder=cache, timeout=30, retries=1),
-        )
+        config = _config(urza.url, tmp_path, cache)
         first = _output_with(config, model, x, "narrow")
     again = _output_with(config, model, x, "narrow")
     assert torch.equal(first, again)
@@ -309,11 +305,7 @@ def test_a_model_takes_no_kernel_that_a_stranger_has_put_into_urza(
     add_kernel(store, Blueprint.bottleneck(8, 8, 2, seed=6), "strange", key=SigningKey.generate())
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
     with RunningUrza(store, settings(port=0)) as urza:
-        config = EsperConfig(
-            environment="test",
-            platform=PlatformConfig(root=tmp_path / "data", trusted_keys=(KEY.public_bytes.hex(),)),
-            urza=client_settings(urza.url, cache_folder=cache, timeout=30, retries=1),
-        )
+        config = _config(urza.url, tmp_path, cache)
         with Platform.connect(config) as platform:
             wrapped = esper.wrap(model, platform=platform, telemetry_enabled=False)
             assert not asyncio.run(wrapped.load_kernel("0", 0, "strange"))
@@ -341,11 +333,7 @@ def test_a_model_goes_on_as_it_was_when_urza_is_in_trouble(
     """And loads the kernel when it is asked to again after that."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
     port = free_port()
-    config = EsperConfig(
-        environment="test",
-        platform=PlatformConfig(root=tmp_path / "data", trusted_keys=(KEY.public_bytes.hex(),)),
-        urza=client_settings(f"http://127.0.0.1:{port}", cache_folder=cache, retries=1, timeout=1),
-    )
+    config = _config(f"http://127.0.0.1:{port}", tmp_path, cache, timeout=1)
     with Platform.connect(config) as platform:
         wrapped = esper.wrap(model, platform=platform, telemetry_enabled=False)
         layer = wrapped.kasmina_layers["0"]
@@ -357,6 +345,15 @@ def test_a_model_goes_on_as_it_was_when_urza_is_in_trouble(
         with BrokenServer(relay(urza.port), port=port):
             assert asyncio.run(wrapped.load_kernel("0", 0, "first")), layer.seed_errors
     assert layer.state.lifecycle(0).name == "ACTIVE"
+
+
+def _config(url: str, folder: Path, cache: Path, timeout: float = 30) -> EsperConfig:
+    """Of a training job that trusts `KEY`."""
+    return EsperConfig(
+        environment="test",
+        platform=PlatformConfig(root=folder / "data", trusted_keys=(KEY.public_bytes.hex(),)),
+        urza=client_settings(url, cache_folder=cache, timeout=timeout, retries=1),
+    )
 
 
 def _output_with(config: EsperConfig, model: nn.Module, x: torch.Tensor, reference: str) -> torch.Tensor:
