@@ -131,11 +131,9 @@ class MorphableModel(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
                 ENTER(self._runtime_id)
-            elif self.runtime.scheduled:
-                site_marker.enter_uncompiled(self._runtime_id)
             else:
-                commit_while_tracing(self._runtime_id)
-                if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
+                commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
+                if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
                     site_marker.enter_uncompiled(self._runtime_id)
             return self._root.forward(*args, **kwargs)
         return self._run(*args, **kwargs)

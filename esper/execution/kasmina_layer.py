@@ -131,11 +131,9 @@ class KasminaLayer(nn.Linear):
                     ENTER(self._runtime_id)
                 marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)
                 return marked
-            if self._stands_alone and self.runtime.scheduled:
-                site_marker.enter_uncompiled(self._runtime_id)
-            elif self._stands_alone:
-                commit_while_tracing(self._runtime_id)
-                if self.runtime.pending:  # read, so that Dynamo guards on it; still true only inside a backward
+            if self._stands_alone:
+                commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
+                if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
                     site_marker.enter_uncompiled(self._runtime_id)
             return self._traced(x)
         return self._run(x)

@@ -63,6 +63,7 @@ class Runtime:
         """Whether a forward consists of several parts, so that :meth:`begin` has to be called where it begins."""
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
+        self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
         self._target = DORMANT
         self._staged: list[Change] = []

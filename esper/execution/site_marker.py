@@ -51,8 +51,15 @@ def marked_by_esper(site: int) -> bool:
 
 @torch_internals.constant_while_tracing
 def commit_while_tracing(runtime_id: int) -> None:
-    """Commit what is staged, at the beginning of a forward that Dynamo is tracing for another backend."""
-    registry.runtime_by_id(runtime_id).boundary()
+    """Commit what is staged, at the beginning of a forward that Dynamo is tracing for another backend.
+
+    Where alphas move, the traced code has to call :func:`enter_uncompiled` at every forward, which does all this. If
+    they move because of what is committed here, its first call does nothing: this forward has begun.
+    """
+    runtime = registry.runtime_by_id(runtime_id)
+    if not runtime.scheduled:
+        runtime.boundary()
+        runtime.begun_while_tracing = runtime.scheduled
 
 
 def enter_uncompiled(runtime_id: int) -> None:
@@ -62,7 +69,11 @@ def enter_uncompiled(runtime_id: int) -> None:
     this one repeats an earlier one inside a backward. To be called through this module, after :func:`traced_by_esper`
     or :func:`marked_by_esper`, which put it out of Dynamo's reach.
     """
-    registry.runtime_by_id(runtime_id).boundary()
+    runtime = registry.runtime_by_id(runtime_id)
+    if runtime.begun_while_tracing:
+        runtime.begun_while_tracing = False
+    else:
+        runtime.boundary()
 
 
 def _keep_dynamo_out() -> None:

@@ -81,6 +81,22 @@ def test_a_schedule_moves_in_compiled_models(
     assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("backend", ["esper", "eager"])
+def test_a_schedule_whose_kernel_comes_into_force_in_a_compiled_forward_moves(
+    model: esper.MorphableModel, kernel: str, x: torch.Tensor, backend: str, fresh_dynamo: None
+) -> None:
+    options = {"inner": "eager"} if backend == "esper" else None
+    compiled = torch.compile(model, backend=backend, options=options)
+    compiled(x)
+    assert model.request_kernel("0", 0, kernel, alpha=esper.LinearRamp(0.0, 1.0, 4)).result(60)
+    seen = []
+    for _ in range(6):
+        output = compiled(x)
+        seen.append(alpha(model))
+        torch.testing.assert_close(output, outputs(model, x))
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
 def test_a_schedule_begins_when_its_kernel_comes_into_force(shelf: KernelShelf, kernel: str, x: torch.Tensor) -> None:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, commit="manual")
     other = shelf.put(blueprint(seed=2)).id
