@@ -50,6 +50,7 @@ __all__ = [
     "inductor_options",
     "inside_backward",
     "load_graph",
+    "module_call_code",
     "pack_graph",
     "propagate_values",
     "recompile_context",
@@ -114,6 +115,12 @@ def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `module` came out of `torch.compile`, or its `compile` method was called."""
     dynamo = sys.modules.get("torch._dynamo")  # not imported: then nothing was compiled
     return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+
+
+def module_call_code() -> tuple[str, int, str]:
+    """File, first line and name of the code that runs whenever a module is called."""
+    code = torch.nn.Module._wrapped_call_impl.__code__
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def dynamo_at_work() -> bool:

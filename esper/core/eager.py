@@ -42,14 +42,14 @@ class EagerExecutor:
 
     def __init__(
         self,
-        root: nn.Module,
+        hosts_forward: Callable[..., Any],
         runtime: Runtime,
         layers: Mapping[str, KasminaLayer],
         selection: Selection,
         regions: EagerRegions | None,
     ) -> None:
         self.counter = CallCounter()
-        self._root = root
+        self._forward = hosts_forward
         self._runtime = runtime
         self._layers = dict(layers)
         self._selection = selection
@@ -79,7 +79,7 @@ class EagerExecutor:
     def _tree(self, *args: Any, **kwargs: Any) -> Any:
         self.counter.tick()
         self._runtime.begin()
-        return self._root.forward(*args, **kwargs)
+        return self._forward(self._model and self._model(), *args, **kwargs)
 
     def _set(self, run: _Run) -> None:
         model = self._model() if self._model is not None else None
@@ -174,8 +174,7 @@ class EagerExecutor:
         return self._current(*args, **kwargs)
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
-        self._runtime.boundary()
-        return self._current(*args, **kwargs)
+        return self._runtime.enter_whole(lambda: self._current(*args, **kwargs))
 
     # -- Metered ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +184,7 @@ class EagerExecutor:
         def sampled(*args: Any, **kwargs: Any) -> Any:
             self._set(self._enter if self._armed else self._current)
             if self._armed:
-                self._runtime.boundary()
+                self._runtime.enter(whole=True)
             calls: list[int] = []
             for layer in self._layers.values():
                 layer.sample(telemetry, calls)

@@ -11,18 +11,17 @@ from torch import nn
 
 from esper import torch_internals
 from esper.compiler.attachment import attach_from
-from esper.core.container_methods import with_container_methods
 from esper.core.eager import EagerExecutor
 from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
-from esper.core.morphable_model import MorphableModel
-from esper.core.own_forward import with_own_forward
+from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.shadow import plant
 from esper.core.targets import Selection, select_targets
 from esper.core.wrap_options import Mode, WrapOptions
+from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
 from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_bank import BANK_NAME
+from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.staging import Stager
@@ -45,21 +44,21 @@ def wrap(
     cache_size_mb: float = 128,
     telemetry_enabled: bool = True,
     *,
-    mode: Mode = "fx",
+    mode: Mode = "module",
     commit: CommitMode = "auto",
     platform: Platform | None = None,
     config: EsperConfig | None = None,
 ) -> MorphableModel:
     """Plant dormant seeds at `model`'s linear layers and return the wrapped model.
 
-    The wrapped model shares the host's parameters and buffers under their names, computes what the host computes until
-    a kernel is loaded, and leaves `model` itself as it was.
+    The wrapped model is an instance of the host's class too. It shares the host's parameters and buffers under their
+    names, computes what the host computes until a kernel is loaded, and leaves `model` itself as it was.
 
     - `target_layers`: types, exact dotted names and glob patterns, one or several; None means every `nn.Linear`.
     - `seeds_per_layer`: kernels that one layer can hold at once.
     - `cache_size_mb`: budget for cached kernels, per layer and pooled over the model.
-    - `mode`: "fx" runs code generated from traces of the model where it can be traced; "module" only replaces the
-      target modules.
+    - `mode`: "module" has the host's own code run, with other modules in the place of the target layers; "fx" traces
+      the model with `torch.fx`, whose contract then holds, and runs code generated for the kernels in force.
     - `commit`: "auto" puts staged changes in force where a forward begins; "manual" waits for `commit()`.
     - `platform`: where kernels come from and telemetry goes; the embedded one in the user's data folder by default.
 
@@ -100,15 +99,16 @@ def assemble(
         )
         return layers[name]
 
-    root = plant(model, selection, replace)
+    kind = wrapped_class(model, root_is_site="" in targets)
+    wrapped: MorphableModel = object.__new__(kind) if into is None else into
+    plant(model, selection, replace, root=wrapped)
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
-    regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
-    eager = EagerExecutor(root, runtime, layers, selection, regions)
-    kind = with_container_methods(MorphableModel, type(model))
-    wrapped = object.__new__(with_own_forward(kind, type(model))) if into is None else into
-    wrapped.__init__(model, root, runtime, stager, layers, eager, selection, options)  # type: ignore[misc]  # see `into`
+    wrapping = Wrapping(model, KernelBank(runtime, stager, layers), selection, options)
+    wrapped._become_wrapped(wrapping, runtime, layers)
+    regions = EagerRegions(wrapped, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
+    wrapped._run_by(EagerExecutor(hosts_forward(kind), runtime, layers, selection, regions))
     return wrapped
 
 
@@ -119,7 +119,7 @@ def unwrap(morphable: MorphableModel) -> nn.Module:
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {_described(morphable)}")
-    return morphable._host
+    return morphable._wrapping.host
 
 
 def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: object) -> None:
@@ -135,6 +135,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
         if torch_internals.is_compiled(module):
             raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
+    check_names(model)
     if any(BANK_NAME in names for names in (vars(model), model._modules, model._parameters, model._buffers)):
         raise WrapError(f"the model has an attribute {BANK_NAME!r}, the name under which kernels are registered")
     if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:

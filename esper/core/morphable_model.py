@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -18,183 +20,121 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
-from esper.core.persistence import PackedModel, is_hooks
+from esper.core.persistence import PackedModel
+from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
-from esper.core.watched import signal_of
 from esper.core.wrap_options import WrapOptions
-from esper.execution import site_marker
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
-from esper.execution.site_marker import commit_while_tracing, traced_by_esper
-from esper.execution.staging import Stager
-from esper_passes import ENTER
 
-__all__ = ["MorphableModel"]
+__all__ = ["MorphableModel", "Wrapping"]
 
-_SHARED = (  # with the root, so that what is registered on one is seen by the other
-    "_parameters",
-    "_buffers",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_ITS_OWN = ("_run", "training", "forward", "_compiled_call_impl")  # attributes that are not set for the root as well
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """What a wrapped model has besides what its host has."""
+
+    host: nn.Module
+    bank: KernelBank
+    selection: Selection
+    options: WrapOptions
 
 
 class MorphableModel(nn.Module):
     """A model whose linear layers carry seeds. Made by `esper.wrap`.
 
-    It has the host's parameters, buffers, submodule names, hooks and attributes. `forward` is the host's, with the
-    kernels that are in force. A staged change comes into force where a forward begins (`commit="auto"`), or with
-    `commit()`.
+    It is an instance of the host's class too: a replica of the host that shares its parameters and buffers, with a
+    :class:`KasminaLayer` in the place of each layer that carries seeds. The host's own methods run on it, and see its
+    kernels among their parameters and in their state dicts. A staged change comes into force where a forward begins
+    (`commit="auto"`), whichever module or method of the model that forward enters, or with `commit()`.
     """
 
-    _root: nn.Module
-    _host: nn.Module
-    _bank: KernelBank
+    _wrapping: Wrapping
     _eager: EagerExecutor
-    _selection: Selection
-    _options: WrapOptions
     _runtime_id: int
     _run: Callable[..., Any]
+    _root_site: KasminaLayer | None
     runtime: Runtime
     kasmina_layers: Mapping[str, KasminaLayer]
     layer_mappings: dict[str, str]
 
-    def __init__(
-        self,
-        host: nn.Module,
-        root: nn.Module,
-        runtime: Runtime,
-        stager: Stager,
-        layers: Mapping[str, KasminaLayer],
-        eager: EagerExecutor,
-        selection: Selection,
-        options: WrapOptions,
-    ) -> None:
-        super().__init__()
-        own = self.__dict__
-        own.update({name: root.__dict__[name] for name in (*_SHARED, "_is_full_backward_hook")})
-        for name, value in root.__dict__.items():
-            if is_hooks(name, value) and name not in _SHARED:
-                own[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
-        own["_modules"] = dict(root._modules)
-        own["training"] = root.training
-        own.update(
-            _host=host,
-            _root=root,
-            _bank=KernelBank(runtime, stager, layers),
-            _eager=eager,
-            _selection=selection,
-            _options=options,
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """The host's class called through a wrapped model makes a plain host; `esper.wrap` makes wrapped models."""
+        kind = undisguised(cls)
+        if issubclass(kind, MorphableModel):
+            raise TypeError("a MorphableModel is made by esper.wrap(model)")
+        return kind(*args, **kwargs)
+
+    def _become_wrapped(self, wrapping: Wrapping, runtime: Runtime, layers: Mapping[str, KasminaLayer]) -> None:
+        """Turn a replica of the host into its wrapped model."""
+        self.__dict__.update(
+            _wrapping=wrapping,
             _runtime_id=runtime.id,
+            _root_site=layers.get(""),
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
-            layer_mappings={name: type(linear).__name__ for name, linear in selection.targets.items()},
+            layer_mappings={name: type(linear).__name__ for name, linear in wrapping.selection.targets.items()},
         )
-        runtime.is_training = lambda: self.training
-        runtime.on_commit = self._hold_kernels
-        runtime.uses_of = self._uses_of
-        eager.attach_to(self)
-        signal = signal_of(root)
-        if signal is not None:
-            signal.listen(self._mirror)
+        this = weakref.ref(self)
+        runtime.is_training = lambda: (model := this()) is None or model.training
+        runtime.on_commit = wrapping.bank.sync
+        runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
+        runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
 
-    def _mirror(self) -> None:
-        """A child of the root was set, added or deleted, perhaps by a method of the host: have the same children."""
-        bank = {BANK_NAME: self._bank} if BANK_NAME in self._modules else {}
-        self._modules.clear()
-        self._modules.update({**self._root._modules, **bank})
+    def _run_by(self, eager: EagerExecutor) -> None:
+        """Have uncompiled forwards run by `eager`."""
+        self.__dict__["_eager"] = eager
+        eager.attach_to(self)
 
     def _uses_of(self, parameter: torch.Tensor) -> int:
-        return sum(each is parameter for module in self._root.modules() for each in module._parameters.values())
+        return sum(each is parameter for module in self.modules() for each in module._parameters.values())
 
-    def _hold_kernels(self, plan: Plan) -> None:
-        """Register the kernels of `plan`; a dormant model has the host's modules and no others."""
-        self._bank.sync(plan)
-        if self._bank.is_empty:
-            self._modules.pop(BANK_NAME, None)
-        else:
-            self._modules[BANK_NAME] = self._bank
+    @property
+    def _esper(self) -> KernelBank:
+        """The kernels in force. No child of the model, whose own code may call all of its children one by one."""
+        return self._wrapping.bank
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
+        """The host's modules and, below `_esper`, the kernels in force; so `parameters()` has theirs too."""
+        seen = set() if memo is None else memo
+        yield from super().named_modules(seen, prefix, remove_duplicate)
+        if not self._esper.is_empty:
+            below = f"{prefix}.{BANK_NAME}" if prefix else BANK_NAME
+            yield from self._esper.named_modules(seen, below, remove_duplicate)
 
     # -- what it computes ------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's forward."""
-        if torch.compiler.is_dynamo_compiling():
-            if traced_by_esper():
-                ENTER(self._runtime_id)
-            else:
-                commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
-                if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
-                    site_marker.enter_uncompiled(self._runtime_id)
-            return self._root.forward(*args, **kwargs)
-        return self._run(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`."""
         super().train(mode)
-        self._root.training = mode
+        self._esper.train(mode)
         self._eager.refresh()
         return self
-
-    def __getattr__(self, name: str) -> Any:
-        """The host's attributes and methods; methods run on the wrapped modules."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            root = self.__dict__.get("_root")
-            if root is None or name == "__deepcopy__":  # which `torch.compile`'s modules would take for their own
-                raise
-            return getattr(root, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A submodule, parameter or plain attribute of the host is set for both views of the model.
-
-        A private attribute that the host does not have stays with this module: `torch.compile` keeps notes in some.
-        """
-        super().__setattr__(name, value)
-        root = self.__dict__.get("_root")
-        if root is None or name in _ITS_OWN or (name.startswith("_") and not hasattr(root, name)):
-            return
-        setattr(root, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        """Deleted for both views of the model."""
-        own = name in self.__dict__ or any(
-            name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
-        )
-        if own:
-            super().__delattr__(name)
-        if not own or name in self._root.__dict__ or name in self._root._modules:  # the other dictionaries are shared
-            delattr(self._root, name)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As `nn.Module.add_module`."""
-        self._root.add_module(name, module)
-        if signal_of(self._root) is None:
-            super().add_module(name, module)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
         if requires_grad:
-            self._bank.own_memory()
+            self._esper.own_memory()
         super().requires_grad_(requires_grad)
         self.runtime.refresh()  # what is compiled depends on it
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if BANK_NAME not in self._modules:
-            self._bank._apply(fn, recurse)
+        self._esper._apply(fn, recurse)
         return self
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """As `nn.Module.apply`; kernels in force are visited too."""
+        if not self._esper.is_empty:
+            self._esper.apply(fn)
+        return super().apply(fn)
 
     # -- checkpoints and copies ------------------------------------------------------------------------------------
 
@@ -204,10 +144,10 @@ class MorphableModel(nn.Module):
         What the kernels add are tensors: their parameters, their artifacts' bytes, and the state of their seeds. Alpha
         schedules and what is staged are not in it.
         """
-        state = self._root.state_dict(*args, **kwargs)
-        if not self._bank.is_empty:
+        state = super().state_dict(*args, **kwargs)
+        if not self._esper.is_empty:
             prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
-            self._bank.state_dict(destination=state, prefix=f"{prefix}{BANK_NAME}.", keep_vars=bool(keep_vars))
+            self._esper.state_dict(destination=state, prefix=f"{prefix}{BANK_NAME}.", keep_vars=bool(keep_vars))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -221,27 +161,29 @@ class MorphableModel(nn.Module):
         inside a backward; and what the host raises. The kernels come into force only if the host's part was loaded.
         """
         if not isinstance(state_dict, Mapping):
-            return self._root.load_state_dict(state_dict, *args, **kwargs)
-        kernels = self._bank.read(state_dict, f"{BANK_NAME}.")
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        bank = self._esper
+        kernels = bank.read(state_dict, f"{BANK_NAME}.")
         host = OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(f"{BANK_NAME}."))
         if hasattr(state_dict, "_metadata"):
             host._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch keeps versions there
-        result = self._root.load_state_dict(host, *args, **kwargs)
-        self._bank.follow_model()
+        result = super().load_state_dict(host, *args, **kwargs)
+        bank.follow_model()
         if kernels:
-            self._bank.restore(kernels)
+            bank.restore(kernels)
         return result
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """As a part of a larger module; the kernels are loaded when their bank's turn comes."""
+        """As a part of a larger module, which may hold kernels for this one."""
         own = f"{prefix}{BANK_NAME}."
-        if self._bank.expect(state_dict, own):
-            self._modules[BANK_NAME] = self._bank
-        self._root._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        kernels = self._esper.read(state_dict, own)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
+        if kernels:
+            self._esper.restore(kernels)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled with its kernels, without its platform: where it is loaded it has the default one.
@@ -325,7 +267,7 @@ class MorphableModel(nn.Module):
         thread of the listener's, and comes into force like what is asked here. The listener does not keep the model
         alive. To be called before training begins, as it may have to connect.
         """
-        chosen = platform or self._options.platform or default_platform()
+        chosen = platform or self._wrapping.options.platform or default_platform()
         return Listener(self, chosen.oona, name)
 
     def commit(self) -> list[Transition]:
@@ -334,7 +276,7 @@ class MorphableModel(nn.Module):
 
     def seed_parameters(self) -> Iterator[nn.Parameter]:
         """The kernels' parameters that learn, for an optimizer: those of kernels loaded with `trainable=True`."""
-        return self._bank.trainable()
+        return self._esper.trainable()
 
     def get_model_stats(self) -> dict[str, Any]:
         """`{"total_layers": n, "layers": {name: KasminaLayer.get_layer_stats()}}`."""

@@ -8,7 +8,6 @@ copied. Checkpoints are the business of `esper.execution.checkpoint`.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -25,12 +24,13 @@ from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedule
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
 
-__all__ = ["PackedModel", "as_host", "copy_model", "is_hooks"]
+__all__ = ["PackedModel", "as_host", "copy_model"]
 
 
-def is_hooks(name: str, value: object) -> bool:
-    """Whether an attribute of a module is one of its dictionaries of hooks."""
-    return isinstance(value, dict) and name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+_OURS = frozenset(
+    {"_wrapping", "_eager", "_runtime_id", "_run", "_root_site", "runtime", "kasmina_layers", "layer_mappings"}
+)
+"""What a wrapped model has besides what its host has."""
 
 
 def as_host(model: MorphableModel) -> nn.Module:
@@ -38,7 +38,7 @@ def as_host(model: MorphableModel) -> nn.Module:
 
     It shares parameters and buffers with the wrapped model; kernels are not part of it.
     """
-    hosts = model._selection.targets
+    hosts = model._wrapping.selection.targets
     layers = Selection(model.kasmina_layers)
     names = {id(layer): name for name, layer in layers.targets.items()}
 
@@ -49,12 +49,7 @@ def as_host(model: MorphableModel) -> nn.Module:
         linear.__dict__["_modules"] = {}
         return linear
 
-    tree = plant(model._root, layers, plain, undisguised)
-    for name, value in model.__dict__.items():
-        if is_hooks(name, value):
-            tree.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
-    tree.__dict__["_is_full_backward_hook"] = model._is_full_backward_hook
-    return tree
+    return plant(model, layers, plain, undisguised, without=_OURS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +81,13 @@ class PackedModel:
     @classmethod
     def of(cls, model: MorphableModel) -> PackedModel:
         """The parts of `model`; parameters and kernels are the model's own, not copies."""
-        modules = dict(model._root.named_modules())
+        modules = {**dict(model.named_modules()), "": model._root_site}
         layers = {name: layer for name, layer in model.kasmina_layers.items() if modules.get(name) is layer}
         return cls(
             as_host(model),
             tuple(layers),
-            dict(model._selection.refused),
-            replace(model._options, platform=None, config=None),
+            dict(model._wrapping.selection.refused),
+            replace(model._wrapping.options, platform=None, config=None),
             {name: LayerSeeds.of(layer) for name, layer in layers.items()},
             model,
         )
@@ -114,8 +109,8 @@ class PackedModel:
 def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
     """A deep copy of `model`, with its platform and the schedules of its alphas."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
-    copy.deepcopy(replace(PackedModel.of(model), model=None), memo).unpack(model._options, into=twin)
+    copy.deepcopy(replace(PackedModel.of(model), model=None), memo).unpack(model._wrapping.options, into=twin)
     keep_schedules(model.kasmina_layers, twin.kasmina_layers)
-    copies = dict(twin._root.named_modules())
-    memo.update({id(module): copies[name] for name, module in model._root.named_modules() if name in copies})
+    copies = dict(twin.named_modules())
+    memo.update({id(module): copies[name] for name, module in model.named_modules() if name in copies})
     return twin

@@ -47,14 +47,18 @@ def plant(
     selection: Selection,
     replace: Callable[[str, nn.Linear], nn.Module],
     class_of: Callable[[type], type] = adapted_class,
+    root: nn.Module | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> nn.Module:
     """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
 
     `replace` is called once for each of `selection.targets`, in order; what it returns must share the linear layer's
     `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
-    shadow. `class_of` says of which class the shadow of a module is, by the module's class.
+    shadow. `class_of` says of which class the shadow of a module is, by the module's class; `root`, a bare instance
+    with an empty `__dict__`, is to be the shadow of `model` itself, also where that is selected. The attributes, modules
+    among them, that are named in `without` are left out of `model`'s shadow.
     """
-    return _Planter(selection.targets, replace, class_of).plant(model)
+    return _Planter(selection.targets, replace, class_of).plant(model, root, without)
 
 
 class _Planter:
@@ -71,23 +75,30 @@ class _Planter:
         self._shadows: dict[int, nn.Module] = {}
         self._references = References(self._shadows)
 
-    def plant(self, model: nn.Module) -> nn.Module:
-        modules = list(_shadowed(model))
+    def plant(self, model: nn.Module, root: nn.Module | None, without: frozenset[str]) -> nn.Module:
+        modules = list(_shadowed(model, without))
         for name, linear in self._targets.values():
             self._shadows[id(linear)] = self._replace(name, linear)
+        if root is not None:
+            _copy_slots(model, root)
+            self._shadows[id(model)] = root
         for module in modules:
             if id(module) not in self._shadows:
                 self._shadows[id(module)] = _bare_copy(module, self._class_of)
         for module in modules:
-            self._fill(module, self._shadows[id(module)])
+            shadow = self._shadows[id(module)]
+            is_site = id(module) in self._targets and shadow is not root
+            self._fill(module, shadow, is_site, without if module is model else frozenset())
         return self._shadows.get(id(model), model)
 
-    def _fill(self, module: nn.Module, shadow: nn.Module) -> None:
+    def _fill(self, module: nn.Module, shadow: nn.Module, is_site: bool, without: frozenset[str]) -> None:
         own = shadow.__dict__
-        is_site = id(module) in self._targets
         for name, value in module.__dict__.items():
+            if name in without:
+                continue
             if name == "_modules":
-                children = {key: self._shadows.get(id(child), child) for key, child in value.items()}
+                kept = {key: child for key, child in value.items() if key not in without}
+                children = {key: self._shadows.get(id(child), child) for key, child in kept.items()}
                 own[name] = WatchedDict({**children, **(shadow._modules if is_site else {})}, self._signal)
             elif name in _SHARED:
                 own[name] = value
@@ -99,23 +110,28 @@ class _Planter:
         own["training"] = module.training
 
 
-def _shadowed(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules that get a shadow, each once: all but opaque ones and what stands below these alone."""
-    seen: set[int] = set()
-    stack = [model]
+def _shadowed(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:
+    """The modules that get a shadow, each once: `model`, and all but opaque ones and what stands below these alone."""
+    seen = {id(model)}
+    yield model
+    children = [child for name, child in model._modules.items() if name not in without]
+    stack = children[::-1] if opaque_reason(model) is None else []
     while stack:
         module = stack.pop()
-        if id(module) in seen or opaque_reason(module) is not None:
+        if module is None or id(module) in seen or opaque_reason(module) is not None:
             continue
         seen.add(id(module))
         yield module
-        stack.extend(child for child in reversed(module._modules.values()) if child is not None)
+        stack.extend(reversed(module._modules.values()))
 
 
 def _bare_copy(module: nn.Module, class_of: Callable[[type], type]) -> nn.Module:
-    kind = type(module)
-    shadow: nn.Module = object.__new__(class_of(kind))
-    for name in own_slots(kind):
+    shadow: nn.Module = object.__new__(class_of(type(module)))
+    _copy_slots(module, shadow)
+    return shadow
+
+
+def _copy_slots(module: nn.Module, shadow: nn.Module) -> None:
+    for name in own_slots(type(module)):
         if hasattr(module, name):
             object.__setattr__(shadow, name, getattr(module, name))
-    return shadow

@@ -22,7 +22,7 @@ def subclass_in_disguise(kind: type, namespace: Mapping[str, Any], *before: type
     attributes = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, **namespace}
     metaclass: Any = type(kind)
     quiet = () if issubclass(kind, _Quiet) else (_Quiet,)
-    subclass: type = metaclass(kind.__name__, (*quiet, *before, kind), attributes)
+    subclass: type = metaclass(kind.__name__, (*before, *quiet, kind), attributes)
     return subclass
 
 

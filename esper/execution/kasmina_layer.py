@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import Future
 from typing import Any
 
@@ -177,8 +178,7 @@ class KasminaLayer(nn.Linear):
             self._run = self._at_rest()
 
     def arm(self) -> None:
-        """A layer inside a model leaves the boundary to the model."""
-        self._armed = self._stands_alone
+        self._armed = True
         self._run = self._at_rest()
 
     def disarm(self) -> None:
@@ -192,7 +192,8 @@ class KasminaLayer(nn.Linear):
         return self._current if self._meter is None else self._counted
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
-        self.runtime.boundary()
+        if threading.get_ident() not in self.runtime.whole:
+            self.runtime.enter()
         return self._counted(x)
 
     def _counted(self, x: torch.Tensor) -> torch.Tensor:

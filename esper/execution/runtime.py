@@ -21,6 +21,7 @@ from esper.errors import EsperError
 from esper.execution import registry
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.change import Change
+from esper.execution.entries import Entries
 from esper.execution.executor import CalledOffError, Executor, Preparation
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import DORMANT, Plan
@@ -59,6 +60,9 @@ class Runtime:
         self.telemetry: Telemetry | None = None
         self.version = 0
         self.starts = ForwardStarts()
+        self.entries = Entries()
+        self.whole: dict[int, int] = {}
+        """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False
         """Whether a forward consists of several parts, so that :meth:`begin` has to be called where it begins."""
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
@@ -180,6 +184,28 @@ class Runtime:
 
     # -- committing ------------------------------------------------------------------------------------------------
 
+    def enter(self, whole: bool = False) -> None:
+        """The model, or with `whole` false a part of it, was entered: a forward may begin on this thread."""
+        if not torch_internals.inside_backward() and self.entries.begins(whole, self._writes):
+            self.boundary()
+
+    def enter_whole(self, forward: Callable[[], Any]) -> Any:
+        """As :meth:`enter` for the whole model; call `forward`, in which nothing else has to look for a beginning."""
+        self.enter(whole=True)
+        thread = threading.get_ident()
+        self.whole[thread] = self.whole.get(thread, 0) + 1
+        try:
+            return forward()
+        finally:
+            if self.whole[thread] > 1:
+                self.whole[thread] -= 1
+            else:
+                del self.whole[thread]
+
+    def _writes(self) -> int:
+        """How often the model's parameters were written to."""
+        return sum(0 if each.is_inference() else each._version for each in self.entries.parameters())
+
     def boundary(self) -> None:
         """A forward begins on this thread: commit what is staged, move the scheduled alphas.
 
@@ -291,12 +317,14 @@ class Runtime:
         return not self._has_run or staged or self._alphas.moving or bool(self._renewed)
 
     def _arm(self) -> None:
+        self.entries.watch()
         for executor in self._executors:
             executor.arm()
 
     def _disarm_if_settled(self) -> None:
         with self.lock:
             if not self._needs_boundary():
+                self.entries.forget()
                 for executor in self._executors:
                     executor.disarm()
 

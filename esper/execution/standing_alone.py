@@ -86,7 +86,9 @@ def equip(
         meter=meter,
         stands_alone=True,
     )
-    runtime.is_training = lambda: layer.training
+    this = weakref.ref(layer)
+    runtime.is_training = lambda: (layer := this()) is None or layer.training
+    runtime.entries.of_modules(lambda: (layer,) if (layer := this()) is not None else ())
     bank = KernelBank(runtime, stager, {layer_id: layer})
     runtime.on_commit = bank.sync
     layer.add_module(BANK_NAME, bank)

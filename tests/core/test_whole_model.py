@@ -240,7 +240,7 @@ def test_modules_that_are_added_replaced_and_deleted(x: torch.Tensor) -> None:
     assert torch.equal(twin(inputs), model(inputs))
     assert "0.fc1" not in twin.kasmina_layers
     model.plain = 3
-    assert model._root.plain == 3
+    assert not hasattr(host, "plain")
     del model.plain
     assert not hasattr(model, "plain")
 
@@ -255,7 +255,7 @@ def test_containers_stay_containers(shelf: KernelShelf) -> None:
     assert len(model) == 3  # type: ignore[arg-type]
     model[1] = nn.Tanh()
     model.append(nn.Linear(4, 2))
-    assert [name for name, _ in model.named_children()] == ["0", "1", "2", "3", "_esper"]
+    assert [name for name, _ in model.named_children()] == ["0", "1", "2", "3"]
     assert model(torch.randn(3, 8)).shape == (3, 2)
     del model[3]
     assert model(torch.randn(3, 8)).shape == (3, 4)

@@ -1,0 +1,99 @@
+"""The classes of wrapped models: one for each class of hosts, a subclass of it and of :class:`MorphableModel`.
+
+Its `forward` has the signature of the host's, and code of its own: Dynamo keeps what it compiled with the code that it
+traced, compiles one code eight times at most, and remembers which sizes it has seen vary in it. Plain models share these
+with others of their class; wrapped models would with all others.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import nn
+
+from esper.core.encoder_layers import adapted_class
+from esper.core.errors import WrapError
+from esper.core.morphable_model import MorphableModel
+from esper.core.subclassing import subclass_in_disguise
+from esper.execution import site_marker
+from esper.execution.site_marker import commit_while_tracing, traced_by_esper
+from esper_passes import ENTER
+
+__all__ = ["check_names", "hosts_forward", "wrapped_class"]
+
+_Forward = Callable[..., Any]
+_classes: WeakValueDictionary[tuple[type, bool], type] = WeakValueDictionary()
+_ATTRIBUTES = ("runtime", "kasmina_layers", "layer_mappings")
+
+
+def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
+    """The class for the wrapped model of `host`; `root_is_site` if the host itself is a layer that carries seeds."""
+    key = type(host), root_is_site
+    known = _classes.get(key)
+    if known is None:
+        namespace: dict[str, Any] = {"forward": _entry(_forward_at_site if root_is_site else key[0].forward, key[0])}
+        if "__deepcopy__" in {name for kind in key[0].__mro__ for name in vars(kind)}:
+            namespace["__deepcopy__"] = _deep_copy
+        known = _classes[key] = subclass_in_disguise(adapted_class(key[0]), namespace, MorphableModel)
+    return cast("type[MorphableModel]", known)
+
+
+def hosts_forward(kind: type[MorphableModel]) -> _Forward:
+    """The forward of the host's class, to be called with a wrapped model of class `kind` as its first argument."""
+    forward: _Forward = kind.forward._hosts_forward  # type: ignore[attr-defined]  # set by `_entry`
+    return forward
+
+
+def check_names(host: nn.Module) -> None:
+    """Raise :class:`WrapError` if `host` has attributes of the names under which a wrapped model is controlled."""
+    ours = {name for name in vars(MorphableModel) if not name.startswith("_") and not hasattr(nn.Module, name)}
+    nothing = object()
+    own = {*host._modules, *host._parameters, *host._buffers}
+    taken = [
+        name
+        for name in sorted({*ours, *_ATTRIBUTES})
+        if name in own or inspect.getattr_static(host, name, nothing) is not nothing
+    ]
+    if taken:
+        raise WrapError(
+            f"the model has {', '.join(map(repr, taken))}, of the same name as what controls a wrapped model: rename "
+            "it, or wrap the module inside that holds the layers"
+        )
+
+
+def _forward_at_site(self: Any, x: torch.Tensor) -> Any:
+    return self._root_site(x)
+
+
+def _entry(hosts: _Forward, kind: type) -> _Forward:
+    """The forward of the wrapped models whose host's forward is `hosts`."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            if traced_by_esper():
+                ENTER(self._runtime_id)
+            else:
+                commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
+                if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
+                    site_marker.enter_uncompiled(self._runtime_id)
+            return hosts(self, *args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"forward of {kind.__module__}.{kind.__qualname__}")
+    own = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
+    functools.update_wrapper(own, kind.forward)  # type: ignore[attr-defined]  # a class of modules
+    own._hosts_forward = hosts  # type: ignore[attr-defined]  # for uncompiled forwards
+    return own
+
+
+def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
+    """Of a host's class with a `__deepcopy__` of its own, which knows nothing of kernels: as of any wrapped model."""
+    from esper.core.persistence import copy_model
+
+    return copy_model(self, memo)

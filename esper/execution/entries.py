@@ -1,0 +1,122 @@
+"""Where forwards begin: at the outermost call of a model's modules or methods that is under way on a thread.
+
+A forward may enter a model anywhere: at the model, at a method of the host's class, at one of its modules. Nothing is
+noted of that while there is nothing to commit. Once there is, whoever is entered (a layer with seeds, the model, a
+compiled graph) looks up its thread's stack for the outermost call of the model's own, and begins a forward if that
+call is another one than before.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper import torch_internals
+
+__all__ = ["Entries"]
+
+_Code = tuple[str, int, str]
+_SUSPENDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR: such a call is under way for long
+
+
+class Entries:
+    """The calls that are under way in one model, and which of them is a forward that has begun.
+
+    :meth:`begins` belongs to the thread that calls the model; :meth:`watch` and :meth:`forget` are called under the
+    runtime's lock, on any thread.
+    """
+
+    def __init__(self) -> None:
+        self._modules: Callable[[], Iterable[nn.Module]] = tuple
+        self._ids: frozenset[int] = frozenset()
+        self._codes: frozenset[_Code] = frozenset()
+        self._begun: dict[int, tuple[FrameType, Any]] = {}
+        self._watching = False
+
+    def of_modules(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
+        """The modules of the model, asked for whenever there is something to commit."""
+        self._modules = modules
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the model, kernels' included; one that is used in several places comes several times."""
+        return (each for module in self._modules() for each in module._parameters.values() if each is not None)
+
+    def watch(self) -> None:
+        """There is something to commit from now on: the forwards that are under way on any thread have begun."""
+        if self._watching:
+            return
+        modules = list(self._modules())
+        self._ids = frozenset(map(id, modules))
+        self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
+        self._watching = True
+        for thread, frame in sys._current_frames().items():
+            outermost = self._outermost(frame)
+            if outermost is not None:
+                self._begun[thread] = outermost, None
+
+    def forget(self) -> None:
+        """There is nothing to commit any more."""
+        self._watching = False
+        self._begun.clear()
+
+    def begins(self, whole: bool, steps: Callable[[], Any]) -> bool:
+        """Whether the caller, who was entered just now, is the first of a forward that has not begun; it has then.
+
+        `whole` says that the model as a whole was entered. A method that trains in itself is a forward for each of its
+        steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
+        """
+        outermost = self._outermost(sys._getframe(1))
+        thread = threading.get_ident()
+        if outermost is None:
+            self._begun.pop(thread, None)
+            return True
+        begun, before = self._begun.get(thread, (None, None))
+        if begun is not outermost:
+            self._begun[thread] = outermost, None
+            return True
+        if not whole:
+            return False
+        now = steps()
+        self._begun[thread] = outermost, now
+        return before is not None and before != now
+
+    def _outermost(self, frame: FrameType | None) -> FrameType | None:
+        found = None
+        while frame is not None:
+            code = frame.f_code
+            if _key(code) in self._codes and id(_first_argument(frame)) in self._ids:
+                found = frame
+            frame = frame.f_back
+        return found
+
+
+def _key(code: CodeType) -> _Code:
+    """What Dynamo keeps of a code when it compiles it."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+def _first_argument(frame: FrameType) -> object:
+    names = frame.f_code.co_varnames
+    return frame.f_locals.get(names[0]) if names else None
+
+
+def _methods(kind: type) -> frozenset[_Code]:
+    """The codes of what a class of modules adds to torch's own."""
+    found = set()
+    for each in kind.__mro__:
+        if each.__module__.partition(".")[0] == torch.__name__ or each is object:
+            continue
+        for value in vars(each).values():
+            function = value.fget if isinstance(value, property) else value
+            if isinstance(function, FunctionType) and not function.__code__.co_flags & _SUSPENDS:
+                found.add(_key(function.__code__))
+                inner = getattr(function, "__wrapped__", None)  # of a decorator such as torch.no_grad()
+                if isinstance(inner, FunctionType):
+                    found.add(_key(inner.__code__))
+    return frozenset(found)
