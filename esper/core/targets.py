@@ -15,7 +15,7 @@ from torch import nn
 from esper.core.errors import TargetError
 from esper.core.shadow import opaque_reason
 
-__all__ = ["Selection", "Target", "select_targets"]
+__all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
 
 Target = str | type[nn.Module]
 """A module type, a dotted name, or a glob pattern over dotted names."""
@@ -78,7 +78,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
             inside[name] = here
         if isinstance(module, nn.Linear):
             linears[name] = module
-            reason = above or _unfit(module)
+            reason = above or unfit_reason(module)
             if reason is not None:
                 reasons[name] = reason
     return linears, reasons
@@ -91,7 +91,8 @@ def _keeps_layers(name: str, module: nn.Module) -> str | None:
     return None if reason is None else f"inside {name!r}: {reason}"
 
 
-def _unfit(linear: nn.Linear) -> str | None:
+def unfit_reason(linear: nn.Linear) -> str | None:
+    """Why a linear layer cannot be a site by itself, or None."""
     opaque = opaque_reason(linear)
     if opaque is not None:
         return opaque
