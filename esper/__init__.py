@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.artifacts import Blueprint
 from esper.compiler.attachment import attach_from
+from esper.core.baking import bake
 from esper.core.listening import ListeningPlatform, set_default_platform
 from esper.core.model_wrapper import MorphableModel, unwrap, wrap
 from esper.errors import EsperError
@@ -42,6 +43,7 @@ __all__ = [
     "Platform",
     "SeedLifecycleState",
     "Transition",
+    "bake",
     "load_config",
     "unwrap",
     "wrap",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -115,10 +116,19 @@ def assemble(
 def unwrap(morphable: MorphableModel) -> nn.Module:
     """The host: the very module that was wrapped, with the parameters as they are now.
 
-    Kernels in force are not part of it. Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    Kernels in force are not part of it; :func:`esper.bake` makes a plain model that has them. Warns of fossilized ones,
+    which were meant to stay. Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {_described(morphable)}")
+    fossils = [each for each in morphable.runtime.plan.seeds() if each.constant_alpha is not None]
+    if fossils:
+        warnings.warn(
+            f"the host is without {len(fossils)} fossilized kernel{'s'[: len(fossils) > 1]} of the wrapped model: "
+            "esper.bake(model) makes a plain model that has them",
+            UserWarning,
+            stacklevel=2,
+        )
     return morphable._wrapping.host
 
 

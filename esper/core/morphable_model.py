@@ -28,7 +28,6 @@ from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
-from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 
 __all__ = ["MorphableModel", "Wrapping"]

@@ -49,7 +49,7 @@ def as_host(model: MorphableModel) -> nn.Module:
         linear.__dict__["_modules"] = {}
         return linear
 
-    return plant(model, layers, plain, undisguised, without=_OURS)
+    return plant(model, layers, plain, undisguised, without=_OURS, watched=False)
 
 
 @dataclass(frozen=True, slots=True)

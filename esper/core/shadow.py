@@ -49,16 +49,17 @@ def plant(
     class_of: Callable[[type], type] = adapted_class,
     root: nn.Module | None = None,
     without: frozenset[str] = frozenset(),
+    watched: bool = True,
 ) -> nn.Module:
     """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
 
     `replace` is called once for each of `selection.targets`, in order; what it returns must share the linear layer's
     `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
     shadow. `class_of` says of which class the shadow of a module is, by the module's class; `root`, a bare instance
-    with an empty `__dict__`, is to be the shadow of `model` itself, also where that is selected. The attributes, modules
-    among them, that are named in `without` are left out of `model`'s shadow.
+    with an empty `__dict__`, is to be the shadow of `model` itself, also where that is selected. Attributes of `model`
+    that are named in `without` are left out. Unless `watched`, the shadows' dictionaries are plain ones.
     """
-    return _Planter(selection.targets, replace, class_of).plant(model, root, without)
+    return _Planter(selection.targets, replace, class_of, watched).plant(model, root, without)
 
 
 class _Planter:
@@ -67,8 +68,10 @@ class _Planter:
         targets: Mapping[str, nn.Linear],
         replace: Callable[[str, nn.Linear], nn.Module],
         class_of: Callable[[type], type],
+        watched: bool,
     ) -> None:
         self._class_of = class_of
+        self._watched = watched
         self._targets = {id(module): (name, module) for name, module in targets.items()}
         self._replace = replace
         self._signal = ChangeSignal()
@@ -99,12 +102,13 @@ class _Planter:
             if name == "_modules":
                 kept = {key: child for key, child in value.items() if key not in without}
                 children = {key: self._shadows.get(id(child), child) for key, child in kept.items()}
-                own[name] = WatchedDict({**children, **(shadow._modules if is_site else {})}, self._signal)
+                children.update(shadow._modules if is_site else {})
+                own[name] = WatchedDict(children, self._signal) if self._watched else children
             elif name in _SHARED:
                 own[name] = value
             elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
                 copy = OrderedDict((key, self._references.redirected_hook(hook)) for key, hook in value.items())
-                own[name] = WatchedHooks(copy, self._signal) if name in _CALLED_HOOKS else copy
+                own[name] = WatchedHooks(copy, self._signal) if self._watched and name in _CALLED_HOOKS else copy
             elif not is_site:
                 own[name] = self._references.redirected(value)
         own["training"] = module.training

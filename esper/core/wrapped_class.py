@@ -1,8 +1,8 @@
 """The classes of wrapped models: one for each class of hosts, a subclass of it and of :class:`MorphableModel`.
 
 Its `forward` has the signature of the host's, and code of its own: Dynamo keeps what it compiled with the code that it
-traced, compiles one code eight times at most, and remembers which sizes it has seen vary in it. Plain models share these
-with others of their class; wrapped models would with all others.
+traced, compiles one code eight times at most, and remembers which sizes it has seen vary in it. Plain models share
+these with others of their class; wrapped models would with all others.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""Plain models with kernels built in: what is left to do when a model has grown."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from esper.core.errors import WrapError
+from esper.core.morphable_model import MorphableModel
+from esper.core.persistence import as_host
+from esper.core.shadow import plant
+from esper.core.targets import Selection
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.plan import SeedPlan
+
+__all__ = ["bake"]
+
+
+def bake(morphable: MorphableModel) -> nn.Module:
+    """A plain PyTorch module of the host's class that computes what a wrapped model computes now; nothing of Esper's.
+
+    It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included. In
+    the place of each layer with kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
+    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported, scripted
+    and loaded where Esper is not installed. The wrapped model stays as it is; what is staged is not in force, and left
+    out.
+
+    Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    """
+    if not isinstance(morphable, MorphableModel):
+        raise WrapError(f"esper.bake takes what esper.wrap returned, not a {type(morphable).__name__}")
+
+    host = copy.deepcopy(as_host(morphable))
+    plan = morphable.runtime.plan
+    grown = {name: layer for name, layer in morphable.kasmina_layers.items() if plan.sites.get(layer.site)}
+
+    def built_in(name: str, plain: nn.Linear) -> nn.Module:
+        return _with_kernels(grown[name], plain, plan.sites[grown[name].site])
+
+    if "" in grown:
+        return built_in("", cast("nn.Linear", host))
+    modules = dict(host.named_modules())
+    targets: dict[str, Any] = {name: modules[name] for name in grown}
+    return plant(host, Selection(targets), built_in, lambda kind: kind, watched=False)
+
+
+def _with_kernels(layer: KasminaLayer, plain: nn.Linear, seeds: Sequence[SeedPlan]) -> fx.GraphModule:
+    """A module that computes what `plain`, and the kernels of `seeds` behind it, do."""
+    root, graph = nn.Module(), fx.Graph()
+    for name, parameter in plain._parameters.items():
+        root.register_parameter(name, parameter)
+    x = graph.placeholder("input")
+    bias = graph.get_attr("bias") if plain.bias is not None else None
+    y = graph.call_function(torch.nn.functional.linear, (x, graph.get_attr("weight"), bias))
+    for each in seeds:
+        y = _blended(root, graph, each, _alpha(layer, each), x, y)
+    graph.output(y)
+    baked = fx.GraphModule(root, graph)
+    baked.in_features, baked.out_features = plain.in_features, plain.out_features
+    return baked.train(plain.training)
+
+
+def _alpha(layer: KasminaLayer, seed: SeedPlan) -> float:
+    return layer.state.alpha(seed.seed) if seed.constant_alpha is None else seed.constant_alpha
+
+
+def _blended(root: nn.Module, graph: fx.Graph, seed: SeedPlan, alpha: float, x: fx.Node, y: fx.Node) -> fx.Node:
+    kernel = seed.kernel
+    holder, name = nn.Module(), f"seed_{seed.seed}"
+    names = kernel.graph.parameter_names
+    for parameter_name, parameter in zip(names, kernel.parameters, strict=True):
+        holder.register_parameter(parameter_name, copy.deepcopy(parameter))
+    root.add_module(name, holder)
+    given = [graph.call_function(torch.detach, (each,)) if seed.isolate else each for each in (x, y)]
+    values = [*(given if seed.uses_host else given[:1]), *(graph.get_attr(f"{name}.{each}") for each in names)]
+    own = kernel.template.fx_graph
+    placeholders = [node for node in own.nodes if node.op == "placeholder"]
+    output = graph.graph_copy(own, dict(zip(placeholders, values, strict=True)))
+    cast = graph.call_method("type_as", (output, y))
+    return graph.call_function(torch.lerp, (y, cast, alpha))
