@@ -266,7 +266,7 @@ _ACTIONS: dict[KasminaAction, Callable[[KasminaLayer, KasminaControlCommand, _An
 
 
 def _described(layer: KasminaLayer, seed: int) -> str:
-    return f"seed {seed} of layer {layer.layer_id!r} is {layer.state.lifecycle(seed).name}"
+    return f"seed {seed} of layer {layer.layer_name!r} is {layer.state.lifecycle(seed).name}"
 
 
 def _no_layer(name: str, names: list[str]) -> str:

@@ -90,7 +90,8 @@ def assemble(
         first = len(layers) * seeds_per_layer
         layers[name] = KasminaLayer.at_site(
             linear,
-            layer_id=name,
+            layer_id=len(layers),
+            layer_name=name,
             site=sites[name],
             first_seed=first,
             runtime=runtime,

@@ -59,13 +59,13 @@ class KernelCache:
         self._source = source
         self._limits = limits if limits is not None else Limits()
         self._parent: KernelCache | None = None
-        self.layer_id: str | None = None
+        self.layer_name: str | None = None
         self._hits = self._misses = 0
 
-    def view(self, layer_id: str) -> KernelCache:
+    def view(self, layer_name: str) -> KernelCache:
         """The same cache with hit and miss counters of its own, for one layer; this one goes on counting all."""
         view = object.__new__(type(self))
-        view.layer_id = layer_id
+        view.layer_name = layer_name
         view._pool, view._source, view._limits = self._pool, self._source, self._limits
         view._parent = self
         view._hits = view._misses = 0

@@ -115,7 +115,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "parameters": (lambda: list(mlp(8, 4).parameters()), "not a list"),
     "wrapped": (lambda: esper.wrap(mlp(8, 4)), "wrapped already"),
     "wrapped inside": (lambda: _around(esper.wrap(mlp(8, 4))), "wrapped already.*'1'"),
-    "with a layer of ours": (lambda: _around(KasminaLayer("own", 2, 8, 4)), "wrapped already.*'1'"),
+    "with a layer of ours": (lambda: _around(KasminaLayer(0, 2, 8, 4)), "wrapped already.*'1'"),
     "a part of a wrapped model": (lambda: esper.wrap(small_transformer()).get_submodule("0"), "wrapped already"),
     "compiled": (lambda: torch.compile(mlp(8, 4)), "compiled already"),
     "compiled inside": (lambda: _around(torch.compile(mlp(8, 4))), "compiled already.*'1'"),  # type: ignore[arg-type]
