@@ -29,8 +29,8 @@ def layer_stats(layer: KasminaLayer) -> dict[str, Any]:
 def seed_stats(layer: KasminaLayer, seed: int) -> dict[str, Any]:
     """`state` and `alpha` as they are in force: a seed without a kernel has a share of 0, whatever its next one gets.
 
-    `kernel` is the id of the artifact that runs; None without one, and for a fossil that the layer's own weight has taken
-    in. `error_count` counts the failures so far, and `reason` is why the last load failed, "" if it did not.
+    `kernel` is the id of the artifact that runs; None without one, and for a fossil that the layer's own weight
+    has taken in. `error_count` counts the failures so far, and `reason` is why the last load failed, "" if it did not.
     """
     state, in_force = layer.state, layer.state.in_force(seed)
     return {

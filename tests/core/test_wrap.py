@@ -139,7 +139,7 @@ def test_what_cannot_be_wrapped_is_refused(unfit: str) -> None:
 
 OPTIONS: list[tuple[str, object]] = [
     *(("seeds_per_layer", value) for value in (0, -1, 1.5, "4", True, None)),
-    *(("cache_size_mb", value) for value in (0, -1, math.nan, math.inf, "128", None, True)),
+    *(("cache_size_mb", value) for value in (0, -1, math.nan, math.inf, "128", True)),
     *(("mode", value) for value in ("eager", "FX", None, 1)),
     *(("commit", value) for value in ("always", "", None, True)),
 ]
