@@ -18,6 +18,7 @@ import torch
 
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
+from esper.execution.defaults import kernel_source
 from esper.execution.kernel_pool import MB, KernelCacheError, KernelCacheFullError, KernelPool, KernelTooLargeError
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.sources import KernelSource, UnknownKernelError
@@ -25,6 +26,7 @@ from esper.execution.sources import KernelSource, UnknownKernelError
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
 _Result = TypeVar("_Result")
+_DEFAULT_SOURCE = kernel_source()
 
 
 class Cleared(NamedTuple):
@@ -37,7 +39,9 @@ class Cleared(NamedTuple):
 
 
 class KernelCache:
-    """A cache of kernels in front of a `KernelSource`. May be used from any thread and any event loop.
+    """A cache of kernels in front of a `KernelSource`, by default the default platform's; None is an empty one.
+
+    May be used from any thread and any event loop.
 
     A kernel that it returns is frozen, on the CPU, and shared by everybody who asks for it: a seed executes a `place()`
     of it. Kernels in use are pinned and never evicted; of the others, the least recently used goes first.
@@ -48,7 +52,7 @@ class KernelCache:
         max_cache_size_mb: float = 512,
         max_entries: int = 128,
         *,
-        source: KernelSource | None = None,
+        source: KernelSource | None = _DEFAULT_SOURCE,
         limits: Limits | None = None,
     ) -> None:
         if not max_cache_size_mb > 0:
