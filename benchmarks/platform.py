@@ -50,7 +50,8 @@ STATES = ("up", "slow", "hanging", "dead")
 _DELAY = 0.2
 _SIGNAL = HealthSignal.model_validate(
     {
-        "layer_id": "blocks.0.fc1", "seed_count": 4, "active_seed_count": 1, "avg_execution_latency_μs": 12.5,
+        "layer_id": 0, "layer_name": "blocks.0.fc1", "seed_count": 4,
+        "active_seed_count": 1, "avg_execution_latency_μs": 12.5,
         "cache_hit_rate": 0.5, "error_count": 0, "memory_usage_mb": 0.25,
     }
 )  # fmt: skip

@@ -73,10 +73,10 @@ def _default_sink() -> TelemetrySink | None:
     return None if platform is None else platform.oona
 
 
-def _default_platform() -> ListeningPlatform:
+def _default_platform(config: EsperConfig | None = None) -> ListeningPlatform:
     from esper.platform import default_platform
 
-    return default_platform()
+    return default_platform(config)
 
 
 configure_logs()

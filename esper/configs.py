@@ -1,6 +1,8 @@
 """Settings: defaults, then a YAML file, then `ESPER_*` environment variables, each over the one before.
 
-Nested settings are reached with two underscores: `ESPER_TEZZERET__PIPELINE=fast`. Unknown keys are refused everywhere.
+Nested settings are reached with two underscores: `ESPER_TEZZERET__PIPELINE=fast`. Unknown keys of a file are refused.
+An unknown variable is not read, since it may be another program's (Kubernetes makes `ESPER_URZA_PORT` for a service
+called esper-urza): it is a warning, with the setting that may have been meant.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +19,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -43,6 +47,7 @@ __all__ = [
     "UrzaConfig",
     "UrzaToken",
     "load_config",
+    "unknown_variables",
 ]
 
 CONFIG_VARIABLE = "ESPER_CONFIG"
@@ -200,7 +205,7 @@ class ExecutionConfig(_Section):
     """How loaded kernels are kept, and compiled into the model."""
 
     cache_size_mb: float = Field(default=128, gt=0)
-    """MiB of kernels kept in memory, per layer."""
+    """MiB of kernels kept in memory, per layer of a wrapped model; the argument of `wrap` outranks it."""
     compile_workers: int = Field(default=1, ge=1)
     """Processes that compile for this one, each on one core; read when the first of them is needed."""
     compile_timeout: float = Field(default=600, gt=0)
@@ -208,9 +213,10 @@ class ExecutionConfig(_Section):
 
 
 class TelemetryConfig(_Section):
-    """Health signals."""
+    """What models tell about themselves."""
 
     enabled: bool = True
+    """Whether wrapped models count, time and report to the bus; the argument of `wrap` outranks it."""
 
 
 class LoggingConfig(_Section):
@@ -248,6 +254,19 @@ class EsperConfig(BaseSettings):
     telemetry: TelemetryConfig = TelemetryConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """As pydantic has it: what is given, then the environment, without variables of no setting."""
+        del settings_cls, dotenv_settings, file_secret_settings  # there are no files of these kinds
+        return init_settings, _known_only(env_settings)
+
 
 def load_config(path: str | Path | None = None) -> EsperConfig:
     """Defaults, then the YAML file at `path` or named by `ESPER_CONFIG`, then `ESPER_*` variables.
@@ -256,7 +275,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     """
     if path is None:
         path = os.environ.get(CONFIG_VARIABLE) or None
-    _refuse_unknown_variables()
+    _warn_of_unknown_variables()
     content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
 
     class _Layered(EsperConfig):
@@ -270,7 +289,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             del init_settings, dotenv_settings, file_secret_settings
-            return env_settings, InitSettingsSource(settings_cls, content)  # the first has the last word
+            return _known_only(env_settings), InitSettingsSource(settings_cls, content)  # the first has the last word
 
     try:
         settings = _Layered()
@@ -327,14 +346,39 @@ def _variable(location: _Location) -> str:
     return f"{_PREFIX}{_DELIMITER.join(location)}".upper()
 
 
-def _refuse_unknown_variables() -> None:
-    """pydantic-settings overlooks variables that no field asks for; a misspelt one must not go unnoticed."""
-    known = {CONFIG_VARIABLE, LOGS_VARIABLE, DEBUG_DIR_VARIABLE, *_variables(EsperConfig.model_fields, _PREFIX)}
+def _known() -> frozenset[str]:
+    own = (CONFIG_VARIABLE, LOGS_VARIABLE, DEBUG_DIR_VARIABLE)
+    return frozenset((*own, *_variables(EsperConfig.model_fields, _PREFIX)))
+
+
+def _known_only(environment: PydanticBaseSettingsSource) -> PydanticBaseSettingsSource:
+    """What lies below a section and is no setting of it, such as `ESPER_URZA__PORT_80_TCP`, would be refused."""
+    if isinstance(environment, EnvSettingsSource):
+        known = _known()
+        environment.env_vars = {name: value for name, value in environment.env_vars.items() if name.upper() in known}
+    return environment
+
+
+def unknown_variables() -> str:
+    """One line about the `ESPER_*` variables that no setting reads, with what may have been meant; "" without any."""
+    known = _known()
     unknown = sorted(name for name in os.environ if name.upper().startswith(_PREFIX) and name.upper() not in known)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].upper(), known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`esper config show` lists the settings"
-        raise ConfigError(f"there is no setting for {', '.join(unknown)}; {hint}")
+    if not unknown:
+        return ""
+    near = [name for each in unknown for name in difflib.get_close_matches(each.upper(), known, n=1)]
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`esper config show` lists the settings"
+    return f"there is no setting for {', '.join(unknown)}; {hint}"
+
+
+_warned_of: set[str] = set()
+
+
+def _warn_of_unknown_variables() -> None:
+    """Once for the same variables. Other programs own some too, so nothing fails for their sake."""
+    told = unknown_variables()
+    if told and told not in _warned_of:
+        _warned_of.add(told)
+        warnings.warn(f"{told} (it is not read)", UserWarning, stacklevel=3)
 
 
 def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Location, int]) -> str:

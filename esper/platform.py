@@ -54,7 +54,8 @@ class Platform:
         """Publishes and subscribes; also the telemetry sink."""
         self.kernel_source: KernelSource = StoreKernelSource(lambda: self.store, lambda: self.trust)
         """Where the execution side finds kernels."""
-        self._config = config
+        self.config = config
+        """The settings that it was made with."""
         self._closed = False
         self._store: Store | None = None
         self._trust: TrustStore | None = None
@@ -113,7 +114,7 @@ class Platform:
         with self._opening:
             self._check_open()
             if self._store is None:
-                self._store = open_local_store(self._config, self.root)
+                self._store = open_local_store(self.config, self.root)
             return self._store
 
     @property
@@ -122,8 +123,8 @@ class Platform:
         with self._opening:
             if self._trust is None:
                 if self._is_embedded:
-                    signing_key(self._config, self.root)  # made, so that it is among them
-                self._trust = trusted_keys(self._config, self.root)
+                    signing_key(self.config, self.root)  # made, so that it is among them
+                self._trust = trusted_keys(self.config, self.root)
             return self._trust
 
     def _tezzeret(self) -> Compiler:
@@ -134,7 +135,7 @@ class Platform:
             return self._compiler
 
     def _worker_here(self) -> TezzeretService:
-        settings, key = self._config.tezzeret, signing_key(self._config, self.root)
+        settings, key = self.config.tezzeret, signing_key(self.config, self.root)
         return TezzeretService(
             Worker(self.store, key, self.oona, settings.pipeline, ChildLimits.of(settings), settings.lease_seconds)
         )
@@ -307,19 +308,28 @@ def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
 _live: weakref.WeakSet[Platform] = weakref.WeakSet()
 _default_lock = ModuleLock()
 _default: Platform | None = None
+_made: dict[EsperConfig, Platform] = {}
 
 
-def default_platform() -> Platform:
-    """The platform that is used where none is given: one per process, anew after it was closed.
+def default_platform(config: EsperConfig | None = None) -> Platform:
+    """The platform that is used where none is given: one per process and settings, anew after it was closed.
 
-    The one at `urza.url` if the settings have that, else an embedded one.
+    The one at `urza.url` if the settings have that, else an embedded one. `config` is in place of the settings that
+    :func:`~esper.configs.load_config` finds.
     """
     global _default
     with _default_lock.held():
-        if _default is None or _default.closed:
-            config = load_config()
-            _default = Platform.embedded(config=config) if config.urza.url is None else Platform.connect(config)
-        return _default
+        if config is None:
+            if _default is None or _default.closed:
+                _default = _of(load_config())
+            return _default
+        if config not in _made or _made[config].closed:
+            _made[config] = _of(config)
+        return _made[config]
+
+
+def _of(config: EsperConfig) -> Platform:
+    return Platform.embedded(config=config) if config.urza.url is None else Platform.connect(config)
 
 
 def opened_default_platform() -> Platform | None:

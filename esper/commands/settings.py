@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from esper.artifacts import SigningKey
 from esper.commands.output import AsJson, print_facts, print_json
-from esper.configs import CONFIG_VARIABLE, load_config
+from esper.configs import CONFIG_VARIABLE, ConfigError, load_config, unknown_variables
 from esper.services.parts import data_folder, signing_key
 
 __all__ = ["config_app", "keys_app"]
@@ -36,7 +36,9 @@ def check(
     file: Annotated[Path | None, typer.Argument(help="A file to check instead of the one in use.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether the settings can be used; an error names the file's line, or the variable."""
+    """Say whether the settings can be used; an error names the line, or the variable, also if nothing reads it."""
+    if told := unknown_variables():
+        raise ConfigError(told)
     load_config(file)
     used = file or os.environ.get(CONFIG_VARIABLE)
     if as_json:

@@ -37,7 +37,7 @@ _QUIET_AFTER = 30.0
 class _Board:
     """What is shown: the last signal of each layer, and the last events."""
 
-    layers: dict[tuple[str, str], tuple[HealthSignal, float]] = field(default_factory=dict)
+    layers: dict[tuple[str, int, str], tuple[HealthSignal, float]] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
 
     def note(self, message: OonaMessage) -> None:
@@ -45,10 +45,10 @@ class _Board:
         at = message.timestamp.astimezone().strftime("%H:%M:%S")
         if message.topic == TopicNames.TELEMETRY_SEED_HEALTH:
             signal = HealthSignal.model_validate(message.payload)
-            self.layers[message.sender_id, signal.layer_id] = (signal, time.monotonic())
+            self.layers[message.sender_id, signal.layer_id, signal.layer_name] = (signal, time.monotonic())
         elif message.topic == TopicNames.INNOVATION_FIELD_REPORTS:
             report = SeedReport.model_validate(message.payload)
-            self._event(f"{at} {report.layer_id} seed {report.seed_idx}: {report.state} {report.reason}")
+            self._event(f"{at} {report.layer_name} seed {report.seed_idx}: {report.state} {report.reason}")
         else:
             told = ", ".join(f"{name} {value}" for name, value in message.payload.items())
             self._event(f"{at} {message.topic}: {told}")
@@ -58,12 +58,13 @@ class _Board:
 
     def __rich__(self) -> Group:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("model", "layer", "seeds", "latency, μs", "cache hits", "errors", "MiB", "seen"):
+        for column in ("model", "no.", "layer", "seeds", "latency, μs", "cache hits", "errors", "MiB", "seen"):
             table.add_column(column, overflow="fold")
-        for (sender, _), (signal, seen) in sorted(self.layers.items(), key=lambda item: item[0]):
+        for (sender, *_), (signal, seen) in sorted(self.layers.items(), key=lambda item: item[0]):
             age = time.monotonic() - seen
             table.add_row(
-                Text(sender), Text(signal.layer_id), f"{signal.active_seed_count} of {signal.seed_count}",
+                Text(sender), str(signal.layer_id), Text(signal.layer_name),
+                f"{signal.active_seed_count} of {signal.seed_count}",
                 f"{signal.avg_execution_latency_μs:.1f}", f"{signal.cache_hit_rate:.0%}", str(signal.error_count),
                 f"{signal.memory_usage_mb:.2f}", f"{age:.0f} s ago", style="dim" if age > _QUIET_AFTER else None,
             )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from esper.compiler.variant_store import StoreStatistics
+from esper.notebook import html_table
 
 __all__ = ["CompileReport", "GraphReport", "Origin", "VariantReport", "WorkerCounters"]
 
@@ -92,19 +94,49 @@ class CompileReport:
 
     def __str__(self) -> str:
         lines: list[str] = []
-        if not self.graphs:
-            lines += ['no graph was compiled with backend="esper"', ""]
+        for note in _no_graphs(self.graphs):
+            lines += [note, ""]
         for graph in self.graphs:
             lines += [*_graph_lines(graph), ""]
         return "\n".join([*lines, *_counter_lines(self.workers, self.store)]).rstrip()
 
+    def __repr__(self) -> str:
+        return str(self)
 
-def _graph_lines(graph: GraphReport) -> list[str]:
+    def _repr_html_(self) -> str:
+        tables = [
+            html_table(
+                _title(graph),
+                ("in force", "plan", "origin", "seconds", "KiB", "note"),
+                [("*" if each.in_force else "", *_figures(each), each.reason) for each in graph.variants],
+            )
+            for graph in self.graphs
+        ]
+        notes = [*_no_graphs(self.graphs), *_counter_lines(self.workers, self.store)]
+        return "".join([*tables, *(f"<p>{html.escape(note)}</p>" for note in notes)])
+
+
+def _no_graphs(graphs: tuple[GraphReport, ...]) -> list[str]:
+    return [] if graphs else ['no graph was compiled with backend="esper"']
+
+
+def _title(graph: GraphReport) -> str:
     title = f"{graph.name}, inner compiler {graph.inner}, {_numbered(len(graph.sites), 'site')}"
     if graph.sites:
         others = len(graph.sites) - _SHOWN_SITES
         title += f": {', '.join(graph.sites[:_SHOWN_SITES])}{f' and {others} more' if others > 0 else ''}"
-    lines = _wrapped(title, indent=2)
+    return title
+
+
+def _figures(variant: VariantReport) -> tuple[str, str, str, str]:
+    """Plan, origin, seconds and KiB."""
+    seconds = "" if variant.seconds is None else f"{variant.seconds:.2f}"
+    size = "" if variant.size_bytes is None else f"{variant.size_bytes / 1024:.0f}"
+    return variant.plan, variant.origin, seconds, size
+
+
+def _graph_lines(graph: GraphReport) -> list[str]:
+    lines = _wrapped(_title(graph), indent=2)
     if graph.variants:
         lines.append(_COLUMNS.format("", "plan", "origin", "seconds", "KiB").rstrip())
     for variant in graph.variants:
@@ -118,10 +150,8 @@ def _graph_lines(graph: GraphReport) -> list[str]:
 
 def _variant_lines(variant: VariantReport) -> list[str]:
     first, *others = _wrapped(variant.plan, width=_PLAN_WIDTH, lines=_PLAN_LINES) or [""]
-    seconds = "" if variant.seconds is None else f"{variant.seconds:.2f}"
-    size = "" if variant.size_bytes is None else f"{variant.size_bytes / 1024:.0f}"
     mark = "*" if variant.in_force else ""
-    lines = [_COLUMNS.format(mark, first, variant.origin, seconds, size).rstrip()]
+    lines = [_COLUMNS.format(mark, first, *_figures(variant)[1:]).rstrip()]
     lines += [f"  {other}" for other in others]
     if variant.reason:
         lines += _wrapped(variant.reason, indent=_NOTE_INDENT, first=_NOTE_INDENT)

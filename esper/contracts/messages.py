@@ -63,7 +63,10 @@ class OonaMessage(_Message):
 class HealthSignal(_Message):
     """`telemetry.seed.health`: the state of one layer, sent every 100 executions."""
 
-    layer_id: str
+    layer_id: int = Field(ge=0)
+    """The layer's number in its model, in the order of the model's sites."""
+    layer_name: str
+    """The layer's dotted name in the host."""
     seed_count: int = Field(ge=0)
     active_seed_count: int = Field(ge=0)
     avg_execution_latency_μs: float = Field(ge=0)
@@ -77,7 +80,8 @@ class HealthSignal(_Message):
 class SeedReport(_Message):
     """`innovation.field_reports`: what became of one seed, for example that a kernel could not be loaded."""
 
-    layer_id: str
+    layer_id: int = Field(ge=0)
+    layer_name: str
     seed_idx: int = Field(ge=0)
     state: str
     """Name of the seed's lifecycle state after the event."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from esper.notebook import html_table
+
 __all__ = ["Explanation", "LinearRow"]
 
 
@@ -43,6 +45,17 @@ class Explanation:
             lines += ["", "not traced whole:"]
             lines += [f"  {name or 'the model'}: {reason}" for name, reason in self.untraced.items()]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        rows = [(row.name, "yes" if row.is_site else "no", _where(row)) for row in self.rows]
+        tables = [html_table("linear layers", ("layer", "seeds", "runs in"), rows)]
+        if self.untraced:
+            reasons = [(name or "the model", reason) for name, reason in self.untraced.items()]
+            tables.append(html_table("not traced whole", ("part", "reason"), reasons))
+        return "".join(tables)
 
 
 def _where(row: LinearRow) -> str:

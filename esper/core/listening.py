@@ -26,6 +26,7 @@ from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
+    from esper.configs import EsperConfig
     from esper.core.morphable_model import MorphableModel
 
 __all__ = ["CommandBus", "Listener", "ListeningPlatform", "default_platform", "set_default_platform"]
@@ -59,20 +60,20 @@ class ListeningPlatform(Protocol):
     def oona(self) -> CommandBus: ...
 
 
-_default: Callable[[], ListeningPlatform] | None = None
+_default: Callable[[EsperConfig | None], ListeningPlatform] | None = None
 
 
-def set_default_platform(make: Callable[[], ListeningPlatform]) -> None:
-    """What a model listens at that is given no platform; called whenever one is needed, and keeps what it makes."""
+def set_default_platform(make: Callable[[EsperConfig | None], ListeningPlatform]) -> None:
+    """What a model has that is given no platform, for its settings if it has some; `make` keeps what it makes."""
     global _default
     _default = make
 
 
-def default_platform() -> ListeningPlatform:
+def default_platform(config: EsperConfig | None = None) -> ListeningPlatform:
     """Raises ``EsperError`` if there is none, because the package's top level was not imported."""
     if _default is None:
-        raise EsperError("there is no default platform to listen at: import esper, or pass `platform`")
-    return _default()
+        raise EsperError("there is no default platform: import esper, or pass `platform`")
+    return _default(config)
 
 
 class Listener:
@@ -266,7 +267,7 @@ _ACTIONS: dict[KasminaAction, Callable[[KasminaLayer, KasminaControlCommand, _An
 
 
 def _described(layer: KasminaLayer, seed: int) -> str:
-    return f"seed {seed} of layer {layer.layer_id!r} is {layer.state.lifecycle(seed).name}"
+    return f"seed {seed} of layer {layer.layer_name!r} is {layer.state.lifecycle(seed).name}"
 
 
 def _no_layer(name: str, names: list[str]) -> str:

@@ -17,6 +17,7 @@ from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.shadow import plant
+from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
 from esper.core.wrap_options import Mode, WrapOptions
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
@@ -42,8 +43,8 @@ def wrap(
     model: nn.Module,
     target_layers: Target | Iterable[Target] | None = None,
     seeds_per_layer: int = 4,
-    cache_size_mb: float = 128,
-    telemetry_enabled: bool = True,
+    cache_size_mb: float | None = None,
+    telemetry_enabled: bool | None = None,
     *,
     mode: Mode = "module",
     commit: CommitMode = "auto",
@@ -57,18 +58,24 @@ def wrap(
 
     - `target_layers`: types, exact dotted names and glob patterns, one or several; None means every `nn.Linear`.
     - `seeds_per_layer`: kernels that one layer can hold at once.
-    - `cache_size_mb`: budget for cached kernels, per layer and pooled over the model.
+    - `cache_size_mb`: budget for cached kernels, per layer and pooled over the model; by default as the settings say,
+      128.
+    - `telemetry_enabled`: whether executions are counted, timed and reported; by default as the settings say, True.
     - `mode`: "module" has the host's own code run, with other modules in the place of the target layers; "fx" traces
       the model with `torch.fx`, whose contract then holds, and runs code generated for the kernels in force.
     - `commit`: "auto" puts staged changes in force where a forward begins; "manual" waits for `commit()`.
-    - `platform`: where kernels come from and telemetry goes; the embedded one in the user's data folder by default.
+    - `platform`: where kernels come from and telemetry goes; by default the one that the settings describe, which is
+      the embedded one in the user's data folder unless they say otherwise.
+    - `config`: the settings; by default those of `platform`, or else what `load_config()` finds.
 
     Raises :class:`WrapError` for what is no module, is compiled or wrapped already, and :class:`TargetError` for a
     target that names nothing in the model.
     """
     _check(model, seeds_per_layer, cache_size_mb, mode)
-    options = WrapOptions(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform, config)
-    return assemble(model, select_targets(model, target_layers), options)
+    options = WrapOptions.read(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform, config)
+    selection = select_targets(model, target_layers)
+    report_share(model, selection, chosen=target_layers is not None)
+    return assemble(model, selection, options)
 
 
 def assemble(
@@ -90,7 +97,8 @@ def assemble(
         first = len(layers) * seeds_per_layer
         layers[name] = KasminaLayer.at_site(
             linear,
-            layer_id=name,
+            layer_id=len(layers),
+            layer_name=name,
             site=sites[name],
             first_seed=first,
             runtime=runtime,
@@ -151,7 +159,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
     if isinstance(seeds_per_layer, bool) or not isinstance(seeds_per_layer, int) or seeds_per_layer < 1:
         raise ValueError(f"seeds_per_layer must be a whole number of at least 1, not {seeds_per_layer!r}")
     is_number = isinstance(cache_size_mb, (int, float)) and not isinstance(cache_size_mb, bool)
-    if not is_number or not 0 < cache_size_mb < math.inf:  # type: ignore[operator]  # mypy does not follow `is_number`
+    if cache_size_mb is not None and not (is_number and 0 < cache_size_mb < math.inf):  # type: ignore[operator]  # mypy does not follow `is_number`
         raise ValueError(f"cache_size_mb must be a number of megabytes above 0, not {cache_size_mb!r}")
     if mode not in get_args(Mode):
         raise ValueError(f'mode must be "fx" or "module", not {mode!r}')

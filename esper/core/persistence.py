@@ -60,7 +60,7 @@ class PackedModel:
     targets: tuple[str, ...]
     refused: dict[str, str]
     options: WrapOptions
-    """Without the platform and the configuration, which belong to a process."""
+    """Without the platform, which belongs to a process."""
     seeds: dict[str, LayerSeeds]
     model: MorphableModel | None = None
     """The model itself; stays behind in a pickle."""
@@ -87,7 +87,7 @@ class PackedModel:
             as_host(model),
             tuple(layers),
             dict(model._wrapping.selection.refused),
-            replace(model._wrapping.options, platform=None, config=None),
+            replace(model._wrapping.options, platform=None),
             {name: LayerSeeds.of(layer) for name, layer in layers.items()},
             model,
         )

@@ -93,12 +93,12 @@ class SavedKernel:
     tensors: tuple[Tensor, ...]
 
 
-def seed_key(layer_id: str, seed: int) -> str:
+def seed_key(layer_name: str, seed: int) -> str:
     """The name of a seed's kernel among a bank's modules, different for different seeds.
 
     Module names hold no dots, so those of the layer become slashes.
     """
-    return f"{layer_id.replace('%', '%25').replace('/', '%2F').replace('.', '/')}:{seed}"
+    return f"{layer_name.replace('%', '%25').replace('/', '%2F').replace('.', '/')}:{seed}"
 
 
 def encode(seeds: Iterable[tuple[SavedSeed, KernelTemplate]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from esper.execution.alpha import AlphaSchedule
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.layer_stats import layer_stats
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.site_marker import commit_while_tracing, marked_by_esper
@@ -36,10 +37,17 @@ class KasminaLayer(nn.Linear):
     In a wrapped model it stands where the host's `nn.Linear` stood and shares that module's parameters. It also stands
     alone: constructed directly, it has a linear layer, a state, a cache and a plan of its own.
 
+    `layer_id` is a number from 0 and `layer_name` a name, by default the number: stats, signals and logs have both, and
+    checkpoints go by name. In a wrapped model they are the site's number and the host's dotted name.
+
     With seeds `s` active in index order the output is `y = host(x)`, then for each
     `y = alpha_s * K_s(x) + (1 - alpha_s) * y`.
     """
 
+    layer_id: int
+    """Its number in the model, in the order of the sites."""
+    layer_name: str
+    """The host's dotted name for it; of a layer that stands alone what it was given, by default its number."""
     site: int
     first_seed: int
     runtime: Runtime
@@ -50,7 +58,7 @@ class KasminaLayer(nn.Linear):
 
     def __init__(
         self,
-        layer_id: str,
+        layer_id: int,
         num_seeds: int,
         input_dim: int,
         output_dim: int,
@@ -63,9 +71,10 @@ class KasminaLayer(nn.Linear):
         commit: CommitMode = "auto",
         source: KernelSource | None = None,
         sink: TelemetrySink | None = None,
+        layer_name: str = "",
     ) -> None:
         super().__init__(input_dim, output_dim, bias=bias, device=device, dtype=dtype)
-        equip(self, layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink)
+        equip(self, layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink, layer_name)
 
     @classmethod
     def at_site(cls, linear: nn.Linear, **parts: Any) -> KasminaLayer:
@@ -94,7 +103,8 @@ class KasminaLayer(nn.Linear):
     def _join(
         self,
         *,
-        layer_id: str,
+        layer_id: int,
+        layer_name: str,
         site: int,
         first_seed: int,
         runtime: Runtime,
@@ -105,6 +115,7 @@ class KasminaLayer(nn.Linear):
         stands_alone: bool = False,
     ) -> None:
         self.layer_id = layer_id
+        self.layer_name = layer_name
         self.site = site
         self.first_seed = first_seed
         self.runtime = runtime
@@ -364,6 +375,10 @@ class KasminaLayer(nn.Linear):
         seed = next((each for each in self._seeds if each.seed == seed_idx), None)
         return seed.kernel.parameters if seed is not None else ()
 
+    def kernel_in_force(self, seed_idx: int) -> str | None:
+        """The id of the artifact that runs at a seed; None for a fossil that the layer's own weight has taken in."""
+        return next((each.kernel.artifact_id for each in self._seeds if each.seed == seed_idx), None)
+
     def memory_bytes(self) -> int:
         """Bytes of this layer's seed state and of the kernels in its seeds; not of the host's parameters."""
         kernels = sum(p.numel() * p.element_size() for seed in self._seeds for p in seed.kernel.parameters)
@@ -374,17 +389,11 @@ class KasminaLayer(nn.Linear):
 
         `execution_count` and `avg_latency_μs` (microseconds, mean over the last sampled executions) are measured with
         telemetry on and 0 without; cache sizes are those of the whole model's cache, hits and misses this layer's.
+        `seeds` has for each seed its `state`, `alpha` (its share in the output as it is in force: 0.0 without a
+        kernel), `kernel` (the id of the artifact that runs, or None),
+        `error_count`, and the `reason` why its last load failed.
         """
-        telemetry = self.runtime.telemetry
-        return {
-            "layer_id": self.layer_id,
-            "num_seeds": self.num_seeds,
-            "active_seeds": len(self.state.active_seeds()),
-            "error_seeds": len(self.state.error_seeds()),
-            "execution_count": telemetry.executions(self.site) if telemetry else 0,
-            "avg_latency_μs": telemetry.latency_μs(self.site) if telemetry else 0.0,
-            **self.kernel_cache.get_cache_stats(),
-        }
+        return layer_stats(self)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_seeds={self.num_seeds}, active_seeds={len(self._seeds)}"

@@ -94,7 +94,7 @@ class KernelBank(nn.Module):
             for each in seeds:
                 seed, state = each.seed, layer.state
                 saved = SavedSeed(
-                    layer=layer.layer_id,
+                    layer=layer.layer_name,
                     seed=seed,
                     artifact=each.kernel.artifact_id,
                     trainable=each.kernel.trainable,

@@ -18,6 +18,7 @@ import torch
 
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
+from esper.execution.defaults import kernel_source
 from esper.execution.kernel_pool import MB, KernelCacheError, KernelCacheFullError, KernelPool, KernelTooLargeError
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.sources import KernelSource, UnknownKernelError
@@ -25,6 +26,7 @@ from esper.execution.sources import KernelSource, UnknownKernelError
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
 _Result = TypeVar("_Result")
+_DEFAULT_SOURCE = kernel_source()
 
 
 class Cleared(NamedTuple):
@@ -37,7 +39,9 @@ class Cleared(NamedTuple):
 
 
 class KernelCache:
-    """A cache of kernels in front of a `KernelSource`. May be used from any thread and any event loop.
+    """A cache of kernels in front of a `KernelSource`, by default the default platform's; None is an empty one.
+
+    May be used from any thread and any event loop.
 
     A kernel that it returns is frozen, on the CPU, and shared by everybody who asks for it: a seed executes a `place()`
     of it. Kernels in use are pinned and never evicted; of the others, the least recently used goes first.
@@ -48,7 +52,7 @@ class KernelCache:
         max_cache_size_mb: float = 512,
         max_entries: int = 128,
         *,
-        source: KernelSource | None = None,
+        source: KernelSource | None = _DEFAULT_SOURCE,
         limits: Limits | None = None,
     ) -> None:
         if not max_cache_size_mb > 0:
@@ -59,13 +63,13 @@ class KernelCache:
         self._source = source
         self._limits = limits if limits is not None else Limits()
         self._parent: KernelCache | None = None
-        self.layer_id: str | None = None
+        self.layer_name: str | None = None
         self._hits = self._misses = 0
 
-    def view(self, layer_id: str) -> KernelCache:
+    def view(self, layer_name: str) -> KernelCache:
         """The same cache with hit and miss counters of its own, for one layer; this one goes on counting all."""
         view = object.__new__(type(self))
-        view.layer_id = layer_id
+        view.layer_name = layer_name
         view._pool, view._source, view._limits = self._pool, self._source, self._limits
         view._parent = self
         view._hits = view._misses = 0

@@ -9,7 +9,7 @@ A seed that is `ACTIVE` and gets a replacement goes through `LOADING` while its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 
@@ -98,6 +98,8 @@ class Transition:
     """Why, in a sentence: "committed", "cancelled", or the failure's message."""
     kernel_id: str | None = None
     """The artifact that came into force, failed or was taken out; None where there is none."""
+    layer_id: int = field(kw_only=True)
+    """The site's number in the model."""
 
     def __str__(self) -> str:
         kernel = f" ({self.kernel_id[:12]})" if self.kernel_id else ""

@@ -47,7 +47,7 @@ class SeedRecords:
         if new is not _State.FOSSILIZED:
             layer.pin(seed, kernel_id)
         self.report(layer, seed, reason)
-        return Transition(layer.layer_id, seed, old, new, time.time(), reason, kernel_id)
+        return Transition(layer.layer_name, seed, old, new, time.time(), reason, kernel_id, layer_id=layer.layer_id)
 
     def overwrite(
         self,
@@ -66,13 +66,15 @@ class SeedRecords:
         layer.seed_errors.pop(seed, None)
         layer.pin(seed, kernel_id if cached else None)
         self.report(layer, seed, why)
-        return Transition(layer.layer_id, seed, old, state.lifecycle(0), time.time(), why, kernel_id)
+        return Transition(
+            layer.layer_name, seed, old, state.lifecycle(0), time.time(), why, kernel_id, layer_id=layer.layer_id
+        )
 
     def refuse(self, layer: KasminaLayer, seed: int, error: Exception) -> None:
         """A change of a seed in force came to nothing: keep the seed as it is, and the reason."""
         self.keep_error(layer, seed, error)
         layer.state.record_error(seed)
-        _LOG.warning("seed %d of %s stays as it is: %s", seed, layer.layer_id, layer.seed_errors[seed])
+        _LOG.warning("seed %d of %s stays as it is: %s", seed, layer.layer_name, layer.seed_errors[seed])
         self.report(layer, seed, layer.seed_errors[seed])
 
     def keep_error(self, layer: KasminaLayer, seed: int, error: Exception) -> None:
@@ -86,6 +88,7 @@ class SeedRecords:
         if self._sink is not None:
             report = SeedReport(
                 layer_id=layer.layer_id,
+                layer_name=layer.layer_name,
                 seed_idx=seed,
                 state=layer.state.lifecycle(seed).name,
                 error_count=layer.state.errors(seed),

@@ -84,7 +84,7 @@ class SeedReplacer:
             if each.was_scheduled:
                 _LOG.warning(
                     "seed %d of %s had an alpha schedule, which is not saved: its alpha stays at %g until set_alpha()",
-                    each.planned.seed, each.layer.layer_id, float(each.state["alpha_blend"]),
+                    each.planned.seed, each.layer.layer_name, float(each.state["alpha_blend"]),
                 )  # fmt: skip
 
     def _replacement(self, new: SeedReplacement) -> Change:

@@ -97,7 +97,7 @@ class SeedRequests:
     def refuse_fossil(self, layer: KasminaLayer, seed: int) -> None:
         """Raise `LifecycleError` for a seed that is a fossil or becomes one, and `IndexError` for one that is none."""
         if layer.state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED or (layer.site, seed) in self.fossilizing:
-            raise LifecycleError(f"seed {seed} of layer {layer.layer_id!r} is FOSSILIZED, which is for good")
+            raise LifecycleError(f"seed {seed} of layer {layer.layer_name!r} is FOSSILIZED, which is for good")
 
     @contextlib.contextmanager
     def called_off(self, requests: Sequence[SeedRequest]) -> Iterator[Future[None]]:

@@ -255,7 +255,7 @@ class Stager:
         cached = layer.kernel_cache.fetch(request.reference, pin=True)
         try:
             weight = layer.weight
-            cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_id)
+            cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=request.trainable)
             source = layer.kernel_cache.source
             if self._attach is not None and source is not None and self._runtime.runs_eagerly():
@@ -277,7 +277,7 @@ class Stager:
         if error is not None:
             reason = layer.seed_errors[seed]
             _LOG.warning(
-                "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_id, reason
+                "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_name, reason
             )
             self._records.report(layer, seed, reason)
         request.staged.set_result(False)

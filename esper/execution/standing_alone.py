@@ -60,15 +60,17 @@ class LayerMeter:
 
 def equip(
     layer: KasminaLayer,
-    layer_id: str,
+    layer_id: int,
     num_seeds: int,
     cache_size_mb: float,
     telemetry_enabled: bool,
     commit: CommitMode,
     source: KernelSource | None = None,
     sink: TelemetrySink | None = None,
+    layer_name: str = "",
 ) -> None:
     """Make a linear layer one that stands alone, with state, cache, plan, bank and telemetry of its own."""
+    name = _checked_name(layer_id, layer_name)
     runtime = Runtime(KasminaStateLayout(num_seeds, layer.weight.device), commit)
     cache = KernelCache(cache_size_mb, max(128, num_seeds), source=source or defaults.kernel_source())
     reports = (sink or defaults.telemetry_sink()) if telemetry_enabled else None
@@ -77,11 +79,12 @@ def equip(
     meter = LayerMeter(layer) if telemetry_enabled else None
     layer._join(
         layer_id=layer_id,
+        layer_name=name,
         site=site,
         first_seed=0,
         runtime=runtime,
         stager=stager,
-        cache=cache.view(layer_id),
+        cache=cache.view(name),
         state=runtime.state,
         meter=meter,
         stands_alone=True,
@@ -89,13 +92,22 @@ def equip(
     this = weakref.ref(layer)
     runtime.is_training = lambda: (layer := this()) is None or layer.training
     runtime.entries.of_modules(lambda: (layer,) if (layer := this()) is not None else ())
-    bank = KernelBank(runtime, stager, {layer_id: layer})
+    bank = KernelBank(runtime, stager, {name: layer})
     runtime.on_commit = bank.sync
     layer.add_module(BANK_NAME, bank)
     if meter is not None:
         runtime.telemetry = Telemetry({site: layer}, runtime.state, reports)
         runtime.telemetry.watch(meter, [site])
         runtime.telemetry.start()
+
+
+def _checked_name(layer_id: object, layer_name: str) -> str:
+    """The name of a layer that stands alone: its number, if it has no other."""
+    if isinstance(layer_id, bool) or not isinstance(layer_id, int) or layer_id < 0:
+        raise ValueError(
+            f"layer_id must be a whole number, at least 0, not {layer_id!r}; a name is given as layer_name"
+        )
+    return layer_name or str(layer_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +183,7 @@ class PackedLayer:
         from esper.execution.kasmina_layer import KasminaLayer
 
         layer = KasminaLayer.alone(self.linear, **self.options, **outside)
-        give_seeds({layer.layer_id: layer}, {layer.layer_id: self.seeds}, tell=not outside)
+        give_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
         return layer
 
 
@@ -179,6 +191,7 @@ def pack_layer(layer: KasminaLayer) -> PackedLayer:
     """`layer`, with its parameters and kernels, not copies of them."""
     options = {
         "layer_id": layer.layer_id,
+        "layer_name": layer.layer_name,
         "num_seeds": layer.num_seeds,
         "cache_size_mb": layer.kernel_cache.max_cache_size_mb,
         "telemetry_enabled": layer.runtime.telemetry is not None,
@@ -191,5 +204,5 @@ def copy_layer(layer: KasminaLayer, memo: dict[int, Any]) -> KasminaLayer:
     """A deep copy that stands alone, with the source and the sink of `layer`."""
     packed = copy.deepcopy(pack_layer(layer), memo)
     twin = packed.unpack(source=layer.kernel_cache.source, sink=layer.stager.sink)
-    keep_schedules({layer.layer_id: layer}, {layer.layer_id: twin})
+    keep_schedules({layer.layer_name: layer}, {layer.layer_name: twin})
     return twin

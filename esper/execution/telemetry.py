@@ -187,6 +187,7 @@ class Telemetry:
         return HealthSignal.model_validate(
             {
                 "layer_id": layer.layer_id,
+                "layer_name": layer.layer_name,
                 "seed_count": state.num_seeds,
                 "active_seed_count": len(state.active_seeds()),
                 "avg_execution_latency_μs": self.latency_μs(site),

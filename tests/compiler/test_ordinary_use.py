@@ -320,7 +320,7 @@ def test_compiling_a_part_makes_no_warnings(
 
 
 def test_a_layer_that_stands_alone(shelf: KernelShelf, x: Tensor) -> None:
-    layer = KasminaLayer("alone", 2, 8, 6, source=shelf.platform.kernel_source)
+    layer = KasminaLayer(0, 2, 8, 6, source=shelf.platform.kernel_source)
     run = compiled(layer)
     dormant = agrees(run, layer, x)
     assert layer.request_kernel(1, put(shelf), alpha=0.5, trainable=True).result(60)

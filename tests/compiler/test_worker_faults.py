@@ -51,7 +51,7 @@ class Grown:
         assert self.layer.state.errors(seed) == errors
         assert reason in self.layer.seed_errors[seed]
         report = self.platform.oona.of("innovation.field_reports")[-1]
-        assert (report.layer_id, report.seed_idx, report.state) == ("0", seed, "ERROR_RECOVERY")
+        assert (report.layer_name, report.seed_idx, report.state) == ("0", seed, "ERROR_RECOVERY")
         assert (report.error_count, report.reason) == (errors, self.layer.seed_errors[seed])
 
     def assert_loads(self, kernel: str, seed: int = 0) -> None:

@@ -238,7 +238,7 @@ def test_a_checkpoint_replaces_the_whole_plan(shelf: KernelShelf, x: torch.Tenso
     assert fresh.commit() == []
     assert torch.equal(fresh(x), model(x))
     assert states(fresh) == states(model)
-    reports = [(each.layer_id, each.seed_idx, each.state) for each in gated.oona.of("innovation.field_reports")[-5:]]
+    reports = [(each.layer_name, each.seed_idx, each.state) for each in gated.oona.of("innovation.field_reports")[-5:]]
     assert ("2", 1, "FOSSILIZED") in reports
 
 

@@ -215,7 +215,7 @@ def test_a_failure_keeps_the_kernel_in_force(shelf: KernelShelf, x: torch.Tensor
     assert layer.state.errors(0) == 1
     assert "UnknownKernelError" in layer.seed_errors[0]
     report = gated.oona.of("innovation.field_reports")[-1]
-    assert (report.layer_id, report.seed_idx, report.state, report.error_count) == ("0", 0, "ACTIVE", 1)
+    assert (report.layer_name, report.seed_idx, report.state, report.error_count) == ("0", 0, "ACTIVE", 1)
     assert "UnknownKernelError" in report.reason
 
     assert asyncio.run(model.load_kernel("0", 1, HEX)) is False

@@ -115,7 +115,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "parameters": (lambda: list(mlp(8, 4).parameters()), "not a list"),
     "wrapped": (lambda: esper.wrap(mlp(8, 4)), "wrapped already"),
     "wrapped inside": (lambda: _around(esper.wrap(mlp(8, 4))), "wrapped already.*'1'"),
-    "with a layer of ours": (lambda: _around(KasminaLayer("own", 2, 8, 4)), "wrapped already.*'1'"),
+    "with a layer of ours": (lambda: _around(KasminaLayer(0, 2, 8, 4)), "wrapped already.*'1'"),
     "a part of a wrapped model": (lambda: esper.wrap(small_transformer()).get_submodule("0"), "wrapped already"),
     "compiled": (lambda: torch.compile(mlp(8, 4)), "compiled already"),
     "compiled inside": (lambda: _around(torch.compile(mlp(8, 4))), "compiled already.*'1'"),  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_what_cannot_be_wrapped_is_refused(unfit: str) -> None:
 
 OPTIONS: list[tuple[str, object]] = [
     *(("seeds_per_layer", value) for value in (0, -1, 1.5, "4", True, None)),
-    *(("cache_size_mb", value) for value in (0, -1, math.nan, math.inf, "128", None, True)),
+    *(("cache_size_mb", value) for value in (0, -1, math.nan, math.inf, "128", True)),
     *(("mode", value) for value in ("eager", "FX", None, 1)),
     *(("commit", value) for value in ("always", "", None, True)),
 ]

@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a child
     first, second = make_artifact(0), make_artifact(1)
     source, sink = FolderOfArtifacts(first, second), SlowSink()
-    layer = KasminaLayer("fc", 2, 8, 8, source=source, sink=sink)
+    layer = KasminaLayer(0, 2, 8, 8, source=source, sink=sink)
     dormant = layer(X)
     source.open.clear()
     called_off = layer.request_kernel(0, first.id)

@@ -20,8 +20,11 @@ def main() -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a child
     one, two = make_artifact(0), make_artifact(1)
     ready, slow = FolderOfArtifacts(one, two), FolderOfArtifacts(one, two)
-    layers = {name: KasminaLayer(name, 2, 8, 8, source=ready) for name in ("alpha", "request", "cache", "telemetry")}
-    layers["fetch"] = KasminaLayer("fetch", 2, 8, 8, source=slow)
+    layers = {
+        name: KasminaLayer(number, 2, 8, 8, source=ready)
+        for number, name in enumerate(("alpha", "request", "cache", "telemetry"))
+    }
+    layers["fetch"] = KasminaLayer(4, 2, 8, 8, source=slow)
     slow.open.clear()
     fetched = layers["fetch"].request_kernel(0, one.id)
     assert slow.asked.wait(20)
@@ -30,7 +33,7 @@ def main() -> None:
         (lambda: layers["request"].request_kernel(0, one.id), "background:submit", "start"),
         (lambda: layers["cache"].kernel_cache.held(one.id), "kernel_cache:held", "find"),
         (lambda: layers["telemetry"].get_layer_stats(), "telemetry:executions", "sum"),
-        (lambda: KasminaLayer("another", 2, 8, 8), "registry:reserve_sites", "__setitem__"),
+        (lambda: KasminaLayer(9, 2, 8, 8), "registry:reserve_sites", "__setitem__"),
     ]
     stopped = [StoppedThread(work, f"{_MODULES}.{caller}", callee) for work, caller, callee in steps]
 
@@ -43,7 +46,7 @@ def main() -> None:
                 "request": lambda: layers["request"].request_kernel(1, two.id).result(_SECONDS),
                 "cache": lambda: layers["cache"].request_kernel(1, two.id).result(_SECONDS),
                 "telemetry": lambda: layers["telemetry"].get_layer_stats()["active_seeds"] == 0,
-                "another": lambda: KasminaLayer("another", 2, 8, 8)(X).shape == (1, 8),
+                "another": lambda: KasminaLayer(9, 2, 8, 8)(X).shape == (1, 8),
                 "fetch": lambda: layers["fetch"].request_kernel(1, one.id).result(_SECONDS),
             }
         )

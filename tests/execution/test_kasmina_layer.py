@@ -24,6 +24,7 @@ from tests.reference import ReferenceSeed, reference_site
 
 STATS = [
     "layer_id",
+    "layer_name",
     "num_seeds",
     "active_seeds",
     "error_seeds",
@@ -34,12 +35,15 @@ STATS = [
     "cache_misses",
     "cache_size_mb",
     "cache_entries",
+    "seeds",
 ]
 
 
 @pytest.fixture
 def layer(shelf: KernelShelf) -> esper.KasminaLayer:
-    return esper.KasminaLayer("middle", 3, 8, 6, source=shelf.platform.kernel_source, sink=RecordingSink())
+    return esper.KasminaLayer(
+        1, 3, 8, 6, source=shelf.platform.kernel_source, sink=RecordingSink(), layer_name="middle"
+    )
 
 
 @pytest.fixture
@@ -64,7 +68,9 @@ def test_dormant_it_is_a_linear_layer(layer: esper.KasminaLayer, x: torch.Tensor
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer(x[0]), nn.functional.linear(x[0], layer.weight, layer.bias))
     assert list(layer.state_dict()) == ["weight", "bias"]
-    assert (layer.num_seeds, layer.layer_id, layer.input_dim, layer.output_dim) == (3, "middle", 8, 6)
+    assert (layer.num_seeds, layer.layer_id, layer.input_dim, layer.output_dim) == (3, 1, 8, 6)
+    assert layer.layer_name == "middle"
+    assert esper.KasminaLayer(4, 1, 2, 2).layer_name == "4"
     assert isinstance(layer.state, KasminaStateLayout)
     assert isinstance(layer.kernel_cache, KernelCache)
     assert "num_seeds=3, active_seeds=0" in repr(layer)
@@ -85,7 +91,7 @@ def test_the_default_transform_is_the_hosts_path(
 
 def test_constructor_options(shelf: KernelShelf) -> None:
     layer = esper.KasminaLayer(
-        "plain", 1, 8, 6, 1.5, False, bias=False, dtype=torch.float64, source=shelf.platform.kernel_source
+        0, 1, 8, 6, 1.5, False, bias=False, dtype=torch.float64, source=shelf.platform.kernel_source
     )
     assert layer.bias is None
     assert layer.weight.dtype == torch.float64
@@ -93,9 +99,11 @@ def test_constructor_options(shelf: KernelShelf) -> None:
     x = torch.randn(2, 8, dtype=torch.float64)
     load(layer, 0, shelf.put(blueprint(dtype="float64")).id, alpha=0.5)
     assert layer(x).dtype == torch.float64
-    for wrong in ({"num_seeds": -1}, {"cache_size_mb": 0}, {"commit": "never"}):
-        with pytest.raises(ValueError, match=r"num_seeds|cache_size_mb|commit"):
-            esper.KasminaLayer(**{"layer_id": "x", "num_seeds": 1, "input_dim": 2, "output_dim": 2, **wrong})
+    for wrong in ({"num_seeds": -1}, {"cache_size_mb": 0}, {"commit": "never"}, {"layer_id": -1}, {"layer_id": "fc1"}):
+        with pytest.raises(
+            ValueError, match=r"num_seeds|cache_size_mb|commit|layer_id must be a whole number.*layer_name"
+        ):
+            esper.KasminaLayer(**{"layer_id": 0, "num_seeds": 1, "input_dim": 2, "output_dim": 2, **wrong})
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -195,17 +203,17 @@ def test_what_does_not_exist(layer: esper.KasminaLayer, shelf: KernelShelf) -> N
 
 
 def test_manual_commits(shelf: KernelShelf, x: torch.Tensor) -> None:
-    layer = esper.KasminaLayer("m", 1, 8, 6, commit="manual", source=shelf.platform.kernel_source)
+    layer = esper.KasminaLayer(0, 1, 8, 6, commit="manual", source=shelf.platform.kernel_source)
     dormant = layer(x)
     load(layer, 0, shelf.put(blueprint()).id, alpha=0.5)
     assert torch.equal(layer(x), dormant)
     (transition,) = layer.runtime.commit()
-    assert (transition.layer, transition.new.name) == ("m", "ACTIVE")
+    assert (transition.layer, transition.new.name) == ("0", "ACTIVE")
     assert not torch.allclose(layer(x), dormant)
 
 
 def test_an_alpha_that_is_set_while_a_kernel_loads_is_the_kernels(shelf: KernelShelf) -> None:
-    layer = esper.KasminaLayer("m", 1, 8, 6, commit="manual", source=shelf.platform.kernel_source)
+    layer = esper.KasminaLayer(0, 1, 8, 6, commit="manual", source=shelf.platform.kernel_source)
     load(layer, 0, shelf.put(blueprint()).id, alpha=1.0)
     layer.set_alpha(0, 0.25)
     layer.runtime.commit()
@@ -232,8 +240,10 @@ def test_stats(layer: esper.KasminaLayer, shelf: KernelShelf, x: torch.Tensor) -
     for _ in range(7):
         layer(x)
     stats = layer.get_layer_stats()
+    assert [each["kernel"] for each in stats.pop("seeds")] == [kernel.id, kernel.id, None]
     assert stats == {
-        "layer_id": "middle",
+        "layer_id": 1,
+        "layer_name": "middle",
         "num_seeds": 3,
         "active_seeds": 2,
         "error_seeds": 1,
@@ -255,7 +265,7 @@ def test_parameters_and_moves(layer: esper.KasminaLayer, shelf: KernelShelf, x: 
     assert {id(parameter) for parameter in kernel} <= {id(parameter) for parameter in layer.parameters()}
     before = layer(x)
     layer.double()
-    torch.testing.assert_close(layer(x.double()), before.double())
+    torch.testing.assert_close(layer(x.double()), before.double(), rtol=1e-5, atol=1e-6)
     assert all(parameter.dtype == torch.float64 for parameter in kernel)
     layer.to("meta")
     assert layer.state.alpha_blend.device.type == "meta"
@@ -274,7 +284,7 @@ def test_a_checkpoint_brings_kernels_back(layer: esper.KasminaLayer, shelf: Kern
     torch.save(layer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    fresh = esper.KasminaLayer("middle", 3, 8, 6)
+    fresh = esper.KasminaLayer(1, 3, 8, 6, layer_name="middle")
     fresh.load_state_dict(state)
     assert torch.equal(fresh(x), layer(x))
     assert lifecycles(fresh) == lifecycles(layer)
@@ -282,7 +292,7 @@ def test_a_checkpoint_brings_kernels_back(layer: esper.KasminaLayer, shelf: Kern
     nn.Linear(8, 6).load_state_dict(host)
     fresh.load_state_dict(nn.Linear(8, 6).state_dict())
     assert lifecycles(fresh) == lifecycles(layer)
-    other = esper.KasminaLayer("another", 3, 8, 6)
+    other = esper.KasminaLayer(1, 3, 8, 6, layer_name="another")
     weight = other.weight.clone()
     with pytest.raises(CheckpointError, match="layer 'middle', which has no seeds; there are 'another'"):
         other.load_state_dict(state)
@@ -296,7 +306,7 @@ def test_copies_stand_alone(shelf: KernelShelf, x: torch.Tensor, copied: Callabl
         model = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=shelf.platform)
         layer = model.kasmina_layers["0"]
     else:
-        layer = esper.KasminaLayer("own", 2, 8, 6, source=shelf.platform.kernel_source)
+        layer = esper.KasminaLayer(0, 2, 8, 6, source=shelf.platform.kernel_source)
     twin = copied(layer)
     assert torch.equal(twin(x), layer(x))
     load(layer, 1, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
@@ -320,6 +330,6 @@ def test_a_layer_in_a_model_of_its_own(layer: esper.KasminaLayer, shelf: KernelS
     load(layer, 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
-    fresh = nn.Sequential(esper.KasminaLayer("middle", 3, 8, 6), nn.ReLU(), nn.Linear(6, 2))
+    fresh = nn.Sequential(esper.KasminaLayer(1, 3, 8, 6, layer_name="middle"), nn.ReLU(), nn.Linear(6, 2))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), model(x))

@@ -264,7 +264,7 @@ async def test_views_count_for_themselves_and_share_everything_else(source, arti
     cache = KernelCache(source=source)
     first, second = cache.view("fc1"), cache.view("fc2")
     assert isinstance(first, KernelCache)
-    assert (first.layer_id, second.layer_id) == ("fc1", "fc2")
+    assert (first.layer_name, second.layer_name) == ("fc1", "fc2")
     kernel = first.fetch(artifacts[0].id)
     assert await second.load_kernel(artifacts[0].id) is kernel
     assert await second.load_kernel("nothing") is None

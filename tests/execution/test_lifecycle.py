@@ -79,9 +79,9 @@ def test_the_table_cannot_be_changed():
 
 
 def test_a_transition_is_a_value_that_reads_as_a_log_line():
-    transition = Transition("fc1", 2, S.LOADING, S.ACTIVE, 1.5, "committed", "ab" * 32)
+    transition = Transition("fc1", 2, S.LOADING, S.ACTIVE, 1.5, "committed", "ab" * 32, layer_id=0)
     assert str(transition) == "fc1[2] LOADING -> ACTIVE (abababababab): committed"
-    assert str(Transition("fc1", 0, S.DORMANT, S.LOADING, 0.0)) == "fc1[0] DORMANT -> LOADING"
+    assert str(Transition("fc1", 0, S.DORMANT, S.LOADING, 0.0, layer_id=0)) == "fc1[0] DORMANT -> LOADING"
     with pytest.raises(dataclasses.FrozenInstanceError):
         transition.seed = 3
     assert dataclasses.replace(transition, seed=3) != transition

@@ -68,7 +68,7 @@ def test_a_health_signal_every_hundred_executions(
     run(x)
     wait_for(lambda: len(platform.oona.of(HEALTH)) == 2)  # the thread that looks found it
     first, second = platform.oona.of(HEALTH)
-    assert (first.layer_id, second.layer_id) == ("0", "2")
+    assert [(each.layer_id, each.layer_name) for each in (first, second)] == [(0, "0"), (1, "2")]
     assert (first.seed_count, first.active_seed_count, first.error_count) == (2, 0, 0)
     assert first.cache_hit_rate == 0.0
     assert first.avg_execution_latency_μs == 0.0  # the first sample is taken by the next forward
@@ -81,7 +81,7 @@ def test_a_health_signal_every_hundred_executions(
         run(x)
     wait_for(lambda: len(platform.oona.of(HEALTH)) == 4)
     signal = platform.oona.of(HEALTH)[2]
-    assert (signal.layer_id, signal.active_seed_count, signal.error_count) == ("0", 2, 1)
+    assert (signal.layer_name, signal.active_seed_count, signal.error_count) == ("0", 2, 1)
     assert signal.cache_hit_rate == pytest.approx(1 / 3)
     assert signal.memory_usage_mb > dormant_memory
     assert stats(model, "execution_count") == [200, 200]
@@ -216,17 +216,17 @@ def test_a_dormant_forward_runs_no_code_of_ours_at_any_site(platform: GatedPlatf
 
 
 def test_a_layer_that_stands_alone_reports(platform: GatedPlatform, x: torch.Tensor) -> None:
-    layer = esper.KasminaLayer("own", 2, 8, 6, sink=platform.oona, source=platform.kernel_source)
+    layer = esper.KasminaLayer(5, 2, 8, 6, sink=platform.oona, source=platform.kernel_source, layer_name="own")
     for _ in range(100):
         layer(x)
     wait_for(lambda: platform.oona.of(HEALTH))
     (signal,) = platform.oona.of(HEALTH)
-    assert (signal.layer_id, signal.seed_count) == ("own", 2)
+    assert (signal.layer_id, signal.layer_name, signal.seed_count) == (5, "own", 2)
     assert torch.equal(layer(x), layer.default_transform(x))
     figures = layer.get_layer_stats()
     assert figures["execution_count"] == 101
     assert figures["avg_latency_μs"] > 0
-    quiet = esper.KasminaLayer("quiet", 2, 8, 6, telemetry_enabled=False, sink=platform.oona)
+    quiet = esper.KasminaLayer(0, 2, 8, 6, telemetry_enabled=False, sink=platform.oona)
     for _ in range(100):
         quiet(x)
     assert quiet.get_layer_stats()["execution_count"] == 0

@@ -123,7 +123,7 @@ def _in_time(work: Callable[[], object]) -> None:
 def test_a_hanging_store_holds_up_nothing_but_its_own_load(shelf: KernelShelf) -> None:
     ready = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=1)).id
     late = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=2)).id
-    layer = esper.KasminaLayer("fc", 4, 8, 6, source=(source := Slow(shelf.platform.kernel_source)))
+    layer = esper.KasminaLayer(0, 4, 8, 6, source=(source := Slow(shelf.platform.kernel_source)))
     source.go_on.set()
     assert asyncio.run(layer.load_kernel(0, ready, trainable=True))
     source.go_on.clear()

@@ -63,7 +63,7 @@ def test_from_a_blueprint_to_a_kernel_that_runs_in_another_process(team: Deploym
     _compare(np.load(results), network)
 
     (signal, *_) = _signals(team.redis_url)
-    assert signal.layer_id == "0"
+    assert (signal.layer_id, signal.layer_name) == (0, "0")
     assert (signal.seed_count, signal.active_seed_count, signal.error_count) == (4, 1, 0)
     assert set(team.stop().values()) == {0}
 
@@ -97,7 +97,7 @@ def _signals(redis_url: str) -> list[HealthSignal]:
         entries = client.xrange(f"esper:oona:{TopicNames.TELEMETRY_SEED_HEALTH}")
         messages = [OonaMessage.model_validate_json(next(iter(fields.values()))) for _, fields in entries]
         signals = [HealthSignal.model_validate(message.payload) for message in messages]
-        active = [signal for signal in signals if signal.layer_id == "0" and signal.active_seed_count]
+        active = [signal for signal in signals if signal.layer_name == "0" and signal.active_seed_count]
         if active:
             return active
         time.sleep(0.2)

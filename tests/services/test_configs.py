@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from esper.configs import ConfigError, EsperConfig, load_config
+import esper
+from esper import Platform
+from esper.cli import main
+from esper.configs import ConfigError, EsperConfig, UrzaConfig, load_config
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +141,58 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ESPER_NMAE", "ESPER_TEZZERET__PIPELIN", "ESPER_TEZZERET_PIPELINE"])
-def test_a_misspelt_variable_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_variable_is_a_warning_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "fast")
-    with pytest.raises(ConfigError, match=rf"{name}; did you mean ESPER_"):
-        load_config()
+    with pytest.warns(UserWarning, match=rf"{name}; did you mean ESPER_") as told:
+        assert load_config() == load_config()
+    assert len(told) == 1
+
+
+OF_KUBERNETES = {  # makes these for services called esper-urza, esper, and esper-urza--client
+    "ESPER_URZA_SERVICE_HOST": "10.0.0.7",
+    "ESPER_URZA_SERVICE_PORT": "8321",
+    "ESPER_URZA_SERVICE_PORT_HTTP": "8321",
+    "ESPER_URZA_PORT": "tcp://10.0.0.7:8321",
+    "ESPER_URZA_PORT_8321_TCP": "tcp://10.0.0.7:8321",
+    "ESPER_URZA_PORT_8321_TCP_PROTO": "tcp",
+    "ESPER_URZA_PORT_8321_TCP_ADDR": "10.0.0.7",
+    "ESPER_SERVICE_HOST": "10.0.0.8",
+    "ESPER_PORT": "tcp://10.0.0.8:80",
+    "ESPER_URZA__CLIENT_SERVICE_HOST": "10.0.0.9",
+    "ESPER_URZA__CLIENT_PORT_80_TCP_PORT": "80",
+}
+
+
+@pytest.mark.filterwarnings("ignore:there is no setting for")
+def test_variables_of_others_break_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
+    for name, value in OF_KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    assert load_config().urza == EsperConfig().urza == UrzaConfig()
+    assert load_config(file).name == "lab"
+    with Platform.embedded(tmp_path) as platform:
+        model = esper.wrap(nn.Sequential(nn.Linear(3, 3)), platform=platform)
+        assert model.request_kernel("0", 0, "nothing of this name").result(30) is False
+        assert "UnknownKernelError" in model.kasmina_layers["0"].seed_errors[0]
+
+
+@pytest.mark.filterwarnings("ignore:there is no setting for")
+def test_the_command_that_checks_settings_fails_where_a_variable_is_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["esper", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    assert run("config", "check") == 0
+    monkeypatch.setenv("ESPER_TEZZERET__PIPELIN", "fast")
+    capsys.readouterr()
+    assert run("config", "check") == 1
+    assert "ESPER_TEZZERET__PIPELIN; did you mean ESPER_TEZZERET__PIPELINE?" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert run("config", "show") == 0
 
 
 def test_a_variable_of_the_wrong_type_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

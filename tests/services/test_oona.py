@@ -58,7 +58,8 @@ class TestPublishing:
         client.subscribe(TopicNames.TELEMETRY_SEED_HEALTH, received.put)
         signal = HealthSignal.model_validate(
             {
-                "layer_id": "fc1",
+                "layer_id": 0,
+                "layer_name": "fc1",
                 "seed_count": 4,
                 "active_seed_count": 1,
                 "avg_execution_latency_μs": 12.5,
