@@ -16,6 +16,7 @@ from torch import nn
 
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
+from esper.core.averaging import Average
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
@@ -43,6 +44,8 @@ class Wrapping:
     bank: KernelBank
     selection: Selection
     options: WrapOptions
+    average: Average | None = None
+    """What ties the copy in an `AveragedModel` to its original."""
 
 
 class MorphableModel(nn.Module):
@@ -101,6 +104,8 @@ class MorphableModel(nn.Module):
 
     def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[Any]:
         """The host's modules and, below `_esper`, the kernels in force; so `parameters()` has theirs too."""
+        if self._wrapping.average is not None:
+            self._wrapping.average.catch_up()
         seen = set() if memo is None else memo
         yield from super().named_modules(seen, prefix, remove_duplicate)
         if not self._esper.is_empty:

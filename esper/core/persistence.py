@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from esper.core.averaging import Average, made_for_an_average
 from esper.core.shadow import plant
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
@@ -107,10 +108,13 @@ class PackedModel:
 
 
 def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
-    """A deep copy of `model`, with its platform and the schedules of its alphas."""
+    """A deep copy of `model`, with its platform and the schedules of its alphas, which an average leaves to `model`."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
     copy.deepcopy(replace(PackedModel.of(model), model=None), memo).unpack(model._wrapping.options, into=twin)
-    keep_schedules(model.kasmina_layers, twin.kasmina_layers)
+    if made_for_an_average():
+        twin.__dict__["_wrapping"] = replace(twin._wrapping, average=Average(model, twin))
+    else:
+        keep_schedules(model.kasmina_layers, twin.kasmina_layers)
     copies = dict(twin.named_modules())
     memo.update({id(module): copies[name] for name, module in model.named_modules() if name in copies})
     return twin

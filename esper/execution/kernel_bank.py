@@ -13,6 +13,7 @@ from esper.artifacts.graph import DTYPES
 from esper.execution.checkpoint import CheckpointError, SavedKernel, SavedSeed, decode, encode, seed_key
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.optimizers import KernelParameter, kernels_changed
 from esper.execution.plan import DORMANT, Plan, SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_replacement import SeedReplacement
@@ -56,6 +57,21 @@ class KernelBank(nn.Module):
         }
         self._modules.clear()
         self._modules.update(wanted)
+        kernels_changed(self)
+
+    def kernel_parameters_in_force(self) -> Iterator[KernelParameter]:
+        """Their parameters, with their names."""
+        for site, seeds in self._plan.sites.items():
+            layer = self._layers[self._names[site]]
+            for each in seeds:
+                named = zip(each.kernel.graph.parameter_names, each.kernel.parameters, strict=True)
+                for name, parameter in named:
+                    beside = layer._parameters.get("weight")
+                    yield KernelParameter(parameter, layer.layer_name, each.seed, name, each.kernel.artifact_id, beside)
+
+    def model_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the whole model."""
+        return self._runtime.entries.parameters()
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""

@@ -1,0 +1,255 @@
+"""Kernels in optimizers: what is put right, or said, where an optimizer of `torch.optim` takes a step.
+
+- Kernels added as a group of their own, beside a learning-rate scheduler that was made before, join the group of their
+  layer's weight: most schedulers cannot go on with more groups than they were made for.
+- A loaded state is given back by name, see `esper.execution.optimizer_state`.
+- Gradients of kernels that learn, and stand in no optimizer, are dropped after each step of the host's: nothing else
+  would, and they would add up. That is said once.
+
+The hooks are process-wide, as there is no other way to hear of an optimizer, and are there once a kernel is in force.
+They look twice only where an optimizer's groups or the kernels in force are others than at its last step. No device is
+waited for.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import warnings
+import weakref
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from esper.execution.optimizer_state import KernelParameter, give_back, name_states
+from esper.forking import ModuleLock
+
+__all__ = ["KernelParameter", "Kernels", "kernels_changed"]
+
+_LOG = logging.getLogger("esper.execution")
+_NOT_OPTIONS = frozenset({"params", "param_names"})
+_PATIENCE = 2
+"""After how many steps of the host's optimizer a kernel is asked for in all optimizers there are."""
+
+
+class Kernels(Protocol):
+    """The kernels in force in one model."""
+
+    def kernel_parameters_in_force(self) -> Iterable[KernelParameter]:
+        """All of their parameters."""
+        ...
+
+    def model_parameters(self) -> Iterable[Tensor]:
+        """Those of the whole model."""
+        ...
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What an optimizer was like at its last step."""
+
+    signature: tuple[Any, ...] = ()
+    loaded: bool = True
+    """Whether its state may be another one since."""
+    names_kernels: bool = False
+    unheld: list[KernelParameter] = field(default_factory=list)
+    """Kernels that learn, beside parameters of this optimizer, and stood in no optimizer so far."""
+
+
+class _Optimizers:
+    """The optimizers of this process. Its hooks run on whatever thread takes a step; the lock is held for moments."""
+
+    def __init__(self) -> None:
+        self._lock = ModuleLock()
+        self._models: weakref.WeakSet[Kernels] = weakref.WeakSet()
+        self._numbers = itertools.count(1)
+        self._version = 0
+        self._seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
+        self._held: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # kernel parameters that an optimizer holds or has held
+        self._steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # others: with how many steps of the host they had a gradient
+        self._hooked = False
+
+    def changed(self, model: Kernels) -> None:
+        with self._lock.held():
+            self._models.add(model)
+            self._version = next(self._numbers)
+            if not self._hooked:
+                self._hooked = True
+                register_optimizer_step_pre_hook(self.before_step)
+                register_optimizer_step_post_hook(self.after_step)
+
+    def _known(self) -> dict[int, KernelParameter]:
+        with self._lock.held():
+            models = list(self._models)
+        return {id(each.parameter): each for model in models for each in model.kernel_parameters_in_force()}
+
+    # -- before a step ---------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        version, groups = self._version, _shape(optimizer)
+        seen = self._seen.get(optimizer)
+        if seen is not None and seen.signature == (version, groups) and not seen.loaded:
+            return
+        left: list[str] = []
+        try:
+            seen = seen or self._seen.setdefault(optimizer, _Seen())
+            left = self._look(optimizer, seen)
+            seen.signature = version, _shape(optimizer)
+        except Exception:  # noqa: BLE001  # a fault of ours must not end a user's step
+            _LOG.exception("an optimizer's kernels could not be looked at")
+        if left:
+            warnings.warn(
+                f"the optimizer's loaded state has nothing for {_listed(left)}, which begin without: it was saved with "
+                "other kernels",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _look(self, optimizer: Optimizer, seen: _Seen) -> list[str]:
+        """Put right what is not; the kernels that a loaded state has nothing for."""
+        known = self._known()
+        holds = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        mine = {key: kernel for key, kernel in known.items() if key in holds}
+        for kernel in mine.values():
+            self._held[kernel.parameter] = True
+        left: list[str] = []
+        if mine:
+            if not seen.names_kernels:
+                self._register(optimizer, seen)
+            left = give_back(optimizer, mine) if seen.loaded else []
+            _join_groups(optimizer, mine)
+        seen.loaded = False
+        with self._lock.held():
+            models = list(self._models)
+        seen.unheld = [
+            each
+            for model in models
+            if any(id(parameter) in holds for parameter in model.model_parameters())
+            for each in model.kernel_parameters_in_force()
+            if each.parameter.requires_grad and each.parameter not in self._held
+        ]
+        return left
+
+    def _register(self, optimizer: Optimizer, seen: _Seen) -> None:
+        """From now on its saved states have the kernels' names, and a load is noted. There may have been one before."""
+        seen.names_kernels = seen.loaded = True
+
+        def naming(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+            name_states(optimizer, saved, self._known())
+
+        def loaded(_: Optimizer) -> None:
+            seen.loaded = True
+
+        optimizer.register_state_dict_post_hook(naming)
+        optimizer.register_load_state_dict_post_hook(loaded)
+
+    # -- after a step ----------------------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        seen = self._seen.get(optimizer)
+        if seen is None or not seen.unheld:
+            return
+        found: list[str] = []
+        try:
+            found = self._drop_gradients(seen)
+        except Exception:  # noqa: BLE001  # as above
+            _LOG.exception("gradients of kernels in no optimizer could not be dropped")
+        if found:
+            warnings.warn(
+                f"the kernels of {_listed(found)} are trainable and stand in no optimizer, so they do not learn: "
+                'optimizer.add_param_group({"params": ...}) takes their parameters, model.seed_parameters() has them. '
+                "Their gradients are dropped after each step meanwhile, or they would add up",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _drop_gradients(self, seen: _Seen) -> list[str]:
+        """Returns the kernels for which that is done for the first time."""
+        piling = [each for each in seen.unheld if each.parameter.grad is not None]
+        asking = []
+        for each in piling:
+            steps = self._steps[each.parameter] = self._steps.get(each.parameter, 0) + 1
+            asking += [each] if steps == _PATIENCE else []
+        if asking:
+            self._ask_all_optimizers({id(each.parameter): each for each in asking})
+        for each in piling:
+            if each.parameter not in self._held and self._steps[each.parameter] >= _PATIENCE:
+                each.parameter.grad = None
+        seen.unheld = [each for each in seen.unheld if each.parameter not in self._held]
+        return list(dict.fromkeys(each.owner for each in asking if each.parameter not in self._held))
+
+    def _ask_all_optimizers(self, kernels: dict[int, KernelParameter]) -> None:
+        """One of them may hold kernels and not have taken a step yet. Looked for once for each kernel."""
+        for optimizer in [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in kernels:
+                        self._held[parameter] = True
+
+
+def _shape(optimizer: Optimizer) -> list[int]:
+    """What changes when a group or a parameter is added or removed."""
+    return [number for group in optimizer.param_groups for number in (id(group["params"]), len(group["params"]))]
+
+
+def _join_groups(optimizer: Optimizer, kernels: dict[int, KernelParameter]) -> None:
+    """Have the kernels of groups that came after a scheduler was made go on in a group that it knows.
+
+    Every scheduler of torch writes `initial_lr` into the groups that it is made for, except `ReduceLROnPlateau`, which
+    takes new groups.
+    """
+    groups = optimizer.param_groups
+    scheduled = [group for group in groups if "initial_lr" in group]
+    if not scheduled or len(scheduled) == len(groups):
+        return
+    home = {id(parameter): group for group in scheduled for parameter in group["params"]}
+    joined = []
+    for group in groups:
+        parameters = group["params"]
+        if "initial_lr" in group or not parameters or not all(id(each) in kernels for each in parameters):
+            continue
+        if not _all_default(group, optimizer.defaults):
+            _LOG.warning(
+                "a group of kernels with options of its own was added after a learning-rate scheduler was made: if the "
+                "scheduler cannot take more groups, make it anew, or add the kernels without options"
+            )
+            continue
+        joined.append(id(group))
+        names = group.get("param_names", [None] * len(parameters))
+        for parameter, name in zip(parameters, names, strict=True):
+            target = home.get(id(kernels[id(parameter)].beside), scheduled[0])
+            target["params"].append(parameter)
+            if "param_names" in target:
+                target["param_names"].append(name)
+    groups[:] = [group for group in groups if id(group) not in joined]
+
+
+def _all_default(group: dict[str, Any], defaults: dict[str, Any]) -> bool:
+    """Whether a group was given nothing but its parameters."""
+    return all(_same(value, defaults.get(name)) for name, value in group.items() if name not in _NOT_OPTIONS)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, Tensor) and type(value) is type(default) and value == default)
+
+
+def _listed(kernels: list[str]) -> str:
+    return ", ".join(kernels[:4]) + (f" and {len(kernels) - 4} more" if len(kernels) > 4 else "")
+
+
+_optimizers = _Optimizers()
+
+
+def kernels_changed(model: Kernels) -> None:
+    """Other kernels of `model` are in force than before."""
+    _optimizers.changed(model)
