@@ -530,11 +530,6 @@ class Ambient:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """These settings; for a process of its own, where nothing has to be put back but what is scoped anyway."""
-        from torch._functorch import config as functorch_config
-        from torch._inductor import config as inductor_config
-        from torch.compiler import config as compiler_config
-        from torch.fx.experimental import _config as shape_config
-
         if self.cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache_dir
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
@@ -544,10 +539,8 @@ class Ambient:
                 _set_flag(name, value)
         threads = {} if "cpp.threads" in self.inductor else {"cpp.threads": self.threads}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(inductor_config.patch({**threads, **self.inductor}))
-            stack.enter_context(functorch_config.patch(dict(self.functorch)))
-            stack.enter_context(shape_config.patch(dict(self.shapes)))
-            stack.enter_context(compiler_config.patch(dict(self.caching)))
+            for name, config in _configs().items():
+                stack.enter_context(config.patch({**(threads if name == "inductor" else {}), **getattr(self, name)}))
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for device, enabled, dtype in self.autocast:
@@ -577,23 +570,24 @@ def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]
     )
 
 
+def _configs() -> dict[str, Any]:
+    """Torch's modules of compiler settings, by the field of :class:`Ambient`."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch.compiler import config as caching
+    from torch.fx.experimental import _config as shapes
+
+    return {"inductor": inductor, "functorch": functorch, "shapes": shapes, "caching": caching}
+
+
 def _unguarded_settings(config_patches: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of :class:`Ambient`; those of torch's compilers may be seen by this context alone, see `contextvars`."""
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-    from torch.compiler import config as compiler_config
-    from torch.fx.experimental import _config as shape_config
-
-    inductor = _changed_settings(inductor_config)
-    inductor = {name: value for name, value in inductor.items() if not name.startswith(_LOCAL_TO_A_PROCESS)}
-    functorch = _changed_settings(functorch_config)
-    functorch.pop("donated_buffer", None)  # see compile_graph
-    configs = {
-        "inductor": {**inductor, **config_patches},
-        "functorch": functorch,
-        "shapes": _changed_settings(shape_config),
-        "caching": _changed_settings(compiler_config),
-    }
+    configs = {field: _changed_settings(config) for field, config in _configs().items()}
+    for name in [name for name in configs["inductor"] if name.startswith(_LOCAL_TO_A_PROCESS)]:
+        del configs["inductor"][name]
+    configs["caching"] = {name: value for name, value in configs["caching"].items() if name == "cache_key_tag"}
+    configs["inductor"].update(config_patches)
+    configs["functorch"].pop("donated_buffer", None)  # see compile_graph
     for name, value in (each for config in configs.values() for each in config.items()):
         try:
             pickle.dumps(value)
@@ -627,7 +621,7 @@ operator (`set_float32_matmul_precision` sets some of them), which kinds of atte
 
 def _flag(name: str) -> Any:
     if name in _FLAGS[: 1 + len(_PRECISIONS)]:
-        return torch._C._get_fp32_precision_getter(*name.split("."))  # type: ignore[attr-defined]  # missing in its stubs
+        return torch._C._get_fp32_precision_getter(*name.split("."))
     if name in _ATTENTIONS:
         return getattr(torch.backends.cuda, f"{name}_enabled")()
     return operator.attrgetter(name)(torch.backends)
@@ -636,7 +630,8 @@ def _flag(name: str) -> Any:
 def _set_flag(name: str, value: Any) -> None:
     """For a process of its own."""
     if name in _FLAGS[: 1 + len(_PRECISIONS)]:
-        torch._C._set_fp32_precision_setter(*name.split("."), value)  # type: ignore[attr-defined]  # missing in its stubs
+        bound: Any = torch._C
+        bound._set_fp32_precision_setter(*name.split("."), value)
     elif name in _ATTENTIONS:
         getattr(torch.backends.cuda, f"enable_{name}")(value)
     else:
@@ -689,8 +684,8 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     module.meta["dynamo_compile_id"] = None
     module._param_name_to_source = {}  # type: ignore[assignment]  # with which AOTAutograd looks for static inputs
     from torch._inductor import config as inductor_config
-    from torch.compiler import config as compiler_config
 
+    caching = _configs()["caching"]
     cacheable = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
     cacheable.update(inductor_config.unsafe_marked_cacheable_functions)
     with (
@@ -700,7 +695,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
             donated_buffer=False,
         ),
         # Inductor's cache takes a backward with donated buffers and one without for the same (torch 2.11 to 2.13)
-        compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag} nothing donated"),
+        caching.patch(cache_key_tag=f"{caching.cache_key_tag} nothing donated"),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
         _no_library_cut_short(),
     ):
