@@ -8,7 +8,7 @@ from typing import Self
 
 from esper import Blueprint, Platform
 from esper.artifacts import Artifact, Attachment, SigningKey, Target, artifact_message, build_artifact
-from esper.compiler.attachment import with_latencies
+from esper.compiler.attachment import read_payload, with_latencies
 from esper.contracts.validation import ValidationReport
 from esper.services.contracts import KernelMetadata
 
@@ -68,4 +68,4 @@ def compiled_code(platform: Platform, artifact_id: str) -> bytes:
     """What a platform's worker has compiled for a kernel."""
     packed = platform.kernel_source.attachment(artifact_id, Target.current("cpu").key)
     assert packed is not None
-    return Attachment.unpack(packed).payload.partition(b"\n")[2]
+    return read_payload(Attachment.unpack(packed).payload)[1]

@@ -24,7 +24,14 @@ from esper.compiler.attachment_trial import try_attachment
 from esper.execution.loaded_kernel import CompiledAttachment, LoadedKernel
 from esper.execution.sources import KernelSource
 
-__all__ = ["CompiledKernel", "attach_from", "compile_attachment", "load_attachment", "with_latencies"]
+__all__ = [
+    "CompiledKernel",
+    "attach_from",
+    "compile_attachment",
+    "load_attachment",
+    "read_payload",
+    "with_latencies",
+]
 
 _LOG = logging.getLogger("esper.compiler")
 
@@ -85,8 +92,11 @@ def with_latencies(compiled_code: bytes, latencies: Sequence[tuple[int, float, f
     return canonical_json({"latencies": [list(each) for each in latencies]}).encode() + b"\n" + compiled_code
 
 
-def _measured(payload: bytes) -> tuple[list[tuple[int, bool]], bytes]:
-    """For which numbers of rows the code of a payload is faster than the graph, and the code."""
+def read_payload(payload: bytes) -> tuple[list[tuple[int, bool]], bytes]:
+    """For which numbers of rows the code of a payload is faster than the graph, and the code.
+
+    Check the signature first. Raises `AttachmentError` for what an earlier version of Esper made.
+    """
     line, end, compiled_code = payload.partition(b"\n")
     if not end or not line.startswith(b"{"):
         raise AttachmentError("it does not say how fast it is: it was made by an earlier version of Esper")
@@ -115,7 +125,7 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
         if (attachment.artifact_id, attachment.target.key) != (kernel.artifact_id, target.key):
             raise AttachmentError("it was made for another kernel or another machine")
         attachment.verify(trust)
-        measured, compiled_code = _measured(attachment.payload)
+        measured, compiled_code = read_payload(attachment.payload)
     except Exception as error:  # noqa: BLE001  # the kernel's graph runs, which is never worse than slower
         _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
         return

@@ -43,6 +43,7 @@ def kernel(platform: Platform) -> str:
 @pytest.fixture
 def faster(platform: Platform, kernel: str, tmp_path: Path) -> Iterator[KernelShelf]:
     """A platform with the same kernel, whose compiled code is said to be faster than its graph."""
+    (tmp_path / "shelf").mkdir()
     with KernelShelf(tmp_path / "shelf") as shelf:
         assert shelf.put(BLUEPRINT).id == kernel
         shelf.attach(kernel, compiled_code(platform, kernel))

@@ -25,7 +25,7 @@ BOTTLENECK = Blueprint.bottleneck(4, 6, rank=3, start="kaiming", activation="tan
 def gradients_of_two_losses(run: nn.Module, model: nn.Module, x: Tensor) -> list[Tensor]:
     """By two backwards of one forward."""
     model.zero_grad()
-    y = run(x)
+    y = run(x.detach().requires_grad_())  # as in `agrees`, or Dynamo captures another graph
     y.square().sum().backward(retain_graph=True)
     y.sum().backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -33,7 +33,7 @@ def gradients_of_two_losses(run: nn.Module, model: nn.Module, x: Tensor) -> list
 
 def gradients_of_their_sum(model: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
-    y = model(x)
+    y = model(x.detach().requires_grad_())
     (y.square().sum() + y.sum()).backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
