@@ -29,6 +29,8 @@ BLUEPRINTS = {
     "gated": Blueprint.gated_mlp(8, 6, hidden=5, start="kaiming"),
     "identity": Blueprint.bottleneck(8, 6, rank=2, start="identity"),
 }
+ARTIFACTS = {name: build_artifact(blueprint) for name, blueprint in BLUEPRINTS.items()}
+KERNELS = {name: fx.GraphModule(nn.Module(), artifact.graph.to_fx()) for name, artifact in ARTIFACTS.items()}
 SETUPS: dict[str, list[dict[str, Any]]] = {
     "trainable": [{"kernel": "bottleneck", "trainable": True}],
     "frozen": [{"kernel": "bottleneck"}],
@@ -61,7 +63,7 @@ def grown(platform: Platform, setup: Sequence[Mapping[str, Any]], mode: Any) -> 
     model = esper.wrap(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1)), platform=platform, mode=mode)
     for seed, each in enumerate(setup):
         options = {name: value for name, value in each.items() if name != "kernel"}
-        load(model, "0", seed, build_artifact(BLUEPRINTS[each["kernel"]]).id, alpha=ALPHA, **options)
+        load(model, "0", seed, ARTIFACTS[each["kernel"]].id, alpha=ALPHA, **options)
     return model
 
 
@@ -76,8 +78,7 @@ def formula(model: esper.MorphableModel, setup: Sequence[Mapping[str, Any]]) -> 
         y = host = F.linear(x, values["0.weight"], values["0.bias"])
         for seed, each in enumerate(setup):
             given, beside = (x.detach(), host.detach()) if each.get("isolate") else (x, host)
-            graph = build_artifact(BLUEPRINTS[each["kernel"]]).graph
-            kernel = fx.GraphModule(nn.Module(), graph.to_fx())
+            graph, kernel = ARTIFACTS[each["kernel"]].graph, KERNELS[each["kernel"]]
             own = [values[f"_esper.0:{seed}.{name}"] for name in graph.parameter_names]
             y = torch.lerp(y, kernel(given, *([beside] if graph.uses_host else []), *own), ALPHA)
         return F.linear(torch.tanh(y), values["2.weight"], values["2.bias"])
