@@ -58,11 +58,15 @@ def _executor(model: esper.MorphableModel) -> AttachedKernel:
 
 
 def _unpacked(model: esper.MorphableModel, x: torch.Tensor) -> AttachedKernel:
-    """The executor, once a forward without gradients has had its code unpacked."""
+    """The executor, once forwards without gradients have had its code unpacked."""
     executor = _executor(model)
-    with torch.no_grad():
-        model(x)
-    wait_until(lambda: executor.attachment.call, "the unpacking of an attachment")
+
+    def unpacked() -> bool:
+        with torch.no_grad():
+            model(x)  # the first that runs the executor asks for it
+        return executor.attachment.call is not None
+
+    wait_until(unpacked, "the unpacking of an attachment")
     return executor
 
 
