@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import gc
 import hashlib
 import io
 import marshal
 import math
+import operator
 import os
 import pickle
 import platform
@@ -20,7 +22,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +61,7 @@ __all__ = [
     "static_inputs",
     "system_factors",
     "unpack_graph",
+    "without_collections",
 ]
 
 
@@ -318,6 +321,25 @@ def deserialise_compiled(data: bytes) -> Callable[..., Any]:
     return loaded
 
 
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collection in this process meanwhile, and none soon because of what was made meanwhile.
+
+    For imports of much code, on any thread: what they make stays, and looking through it would stop every thread for
+    some hundred milliseconds. It counts as old, so that only a full collection looks at it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else what the program has frozen would be thawed
+            gc.freeze()
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
 class NotSendableError(Exception):
     """A Dynamo graph that no other process can be given; the message says why."""
 
@@ -487,7 +509,11 @@ def unpack_graph(data: bytes) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class Ambient:
-    """The process-wide settings under which a graph was captured, and which its compilation depends on."""
+    """The settings that the compilation of a graph depends on.
+
+    Those up to `threads` are the ones under which it was captured: Dynamo guards on them, and captures a graph anew
+    when they change. On the others it has no guard: :meth:`renewed` has what they have become.
+    """
 
     grad: bool
     inference: bool
@@ -495,27 +521,33 @@ class Ambient:
     autocast_cache: bool
     deterministic: tuple[bool, bool]
     default_dtype: torch.dtype
-    matmul_precision: str
     threads: int
     cache_dir: str | None
+    flags: tuple[tuple[str, Any], ...]
+    """Of `torch.backends`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     functorch: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Any] = field(default_factory=dict)
+    caching: Mapping[str, Any] = field(default_factory=dict)
+
+    def renewed(self, config_patches: Mapping[str, Any]) -> Ambient:
+        """With the settings that are in force now where Dynamo has no guard; as for :func:`ambient_state`."""
+        return replace(self, **_unguarded_settings(config_patches))
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """These settings; for a process of its own, where nothing has to be put back but what is scoped anyway."""
-        from torch._functorch import config as functorch_config
-        from torch._inductor import config as inductor_config
-
         if self.cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache_dir
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         torch.set_default_dtype(self.default_dtype)
-        torch.set_float32_matmul_precision(self.matmul_precision)
+        for name, value in self.flags:
+            if _flag(name) != value:
+                _set_flag(name, value)
         threads = {} if "cpp.threads" in self.inductor else {"cpp.threads": self.threads}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(inductor_config.patch({**threads, **self.inductor}))
-            stack.enter_context(functorch_config.patch(dict(self.functorch)))
+            for name, config in _configs().items():
+                stack.enter_context(config.patch({**(threads if name == "inductor" else {}), **getattr(self, name)}))
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for device, enabled, dtype in self.autocast:
@@ -533,31 +565,85 @@ def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]
 
     Raises :class:`NotSendableError` for a setting that is a function or anything else that pickle refuses.
     """
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-
-    inductor = _changed_settings(inductor_config)
-    inductor = {name: value for name, value in inductor.items() if not name.startswith(_LOCAL_TO_A_PROCESS)}
-    functorch = _changed_settings(functorch_config)
-    ambient = Ambient(
+    return Ambient(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
         torch.is_autocast_cache_enabled(),
         (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
-        os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
-        {**inductor, **config_patches},
-        functorch,
+        **_unguarded_settings(config_patches),
     )
-    for name, value in (*ambient.inductor.items(), *ambient.functorch.items()):
+
+
+def _configs() -> dict[str, Any]:
+    """Torch's modules of compiler settings, by the field of :class:`Ambient`."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch.compiler import config as caching
+    from torch.fx.experimental import _config as shapes
+
+    return {"inductor": inductor, "functorch": functorch, "shapes": shapes, "caching": caching}
+
+
+def _unguarded_settings(config_patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`Ambient`; those of torch's compilers may be seen by this context alone, see `contextvars`."""
+    configs = {field: _changed_settings(config) for field, config in _configs().items()}
+    for name in [name for name in configs["inductor"] if name.startswith(_LOCAL_TO_A_PROCESS)]:
+        del configs["inductor"][name]
+    configs["caching"] = {name: value for name, value in configs["caching"].items() if name == "cache_key_tag"}
+    configs["inductor"].update(config_patches)
+    configs["functorch"].pop("donated_buffer", None)  # see compile_graph
+    for name, value in (each for config in configs.values() for each in config.items()):
         try:
             pickle.dumps(value)
         except Exception as error:  # pickle raises almost anything
             raise NotSendableError(f"the compiler setting {name} cannot be sent: {error}") from error
-    return ambient
+    flags = tuple((name, _flag(name)) for name in _FLAGS)
+    return {"cache_dir": os.environ.get("TORCHINDUCTOR_CACHE_DIR"), "flags": flags, **configs}
+
+
+_PRECISIONS = [
+    f"{backend}.{operator}" for backend in ("cuda", "mkldnn") for operator in ("all", "matmul", "conv", "rnn")
+]
+_ATTENTIONS = [f"{kind}_sdp" for kind in ("flash", "mem_efficient", "math", "cudnn")]
+_FLAGS = (
+    "generic.all",
+    *_PRECISIONS,
+    *_ATTENTIONS,
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "opt_einsum.enabled",
+    "opt_einsum.strategy",
+)
+"""What AOTAutograd or Inductor reads of `torch.backends`: the precision of products of float32 numbers by backend and
+operator (`set_float32_matmul_precision` sets some of them), which kinds of attention may be used, attributes."""
+
+
+def _flag(name: str) -> Any:
+    if name in _FLAGS[: 1 + len(_PRECISIONS)]:
+        return torch._C._get_fp32_precision_getter(*name.split("."))
+    if name in _ATTENTIONS:
+        return getattr(torch.backends.cuda, f"{name}_enabled")()
+    return operator.attrgetter(name)(torch.backends)
+
+
+def _set_flag(name: str, value: Any) -> None:
+    """For a process of its own."""
+    if name in _FLAGS[: 1 + len(_PRECISIONS)]:
+        bound: Any = torch._C
+        bound._set_fp32_precision_setter(*name.split("."), value)
+    elif name in _ATTENTIONS:
+        getattr(torch.backends.cuda, f"enable_{name}")(value)
+    else:
+        owner, _, attribute = name.rpartition(".")
+        setattr(operator.attrgetter(owner)(torch.backends), attribute, value)
 
 
 def _changed_settings(config: Any) -> dict[str, Any]:
@@ -584,9 +670,11 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     """Compile forward and backward with Inductor; returns what :func:`load_graph` loads with little Python.
 
     `module` is a graph whose placeholders have fake values. `shared` are the positions of inputs that share memory
-    with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. Slow,
-    and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to
-    an input that shares memory, and what the compiler raises.
+    with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. The
+    backward leaves alone what the forward saved for it: whether a second backward will want it is not known here.
+    (AOTAutograd compiles at the first backward, which tells, and calls what may be overwritten "donated buffers".)
+    Slow, and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph
+    writes to an input that shares memory, and what the compiler raises.
     """
     from torch._dynamo.source import ConstantSource
     from torch._functorch import config as functorch_config
@@ -604,13 +692,17 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     module._param_name_to_source = {}  # type: ignore[assignment]  # with which AOTAutograd looks for static inputs
     from torch._inductor import config as inductor_config
 
+    caching = _configs()["caching"]
     cacheable = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
     cacheable.update(inductor_config.unsafe_marked_cacheable_functions)
     with (
         functorch_config.patch(
             force_non_lazy_backward_lowering=True,  # torch 2.11 compiles backwards on first use
             autograd_cache_allow_custom_autograd_functions=True,
+            donated_buffer=False,
         ),
+        # Inductor's cache takes a backward with donated buffers and one without for the same (torch 2.11 to 2.13)
+        caching.patch(cache_key_tag=f"{caching.cache_key_tag} nothing donated"),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
         _no_library_cut_short(),
     ):
@@ -620,6 +712,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
         except TypeError as error:  # there is no `serialize` where AOTAutograd's cache has refused the graph
             raise NotSendableError("AOTAutograd's cache does not take it") from error
         entry, *kernels = pickle.loads(serialised)
+    entry.runtime_metadata.bw_donated_idxs = []  # as AOTAutograd has it where the first backward keeps the graph
     written = [
         i for i, each in enumerate(entry.runtime_metadata.input_info) if each.mutates_data or each.mutates_metadata
     ]

@@ -8,7 +8,7 @@ import weakref
 from esper.compiler.dispatcher import Dispatcher
 from esper.compiler.errors import WorkersClosedError
 from esper.compiler.variant_cache import Variant
-from esper.compiler.variant_compiler import VariantCompiler
+from esper.compiler.variant_compiler import Compilation, VariantCompiler
 from esper.errors import EsperError
 from esper.execution.background import BackgroundThread
 from esper.execution.plan import Plan
@@ -33,7 +33,7 @@ def _compile(waiting: weakref.ref[Dispatcher], compiler: VariantCompiler, plan: 
     variant: Variant | None
     try:
         started = compiler.start(plan)
-        variant = started if isinstance(started, Variant) else started.finish()
+        variant = started.finish() if isinstance(started, Compilation) else started
     except WorkersClosedError:  # the process ends
         return
     except Exception as error:  # noqa: BLE001  # whatever it is, the graph goes on as it is, and the report says why

@@ -110,15 +110,16 @@ class Dispatcher:
     def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
         """Begin to make the variant that `plan` needs, unless it is there or has to be compiled at its first call."""
         wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
-        if self._variants.get(wanted.structure) is not None:
+        known = self._variants.get(wanted.structure)
+        if known is not None and (wanted.is_dormant or self._compiler.is_current(known, runtime.settings)):
             return None
         self._compiler.check(wanted)
         if not self._compiler.remote:
             if self._compiler.options.inner_name == "eager":
                 self._variants.put(wanted.structure, self._compiler.uncompiled(wanted))
             return None
-        started = self._compiler.start(wanted)
-        if isinstance(started, Variant):
+        started = self._compiler.start(wanted, runtime.settings)
+        if not isinstance(started, Compilation):
             self._variants.put(wanted.structure, started)
             return None
         self._under_way += 1

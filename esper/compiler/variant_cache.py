@@ -29,6 +29,8 @@ class Variant:
     seconds: float | None = None
     size_bytes: int | None = None
     reason: str = ""
+    settings: str = ""
+    """Of torch, under which it was compiled; empty if they are not to be looked at again."""
 
 
 class VariantCache:

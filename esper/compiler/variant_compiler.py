@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import Context
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,7 +30,7 @@ from esper_passes.inline_kernels import closed_sites
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
 _LOG = logging.getLogger("esper.compiler")
-_FORMAT = "1"  # of what a stored variant holds
+_FORMAT = "2"  # of what a stored variant holds
 _PAUSE_SECONDS = 0.001  # between two pieces of loading, in which the training thread has the interpreter's lock
 
 
@@ -58,8 +59,15 @@ _REMEDY = 'options={"fallback": "eager"} runs such graphs uncompiled'
 class Compilation:
     """A variant under way. `future`, if there is one, is done when :meth:`finish` need not wait."""
 
-    def __init__(self, compiler: VariantCompiler, plan: Plan, key: VariantKey | None, future: Future[bytes]) -> None:
-        self._compiler, self._plan, self._key = compiler, plan, key
+    def __init__(
+        self,
+        compiler: VariantCompiler,
+        plan: Plan,
+        ambient: torch_internals.Ambient,
+        key: VariantKey | None,
+        future: Future[bytes],
+    ) -> None:
+        self._compiler, self._plan, self._ambient, self._key = compiler, plan, ambient, key
         self._started = time.perf_counter()
         self.future = future
 
@@ -68,7 +76,7 @@ class Compilation:
 
         Raises :class:`VariantCompilationError` and what the pool raises.
         """
-        return self._compiler._finish(self._plan, self._key, self.future, self._started)
+        return self._compiler._finish(self._plan, self._ambient, self._key, self.future, self._started)
 
     def abandon(self) -> None:
         """Instead of :meth:`finish`: what no worker has begun is called off, the rest is kept in the store."""
@@ -126,8 +134,7 @@ class VariantCompiler:
         except torch_internals.NotSendableError as error:
             self._keep_here(str(error))
         else:
-            settings = repr(self._job.ambient)
-            self._factors = {"format": _FORMAT, **_system(), "graph": self._describe(), "settings": settings}
+            self._factors = {"format": _FORMAT, **_system(), "graph": self._describe()}
             try:
                 default_workers().warm()
             except EsperError as error:  # the settings cannot be used, which must not end the user's forward
@@ -166,25 +173,57 @@ class VariantCompiler:
             parameters = [replace(each, dtype=weight.dtype, device=weight.device) for each in parameters]
         return SeedSpec(seed.kernel.graph, tuple(parameters), seed.isolate, seed.constant_alpha)
 
-    def start(self, plan: Plan) -> Compilation | Variant:
-        """Have a variant for `plan` compiled; a stored one is loaded at once. Only if `remote`."""
+    def _ambient(self, context: Context | None) -> torch_internals.Ambient:
+        """The settings for a compilation: those of the capture, renewed by what `context` sees."""
         assert self._job is not None
+        assert isinstance(self.options.inner, Inductor)
+        ambient, patches = self._job.ambient, self.options.inner.config_patches
+        return ambient if context is None else context.copy().run(ambient.renewed, patches)
+
+    def is_current(self, variant: Variant, context: Context) -> bool:
+        """Whether `variant` would be compiled as it was, under the settings that `context` sees."""
+        if not self.remote or not variant.settings:
+            return True
+        try:
+            return variant.settings == repr(self._ambient(context))
+        except torch_internals.NotSendableError:
+            return False
+
+    def start(self, plan: Plan, context: Context | None = None) -> Compilation | Variant | None:
+        """Have a variant for `plan` compiled, under the settings that `context` sees; a stored one is loaded at once.
+
+        Only if `remote`. None if it turns out that this process has to compile it.
+        """
+        assert self._job is not None
+        try:
+            ambient = self._ambient(context)
+        except torch_internals.NotSendableError as error:
+            self._keep_here(str(error))
+            return None
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
             by_site = [(self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items()]
-            key = VariantKey.of({**self._factors, "plan": repr(by_site), "batched": str(self.options.batch_seeds)})
+            of_variant = {"plan": repr(by_site), "batched": str(self.options.batch_seeds), "settings": repr(ambient)}
+            key = VariantKey.of({**self._factors, **of_variant})
             stored = store.get(key)
             if stored is not None:
                 started = time.perf_counter()
                 try:
-                    return self._load(stored, plan, "store", started)
+                    return self._load(stored, plan, ambient, "store", started)
                 except Exception as error:  # noqa: BLE001  # whatever keeps it from being loaded, it is a miss
                     _LOG.info("a stored variant of %s is not used: %s: %s", self.name, type(error).__name__, error)
-        job = VariantJob(**{**vars(self._job), "seeds": seeds})
-        return Compilation(self, plan, key, default_workers().submit(job.pack()))
+        job = replace(self._job, seeds=seeds, ambient=ambient)
+        return Compilation(self, plan, ambient, key, default_workers().submit(job.pack()))
 
-    def _finish(self, plan: Plan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
+    def _finish(
+        self,
+        plan: Plan,
+        ambient: torch_internals.Ambient,
+        key: VariantKey | None,
+        future: Future[bytes],
+        started: float,
+    ) -> Variant | None:
         try:
             payload = future.result()
         except WorkersClosedError:
@@ -200,7 +239,7 @@ class VariantCompiler:
                 raise VariantCompilationError.of(self.name, error) from error
             raise
         try:
-            variant = self._load(payload, plan, "worker", started)
+            variant = self._load(payload, plan, ambient, "worker", started)
         except torch_internals.StaleVariantError as error:
             raise VariantCompilationError(
                 f"what a worker compiled for {self.name} cannot be loaded: {error}"
@@ -213,15 +252,15 @@ class VariantCompiler:
         if store is not None and key is not None:
             store.put(key, payload)
 
-    def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
-        assert self._job is not None
-        patches = self._job.ambient.inductor
-        call, assumption = torch_internals.load_graph(payload, patches, lambda: time.sleep(_PAUSE_SECONDS))
+    def _load(
+        self, payload: bytes, plan: Plan, ambient: torch_internals.Ambient, origin: Any, started: float
+    ) -> Variant:
+        call, assumption = torch_internals.load_graph(payload, ambient.inductor, lambda: time.sleep(_PAUSE_SECONDS))
         if assumption is not None:
             call = self._guarded(call, assumption, plan)
         seconds = time.perf_counter() - started
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
-        return Variant(call, origin, seconds, len(payload))
+        return Variant(call, origin, seconds, len(payload), settings=repr(ambient))
 
     def check(self, plan: Plan) -> None:
         """Raise :class:`VariantCompilationError` for kernels that no variant of this graph can have."""

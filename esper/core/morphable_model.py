@@ -118,8 +118,6 @@ class MorphableModel(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
-        if requires_grad:
-            self._esper.own_memory()
         super().requires_grad_(requires_grad)
         self.runtime.refresh()  # what is compiled depends on it
         return self

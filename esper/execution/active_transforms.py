@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-__all__ = ["transforms_active", "write_count"]
+__all__ = ["transforms_active"]
 
 
 def transforms_active() -> bool:
@@ -29,8 +29,3 @@ def _function_modes_active() -> bool:
         not isinstance(torch._C._get_function_stack_at(index), DeviceContext)
         for index in range(torch._C._len_torch_function_stack())
     )
-
-
-def write_count(tensor: torch.Tensor) -> int:
-    """How often `tensor`, or an alias of it that autograd knows, has been written in place."""
-    return tensor._version

@@ -61,11 +61,6 @@ class KernelBank(nn.Module):
         """The parameters that learn."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def own_memory(self) -> None:
-        """Give every kernel in force memory of its own: someone may write to its parameters."""
-        for seed in self._plan.seeds():
-            seed.kernel.module.own_memory()
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move kernels, staged ones too, as any module's parameters; the state changes device but never dtype."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -58,14 +58,10 @@ class KernelPool:
         self.bytes = sum(kernel.size_bytes for kernel in self.kernels.values())
 
     def find(self, artifact_id: str) -> LoadedKernel | None:
-        """The cached kernel, now the most recently used; None if there is none or somebody wrote to its weights."""
+        """The cached kernel, now the most recently used; None if there is none."""
         kernel = self.kernels.get(artifact_id)
-        if kernel is None:
-            return None
-        if not kernel.template.intact:
-            self.remove(artifact_id)
-            return None
-        self.kernels.move_to_end(artifact_id)
+        if kernel is not None:
+            self.kernels.move_to_end(artifact_id)
         return kernel
 
     def remove(self, artifact_id: str) -> None:

@@ -7,6 +7,7 @@ traced or compiled. A forked child has a lock of its own.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import weakref
@@ -79,6 +80,8 @@ class Runtime:
         self.lock = threading.RLock()
         """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
+        self.settings = contextvars.copy_context()
+        """The context, and in it the settings of torch's compilers, that the thread that runs the model was seen in."""
         self._has_run = False  # the first forward says which thread that is
         self._sites: frozenset[int] = frozenset()
         reset_after_fork(self)
@@ -130,6 +133,11 @@ class Runtime:
         """Those alive now."""
         with self.lock:
             return list(self._executors)
+
+    def note_settings(self) -> None:
+        """A change is asked for, or a forward begins: take the settings under which to compile, if on its thread."""
+        if threading.get_ident() == self._thread:
+            self.settings = contextvars.copy_context()
 
     # -- staging ---------------------------------------------------------------------------------------------------
 
@@ -215,6 +223,7 @@ class Runtime:
         if torch_internals.inside_backward():
             return
         self._thread, self._has_run = threading.get_ident(), True
+        self.note_settings()
         if self._staged and self.commit_mode == "auto":
             self._flip(lambda change: change.safe())
         if self._renewed:

@@ -96,6 +96,7 @@ class Stager:
         `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        self._runtime.note_settings()
         with self._runtime.lock:
             self._requests.refuse_fossil(layer, seed)
             if layer.state.lifecycle(seed) is not _State.LOADING:

@@ -142,9 +142,8 @@ def give_seeds(layers: Mapping[str, KasminaLayer], seeds: Mapping[str, LayerSeed
     for name, given in seeds.items():
         layer = layers[name]
         for seed, kernel, isolate in given.kernels:
-            device = layer.weight.device
-            if kernel.device != device:
-                kernel = kernel.place(device) if kernel.is_untouched else _moved(kernel, device)
+            if kernel.device != layer.weight.device:
+                kernel.module.to(layer.weight.device)
             planned = SeedPlan(seed, kernel, isolate, kernel.uses_host, layer.first_seed + seed)
             state = {field: values[seed : seed + 1] for field, values in given.state.items()}
             replacements.append(SeedReplacement(layer, planned, state, tell and seed in given.scheduled))
@@ -153,11 +152,6 @@ def give_seeds(layers: Mapping[str, KasminaLayer], seeds: Mapping[str, LayerSeed
     for name, given in seeds.items():
         layers[name].state.load_state_dict(given.state)
         layers[name].seed_errors.update(given.errors)
-
-
-def _moved(kernel: LoadedKernel, device: torch.device) -> LoadedKernel:
-    kernel.module.to(device)
-    return kernel
 
 
 def keep_schedules(old: Mapping[str, KasminaLayer], new: Mapping[str, KasminaLayer]) -> None:
