@@ -36,7 +36,7 @@ class KasminaLayer(nn.Linear):
     alone: constructed directly, it has a linear layer, a state, a cache and a plan of its own.
 
     With seeds `s` active in index order the output is `y = host(x)`, then for each
-    `y = alpha_s * K_s(x) + (1 - alpha_s) * y`.
+    `y = alpha_s * K_s(x, y) + (1 - alpha_s) * y`: a kernel that reads the output is given what those before it made.
     """
 
     site: int
@@ -140,9 +140,9 @@ class KasminaLayer(nn.Linear):
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
-        y = host = torch.nn.functional.linear(x, self.weight, self.bias)
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
         for seed in self._seeds:
-            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x, host)
+            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
 
     # -- Executor --------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class LoadedKernel:
         self.template = template
         self.trainable = trainable
         self.uses_host = template.graph.uses_host
-        """Whether the graph reads the site's own linear output."""
+        """Whether the graph reads what the site has computed so far."""
         self.module = KernelModule(template, shared.tensors, trainable)
         """The graph with this use's parameters: `module(x)`, or `module(x, host)` where `uses_host`."""
         self._shared = shared  # keeps the device's weights for the next seed that asks for them
