@@ -351,13 +351,6 @@ class KasminaLayer(nn.Linear):
         if before is not None:
             self.kernel_cache.unpin(before)
 
-    def absorb(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Write `weight` and `bias` over the host's own. A backward that still needs the old values raises then."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
-            if self.bias is not None and bias is not None:
-                self.bias.copy_(bias)
-
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
         """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""
         seed = next((each for each in self._seeds if each.seed == seed_idx), None)

@@ -47,8 +47,6 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
 
 def blended(y: Tensor, seed: SeedPlan, kernel: Callable[..., Tensor], alpha: Tensor, x: Tensor) -> Tensor:
     """`alpha * kernel(x[, y]) + (1 - alpha) * y` in the dtype of `y`, what the seeds before this one have made."""
-    given = (x, y) if seed.uses_host else (x,)
-    if seed.isolate:
-        given = tuple(each.detach() for each in given)
-    output = kernel(*given)
+    given = (x.detach(), y.detach()) if seed.isolate else (x, y)
+    output = kernel(*given) if seed.uses_host else kernel(given[0])
     return torch.lerp(y, output.type_as(y), alpha.type_as(y))
