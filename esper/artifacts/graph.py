@@ -133,7 +133,7 @@ class KernelGraph:
 
     @property
     def uses_host(self) -> bool:
-        """Whether a node reads the site's own output."""
+        """Whether a node reads what the site has computed so far."""
         return any(HOST in node.inputs for node in self.nodes)
 
     @property
