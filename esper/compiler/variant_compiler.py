@@ -30,7 +30,7 @@ from esper_passes.inline_kernels import closed_sites
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
 _LOG = logging.getLogger("esper.compiler")
-_FORMAT = "2"  # of what a stored variant holds
+_FORMAT = "3"  # of what a stored variant holds; another one, too, where the arithmetic of a blend is another
 _PAUSE_SECONDS = 0.001  # between two pieces of loading, in which the training thread has the interpreter's lock
 
 

@@ -41,7 +41,7 @@ class KasminaLayer(nn.Linear):
     checkpoints go by name. In a wrapped model they are the site's number and the host's dotted name.
 
     With seeds `s` active in index order the output is `y = host(x)`, then for each
-    `y = alpha_s * K_s(x) + (1 - alpha_s) * y`.
+    `y = alpha_s * K_s(x, y) + (1 - alpha_s) * y`: a kernel that reads the output is given what those before it made.
     """
 
     layer_id: int
@@ -152,9 +152,9 @@ class KasminaLayer(nn.Linear):
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
-        y = host = torch.nn.functional.linear(x, self.weight, self.bias)
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
         for seed in self._seeds:
-            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x, host)
+            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
 
     # -- Executor --------------------------------------------------------------------------------------------------
@@ -362,13 +362,6 @@ class KasminaLayer(nn.Linear):
             self._pinned[seed_idx] = kernel_artifact_id
         if before is not None:
             self.kernel_cache.unpin(before)
-
-    def absorb(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Write `weight` and `bias` over the host's own. A backward that still needs the old values raises then."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
-            if self.bias is not None and bias is not None:
-                self.bias.copy_(bias)
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
         """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""

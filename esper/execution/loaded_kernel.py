@@ -244,7 +244,7 @@ class LoadedKernel:
         self.template = template
         self.trainable = trainable
         self.uses_host = template.graph.uses_host
-        """Whether the graph reads the site's own linear output."""
+        """Whether the graph reads what the site has computed so far."""
         self.module = module
         """The graph with this use's parameters: `module(x)`, or `module(x, host)` where `uses_host`."""
         self._device = device

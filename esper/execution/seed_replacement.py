@@ -74,7 +74,8 @@ class SeedReplacer:
                 if load is not None:
                     called_off.append(load)
                     layer.state.cancel_load(seed)
-                if (layer.site, seed) not in wanted and self._runtime.target.seed(layer.site, seed) is not None:
+                in_force = any(plan.seed(layer.site, seed) for plan in (self._runtime.plan, self._runtime.target))
+                if (layer.site, seed) not in wanted and in_force:
                     changes.append(self._removal(layer, seed))
             self._runtime.publish(*changes)
         for load in called_off:

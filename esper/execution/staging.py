@@ -8,18 +8,16 @@ thread, and end in a change published to the runtime. Whatever fails leaves the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from torch import Tensor, nn
 
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.background import BackgroundThread
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, TelemetrySink
-from esper.execution.fossils import folded, is_affine
+from esper.execution.folding import CannotFoldError, Fold
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.loaded_kernel import LoadedKernel
@@ -27,7 +25,7 @@ from esper.execution.plan import SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_records import SeedRecords
 from esper.execution.seed_replacement import SeedReplacement, SeedReplacer
-from esper.execution.seed_requests import LoadRequest, SeedRequests
+from esper.execution.seed_requests import LoadRequest, SeedRequest, SeedRequests
 from esper.execution.staging_queue import Edit, StagingQueue
 from esper.execution.state_layout import checked_alpha
 
@@ -38,21 +36,6 @@ __all__ = ["Stager"]
 
 _LOG = logging.getLogger("esper.execution")
 _State = SeedLifecycleState
-
-
-def _after_a_step(weight: Tensor) -> Callable[[], bool]:
-    """To be asked where a forward begins: whether `weight` was written to since it was asked before.
-
-    Then an optimizer has taken a step, and no backward is to come that needs the weight as an earlier forward saw it.
-    """
-    seen: int | None = None
-
-    def stepped() -> bool:
-        nonlocal seen
-        before, seen = seen, weight._version
-        return before is not None and before != seen
-
-    return stepped
 
 
 class Stager:
@@ -150,8 +133,8 @@ class Stager:
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage making `seed`'s kernel permanent, at the alpha it has now. False unless it is active.
 
-        Where it can be, it becomes part of the host's weight and bias, see :meth:`_foldable`; else it stays a kernel,
-        of a share that is a constant.
+        Where that is the same, it becomes part of the host's weight and bias, see :class:`Fold`; else it stays a
+        kernel, of a share that is a constant.
         """
         key = layer.site, seed
         with self._runtime.lock:
@@ -162,45 +145,49 @@ class Stager:
             self._requests.fossilizing.add(key)
             self._requests.take_ticket(layer, seed)
             self._runtime.forget_schedules([layer.first_seed + seed])
-            alpha, kernel = layer.state.alpha(seed), planned.kernel
-            fossil = replace(planned, constant_alpha=alpha)
-            fold = self._foldable(layer, planned)
+            request = self._requests.latest(layer, seed)
+            fold = Fold(layer, planned, layer.state.alpha(seed), lambda: self._requests.wanted(request))
+            change = self._folded(fold, request) if fold.is_exact(self._runtime.target) else self._kept(fold)
+            return self._queue.publish_when_ready(request, change)
 
-            def applied() -> Transition:
-                self._requests.fossilizing.discard(key)
-                transition = self._records.enter(layer, seed, _State.FOSSILIZED, "fossilized", kernel.artifact_id)
-                if fold:
-                    layer.pin(seed, None)
-                return transition
+    def _folded(self, fold: Fold, request: SeedRequest) -> Change:
+        """The fossil becomes part of the host's weights, or a kernel for good where it turns out that it cannot."""
+        layer, seed = fold.layer, fold.seed.seed
 
-            def first() -> None:
-                layer.absorb(*folded(layer.weight, layer.bias, kernel, alpha))
+        def applied() -> Transition:
+            transition = self._fossilized(fold)
+            layer.pin(seed, None)
+            return transition
 
-            def refused(error: Exception) -> None:
-                self._requests.fossilizing.discard(key)
-                self._records.refuse(layer, seed, error)
-
-            if fold:
-                safe = _after_a_step(layer.weight)
-                change = Change(lambda plan: plan.without_seed(*key), applied, first, safe, refused)
+        def refused(error: Exception) -> None:
+            if isinstance(error, CannotFoldError):
+                _LOG.info("the fossil in seed %d of %s stays a kernel: %s", seed, layer.layer_name, error)
+                with self._runtime.lock:
+                    self._queue.publish_when_ready(request, self._kept(fold))
             else:
-                change = Change(lambda plan: plan.with_seed(layer.site, fossil), applied, refused=refused)
-            return self._queue.publish_when_ready(self._requests.latest(layer, seed), change)
+                self._fossil_refused(fold, error)
 
-    def _foldable(self, layer: KasminaLayer, planned: SeedPlan) -> bool:
-        """Whether the host's own weight and bias can take in a fossil without changing what anything else computes.
+        return Change(lambda plan: plan.without_seed(layer.site, seed), applied, fold, fold.is_safe, refused)
 
-        Its kernel is affine and gets the layer's input undetached; the weights stand nowhere else; no seed before it is
-        blended in, and none beside it reads the layer's own output.
-        """
-        others = [each for each in self._runtime.target.sites[layer.site] if each.seed != planned.seed]
-        own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-        return (
-            is_affine(planned.kernel.graph, constant=layer.bias is not None)
-            and not planned.isolate
-            and not any(each.seed < planned.seed or each.uses_host for each in others)
-            and all(type(each) is nn.Parameter and self._runtime.uses_of(each) == 1 for each in own)
+    def _kept(self, fold: Fold) -> Change:
+        """The fossil stays a kernel, of a constant share."""
+        fossil = replace(fold.seed, constant_alpha=fold.alpha)
+
+        def refused(error: Exception) -> None:
+            self._fossil_refused(fold, error)
+
+        return Change(
+            lambda plan: plan.with_seed(fold.layer.site, fossil), lambda: self._fossilized(fold), refused=refused
         )
+
+    def _fossilized(self, fold: Fold) -> Transition:
+        seed, kernel = fold.seed.seed, fold.seed.kernel.artifact_id
+        self._requests.fossilizing.discard((fold.layer.site, seed))
+        return self._records.enter(fold.layer, seed, _State.FOSSILIZED, "fossilized", kernel)
+
+    def _fossil_refused(self, fold: Fold, error: Exception) -> None:
+        self._requests.fossilizing.discard((fold.layer.site, fold.seed.seed))
+        self._records.refuse(fold.layer, fold.seed.seed, error)
 
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.

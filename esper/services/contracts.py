@@ -72,7 +72,7 @@ class KernelMetadata(_Document):
     out_features: int = Field(ge=1)
     dtype: str
     uses_host: bool
-    """Whether the kernel reads the site's own linear output."""
+    """Whether the kernel reads what the site has computed so far."""
     parameter_count: int = Field(ge=0)
     node_count: int = Field(ge=1)
     graph_digest: str
