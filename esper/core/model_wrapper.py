@@ -13,7 +13,6 @@ from esper import torch_internals
 from esper.compiler.attachment import attach_from
 from esper.core.container_methods import with_container_methods
 from esper.core.eager import EagerExecutor
-from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.own_forward import with_own_forward
@@ -104,8 +103,7 @@ def assemble(
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
-    regions = EagerRegions(root, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
-    eager = EagerExecutor(root, runtime, layers, selection, regions)
+    eager = EagerExecutor(root, runtime, layers, selection, options.mode, root.forward)
     kind = with_container_methods(MorphableModel, type(model))
     wrapped = object.__new__(with_own_forward(kind, type(model))) if into is None else into
     wrapped.__init__(model, root, runtime, stager, layers, eager, selection, options)  # type: ignore[misc]  # see `into`

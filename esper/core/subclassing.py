@@ -9,9 +9,10 @@ __all__ = ["own_slots", "subclass_in_disguise", "undisguised"]
 
 
 class _Quiet:
-    """Keeps `__init_subclass__` of the classes that follow from hearing of a subclass that nobody wrote."""
+    """Keeps `__init_subclass__` of the classes that follow from hearing of a subclass that nobody wrote.
 
-    __slots__ = ()
+    It has no `__slots__`: an object of a class can become one of a subclass only if neither of its bases has.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing."""
