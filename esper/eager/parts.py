@@ -182,7 +182,7 @@ class Part:
         plan = planned.plan
         key = (id(traced), *(id(seed) for seed in plan.seeds()))
         known = self._functions.get(key)
-        if known is not None and known[:2] == (plan, traced) and known[2].is_current():
+        if known is not None and known[:2] == (plan, traced) and known[2].is_current(self._is_plain):
             return known[2].function
         made = self._generate(traced, plan, planned)
         self._functions[key] = (plan, traced, made)
@@ -205,8 +205,12 @@ class Part:
         if plan is None:
             return owner
         plan = plan.restricted(each.site for each in traced.calls() if isinstance(each, KasminaLayer))
-        members = traced.members.items()
-        sites = {path: each.site for path, each in members if isinstance(each, KasminaLayer) and self._is_plain(each)}
+        odd = {node.target for node in copy.find_nodes(op="call_module") if node.kwargs or not _takes_a_value(node)}
+        sites = {
+            path: each.site
+            for path, each in traced.members.items()
+            if isinstance(each, KasminaLayer) and self._is_plain(each) and path not in odd
+        }
         passes: list[Any] = [RewriteSites(sites), ExpandModules(), LowerFunctional()]
         calls = {
             site: tuple(SeedCall(seed.kernel.executor, seed.uses_host, seed.isolate) for seed in seeds)
@@ -239,7 +243,12 @@ class Part:
             self._first,
             self.name or "forward",
         )
-        return _Function(function, plain)
+        sites = [traced.members[path] for path in left if isinstance(traced.members[path], KasminaLayer)]
+        return _Function(function, plain, [each for each in sites if not self._is_plain(each)])
+
+
+def _takes_a_value(node: fx.Node) -> bool:
+    return len(node.args) == 1 and isinstance(node.args[0], fx.Node)
 
 
 class _QuietGraphModule(fx.GraphModule):
@@ -250,15 +259,16 @@ class _QuietGraphModule(fx.GraphModule):
 
 
 class _Function:
-    """Generated code and the modules whose calls it does without."""
+    """Generated code, the modules whose calls it does without, and the sites whose calls it cannot do without."""
 
-    def __init__(self, function: Run, plain: list[nn.Module]) -> None:
+    def __init__(self, function: Run, plain: list[nn.Module], called: list[KasminaLayer]) -> None:
         self.function = function
+        self._called = called
         self._plain = [(each, type(each), set(each._parameters)) for each in plain]
 
-    def is_current(self) -> bool:
-        """Whether none of them has become one that has to be called."""
-        return not any(
+    def is_current(self, is_plain: Callable[[KasminaLayer], bool]) -> bool:
+        """Whether this is still so."""
+        return not any(map(is_plain, self._called)) and not any(
             "forward" in module.__dict__ or type(module) is not kind or module._parameters.keys() != names
             or hooks_of(module) is not None
             for module, kind, names in self._plain

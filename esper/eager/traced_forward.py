@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from esper.eager.parts import Part, Run, entrance, part_of
-from esper.eager.tracer import Trace, is_leaf, modules_of
+from esper.eager.tracer import Trace, is_of_torch_nn, modules_of
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plan import Plan
@@ -57,7 +57,12 @@ class TracedForward:
         ]
         for path, module in modules_of(root).items():
             kind = type(module)
-            if is_leaf(module) or kind.forward is nn.Module.forward or not _has_sites(module):
+            if (
+                is_of_torch_nn(module)
+                or isinstance(module, KasminaLayer)
+                or kind.forward is nn.Module.forward
+                or not _has_sites(module)
+            ):
                 continue
             try:
                 object.__setattr__(module, "__class__", entrance(kind, subclass))

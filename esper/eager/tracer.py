@@ -8,6 +8,7 @@ gradient mode or autocast inside, questions for the type of a computed value.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import random
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import inplace_methods
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +30,7 @@ from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.forking import ModuleLock
 from esper_passes import hooks_of
 
-__all__ = ["Trace", "is_leaf", "modules_of", "trace"]
+__all__ = ["Trace", "is_of_torch_nn", "modules_of", "trace"]
 
 _lock = ModuleLock()  # torch.fx patches nn.Module for the whole process
 _FACTORIES = frozenset(
@@ -40,6 +42,7 @@ _FACTORIES = frozenset(
 )  # fmt: skip
 _OWN_DICTIONARIES = ("_parameters", "_buffers", "_modules")
 _OURS = ("_run", BANK_NAME)  # attributes of the wrapped model that a commit on another thread may set
+_ASKING_FOR_A_TYPE = frozenset(("isinstance", "__class__"))
 _BY_TORCH_FX = ("torch.fx", "torch.utils._pytree", "esper.eager")
 
 
@@ -84,13 +87,16 @@ def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     return {path: each for each, path in found.items() if path}
 
 
-def is_leaf(module: nn.Module) -> bool:
+def _is_leaf(module: nn.Module) -> bool:
     """Whether calls of `module` are kept as calls: sites, modules of torch.nn, and what is not plain.
 
     A container with hooks is not, since torch.fx would trace past them.
     """
-    if isinstance(module, KasminaLayer) or _is_called_as_it_is(module):
-        return True
+    return isinstance(module, KasminaLayer) or _is_called_as_it_is(module) or is_of_torch_nn(module)
+
+
+def is_of_torch_nn(module: nn.Module) -> bool:
+    """Whether torch.fx calls `module` for being one of torch.nn's."""
     return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(module, nn.Sequential)
 
 
@@ -141,10 +147,12 @@ class _Value(fx.Proxy):
 
     @property  # type: ignore[misc]  # `isinstance` asks it, and nobody sets it
     def __class__(self) -> type:
-        asking = str(sys._getframe(1).f_globals.get("__name__", ""))
-        if asking.startswith(_BY_TORCH_FX):
+        asking = sys._getframe(1)
+        if str(asking.f_globals.get("__name__", "")).startswith(_BY_TORCH_FX):
             return type(self)
         if self.like is None:
+            if not _ASKING_FOR_A_TYPE.intersection(asking.f_code.co_names):
+                return type(self)  # a built-in function of torch asks, such as `torch.zeros`
             _tracer_of(self).refuse("it asks for the type of a value that it computes")
         return type(self.like)
 
@@ -154,6 +162,18 @@ class _Value(fx.Proxy):
         if self.like is None:
             _tracer_of(self).refuse(f"it asks a value that it computes for its {name!r}, which a tensor has not")
         raise AttributeError(f"a tensor has no attribute {name!r}")
+
+    keys = property(lambda self: self.__getattr__("keys"))  # torch.fx's has them, for `**value`
+
+
+def _in_place(method: str) -> Callable[..., fx.Proxy]:
+    """An augmented assignment, of which torch.fx would make one that is not in place."""
+    target = getattr(operator, method)
+    return lambda self, *args: self.tracer.create_proxy("call_function", target, (self, *args), {})
+
+
+for _method in (*inplace_methods, "setitem"):
+    setattr(_Value, f"__{_method}__", _in_place(_method))
 
 
 def _tracer_of(value: fx.Proxy) -> _Tracer:
@@ -247,7 +267,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         del module_qualified_name
-        if is_leaf(m):
+        if _is_leaf(m):
             return True
         self.inlined.append(m)
         return False
