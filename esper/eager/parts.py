@@ -243,8 +243,8 @@ class Part:
             self._first,
             self.name or "forward",
         )
-        sites = [traced.members[path] for path in left if isinstance(traced.members[path], KasminaLayer)]
-        return _Function(function, plain, [each for each in sites if not self._is_plain(each)])
+        left_sites = [each for path in left if isinstance(each := traced.members[path], KasminaLayer)]
+        return _Function(function, plain, [each for each in left_sites if not self._is_plain(each)])
 
 
 def _takes_a_value(node: fx.Node) -> bool:
