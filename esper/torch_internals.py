@@ -20,6 +20,7 @@ import pickle
 import platform
 import struct
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ __all__ = [
     "compile_graph",
     "compile_with_inductor",
     "compiler_cache_dir",
+    "confine_fx_tracing",
     "constant_while_tracing",
     "copy_for_recompile",
     "describe_graph",
@@ -56,6 +58,7 @@ __all__ = [
     "pack_graph",
     "propagate_values",
     "recompile_context",
+    "saved_tensor_hooks",
     "serialise_compiled",
     "shared_inputs",
     "static_inputs",
@@ -131,6 +134,31 @@ def dynamo_at_work() -> bool:
     from torch._guards import TracingContext
 
     return TracingContext.try_get() is not None
+
+
+class _OnThisThread:
+    """True on the thread that it was made on."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self._thread
+
+
+def confine_fx_tracing() -> None:
+    """Let torch.fx's trace that this thread has begun be none to other threads, until it ends.
+
+    Compiled functions refuse to run while "the process" traces, on whatever thread they are called.
+    """
+    from torch.fx import _symbolic_trace
+
+    _symbolic_trace._is_fx_tracing_flag = _OnThisThread()  # type: ignore[assignment]  # is asked for its truth only
+
+
+def saved_tensor_hooks() -> object:
+    """The hooks for saved tensors that are in force on this thread, such as those of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def inside_backward() -> bool:

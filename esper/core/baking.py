@@ -25,9 +25,8 @@ def bake(morphable: MorphableModel) -> nn.Module:
 
     It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included. In
     the place of each layer with kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
-    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported, scripted
-    and loaded where Esper is not installed. The wrapped model stays as it is; what is only staged is left
-    out.
+    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported and
+    loaded where Esper is not installed. The wrapped model stays as it is; what is only staged is left out.
 
     Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """

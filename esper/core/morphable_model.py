@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
@@ -287,6 +287,22 @@ class MorphableModel(nn.Module):
         """
         names = {layer.site: name for name, layer in self.kasmina_layers.items()}
         return report_on(self.runtime.executors(), names)
+
+    # -- traces, in mode="fx" --------------------------------------------------------------------------------------
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The traced graph of the present training state, in which each site is the call of a `KasminaLayer`.
+
+        To look at, and to run: it shares the model's modules and parameters, and a change of plan is a change of what
+        its sites compute. What it is traced for, and what it does not follow, is torch.fx's contract (`docs/modes.md`).
+        Raises :class:`~esper.eager.NotTracedError` with `mode="module"`, and for a model that is not traced whole.
+        """
+        return self._eager.graph_module
+
+    def retrace(self) -> None:
+        """Trace the model anew where its next calls need it: Python values that it reads may have changed."""
+        self._eager.retrace()
 
     def explain(self) -> Explanation:
         """What was traced, what was not, and why. `str()` of it is a table."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -44,9 +45,14 @@ def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
     return cast("type[MorphableModel]", known)
 
 
-def hosts_forward(kind: type[MorphableModel]) -> _Forward:
-    """The forward of the host's class, to be called with a wrapped model of class `kind` as its first argument."""
-    forward: _Forward = kind.forward._hosts_forward  # type: ignore[attr-defined]  # set by `_entry`
+def hosts_forward(model: MorphableModel) -> _Forward:
+    """The forward of the host's class, on a wrapped model that it does not keep alive."""
+    hosts, this = type(model).forward._hosts_forward, weakref.ref(model)  # type: ignore[attr-defined]  # of `_entry`
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return hosts(this(), *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(types.MethodType(hosts, model))  # type: ignore[attr-defined]  # for traces
     return forward
 
 
@@ -67,8 +73,8 @@ def check_names(host: nn.Module) -> None:
         )
 
 
-def _forward_at_site(self: Any, x: torch.Tensor) -> Any:
-    return self._root_site(x)
+def _forward_at_site(self: Any, input: torch.Tensor) -> Any:
+    return self._root_site(input)
 
 
 def _entry(hosts: _Forward, kind: type) -> _Forward:

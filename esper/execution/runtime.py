@@ -62,6 +62,8 @@ class Runtime:
         self.version = 0
         self.starts = ForwardStarts()
         self.entries = Entries()
+        self.armed = True
+        """Whether something is to be done where a forward begins, so that whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False
@@ -327,6 +329,7 @@ class Runtime:
 
     def _arm(self) -> None:
         self.entries.watch()
+        self.armed = True
         for executor in self._executors:
             executor.arm()
 
@@ -334,6 +337,7 @@ class Runtime:
         with self.lock:
             if not self._needs_boundary():
                 self.entries.forget()
+                self.armed = False
                 for executor in self._executors:
                     executor.disarm()
 

@@ -1,5 +1,6 @@
 """Graph passes for sites and kernels: `torch.fx` graphs in, `torch.fx` graphs out. Depends on torch alone."""
 
+from esper_passes._hooks import hooks_of
 from esper_passes.base import GraphPass, PassError, PassResult
 from esper_passes.batch_seeds import BatchSeeds
 from esper_passes.call_kernels import CallKernels, SeedCall
@@ -49,6 +50,7 @@ __all__ = [
     "SiteCall",
     "Timings",
     "chain",
+    "hooks_of",
     "inputs",
     "is_enter",
     "is_site",

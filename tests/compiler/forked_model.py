@@ -29,7 +29,7 @@ def main() -> None:
         assert torch.allclose(model(X), dormant)
         one, two = put(shelf, 8, 6), put(shelf, 6, 4)
 
-        building = Stop("esper.core.eager_regions:_graph_of", "get")
+        building = Stop("esper.eager.parts:_generate", "generate")
         threading.setprofile(building.look)  # of the thread that stages
         loading = model.request_kernel("0", 0, one, alpha=0.5)
         building.wait()
