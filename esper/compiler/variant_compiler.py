@@ -15,6 +15,7 @@ from torch import fx
 
 from esper import torch_internals
 from esper.compiler.errors import CompileWorkerError, WorkerJobError, WorkersClosedError
+from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.inner import Inductor
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Boxed, Variant
@@ -22,7 +23,7 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
-from esper.execution.plan import Plan, SeedPlan
+from esper.execution.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
 
@@ -58,7 +59,9 @@ _REMEDY = 'options={"fallback": "eager"} runs such graphs uncompiled'
 class Compilation:
     """A variant under way. `future`, if there is one, is done when :meth:`finish` need not wait."""
 
-    def __init__(self, compiler: VariantCompiler, plan: Plan, key: VariantKey | None, future: Future[bytes]) -> None:
+    def __init__(
+        self, compiler: VariantCompiler, plan: GraphPlan, key: VariantKey | None, future: Future[bytes]
+    ) -> None:
         self._compiler, self._plan, self._key = compiler, plan, key
         self._started = time.perf_counter()
         self.future = future
@@ -86,18 +89,16 @@ class VariantCompiler:
     :meth:`start` and what it returns belong to background threads, the rest to the thread that runs the model.
     """
 
-    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions, device: torch.device) -> None:
+    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions) -> None:
         self.name = name
         self.options = options
         self.inputs: Sequence[Any] = torch_internals.fake_inputs(marked.graph)
         self.reason = ""
         self._closed = closed_sites(marked.graph)
         self._marked = marked
-        self._device = device
         self._known_guards = torch_internals.guard_count(self.inputs)
         self._job: VariantJob | None = None
         self._factors: dict[str, str | bytes] = {}
-        self._ordinals: dict[int, int] = {}
         self._weights = dict(_weights(marked))
 
     # -- for workers -----------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class VariantCompiler:
                 self.name,
                 torch_internals.pack_graph(self._marked),
                 {},
-                self._device,
+                torch.device("cpu"),
                 torch_internals.shared_inputs(self.inputs),
                 torch_internals.static_inputs(self._marked.graph),
                 torch_internals.ambient_state(types or ["cpu"], self.options.inner.config_patches),
@@ -143,14 +144,13 @@ class VariantCompiler:
         )  # fmt: skip
 
     def _describe(self) -> str:
-        """The graph as text; sites are numbered anew, since their ids depend on what was wrapped before."""
+        """The graph as text."""
 
         def rename(node: fx.Node) -> fx.Node | str:
             if is_enter(node):
                 return "enter"
             if is_site(node):
-                ordinal = self._ordinals.setdefault(site_id(node), len(self._ordinals))
-                return f"site {ordinal} {node.name} {node.args[:3]}"
+                return f"site {site_id(node)} {node.name} {node.args[:3]}"
             return node
 
         return torch_internals.describe_graph(self._marked, rename)
@@ -166,14 +166,16 @@ class VariantCompiler:
             parameters = [replace(each, dtype=weight.dtype, device=weight.device) for each in parameters]
         return SeedSpec(seed.kernel.graph, tuple(parameters), seed.isolate, seed.constant_alpha)
 
-    def start(self, plan: Plan) -> Compilation | Variant:
+    def start(self, plan: GraphPlan) -> Compilation | Variant:
         """Have a variant for `plan` compiled; a stored one is loaded at once. Only if `remote`."""
         assert self._job is not None
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
-            by_site = [(self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items()]
-            key = VariantKey.of({**self._factors, "plan": repr(by_site), "batched": str(self.options.batch_seeds)})
+            by_site = [(site, [_key_of(spec) for spec in each]) for site, each in seeds.items()]
+            key = VariantKey.of(
+                {**self._factors, "plan": repr((by_site, plan.device)), "batched": str(self.options.batch_seeds)}
+            )
             stored = store.get(key)
             if stored is not None:
                 started = time.perf_counter()
@@ -181,10 +183,10 @@ class VariantCompiler:
                     return self._load(stored, plan, "store", started)
                 except Exception as error:  # noqa: BLE001  # whatever keeps it from being loaded, it is a miss
                     _LOG.info("a stored variant of %s is not used: %s: %s", self.name, type(error).__name__, error)
-        job = VariantJob(**{**vars(self._job), "seeds": seeds})
+        job = replace(self._job, seeds=seeds, device=plan.device)
         return Compilation(self, plan, key, default_workers().submit(job.pack()))
 
-    def _finish(self, plan: Plan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
+    def _finish(self, plan: GraphPlan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
         try:
             payload = future.result()
         except WorkersClosedError:
@@ -213,7 +215,7 @@ class VariantCompiler:
         if store is not None and key is not None:
             store.put(key, payload)
 
-    def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
+    def _load(self, payload: bytes, plan: GraphPlan, origin: Any, started: float) -> Variant:
         assert self._job is not None
         patches = self._job.ambient.inductor
         call, assumption = torch_internals.load_graph(payload, patches, lambda: time.sleep(_PAUSE_SECONDS))
@@ -223,7 +225,7 @@ class VariantCompiler:
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
         return Variant(call, origin, seconds, len(payload))
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: GraphPlan) -> None:
         """Raise :class:`VariantCompilationError` for kernels that no variant of this graph can have."""
         closed = [site for site in plan.sites if site in self._closed]
         if closed:
@@ -233,12 +235,12 @@ class VariantCompiler:
 
     # -- in this process -------------------------------------------------------------------------------------------
 
-    def uncompiled(self, plan: Plan, reason: str = "") -> Variant:
+    def uncompiled(self, plan: GraphPlan, reason: str = "") -> Variant:
         """The graph for `plan` as it is."""
         forward = self._specialised(plan).forward
         return Variant(lambda inputs: forward(*inputs), "uncompiled", reason=reason)
 
-    def compile_here(self, plan: Plan) -> Variant:
+    def compile_here(self, plan: GraphPlan) -> Variant:
         """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model."""
         module = self._specialised(plan)
         inputs = torch_internals.fake_inputs(module.graph)
@@ -261,7 +263,7 @@ class VariantCompiler:
         """Dynamo's own guards, which it has yet to make, will have everything that was assumed so far."""
         self._known_guards = torch_internals.guard_count(self.inputs)
 
-    def _specialised(self, plan: Plan) -> fx.GraphModule:
+    def _specialised(self, plan: GraphPlan) -> fx.GraphModule:
         module = torch_internals.copy_for_recompile(self._marked)
         kernels = {site: [seed.kernel.seed_graph(seed.isolate) for seed in each] for site, each in plan.sites.items()}
         seeds = list(plan.seeds())
@@ -269,12 +271,12 @@ class VariantCompiler:
         batched = self.options.batch_seeds and isinstance(self.options.inner, Inductor)
         added: list[torch.Tensor] = []
         if seeds:
-            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self._device)
+            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=plan.device)
             extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
             added = torch_internals.fake_like(extra, among=self.inputs)
         return specialise(module, kernels, constants, added, batched, self.name)
 
-    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: Plan) -> Boxed:
+    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: GraphPlan) -> Boxed:
         """`call` where the sizes are as it assumed, and the graph as it is elsewhere."""
         holds = assumption.check()
         uncompiled: Boxed | None = None
@@ -304,7 +306,7 @@ def _key_of(spec: SeedSpec) -> tuple[Any, ...]:
     return spec.graph.digest, spec.parameters, spec.isolate, spec.constant_alpha
 
 
-def _count(plan: Plan) -> int:
+def _count(plan: GraphPlan) -> int:
     return len(list(plan.seeds()))
 
 

@@ -31,7 +31,7 @@ from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.site_marker import commit_while_tracing, traced_by_esper
 from esper.execution.staging import Stager
-from esper_passes import ENTER
+from esper_passes import TAGGED_ENTER
 
 __all__ = ["MorphableModel"]
 
@@ -63,6 +63,7 @@ class MorphableModel(nn.Module):
     _selection: Selection
     _options: WrapOptions
     _runtime_id: int
+    _runtime_tag: torch.Tensor
     _run: Callable[..., Any]
     runtime: Runtime
     kasmina_layers: Mapping[str, KasminaLayer]
@@ -95,6 +96,7 @@ class MorphableModel(nn.Module):
             _selection=selection,
             _options=options,
             _runtime_id=runtime.id,
+            _runtime_tag=runtime.tag,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
             layer_mappings={name: type(linear).__name__ for name, linear in selection.targets.items()},
@@ -130,7 +132,7 @@ class MorphableModel(nn.Module):
         """The host's forward."""
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
-                ENTER(self._runtime_id)
+                TAGGED_ENTER(self._runtime_tag)
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward

@@ -48,6 +48,7 @@ class Runtime:
         if commit not in ("auto", "manual"):
             raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
         self.id = registry.register_runtime(self)
+        self.tag = registry.make_tag(self.id)
         self.state = state
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
