@@ -101,6 +101,8 @@ def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: Backen
             raise unusable from error
         _LOG.warning("the inner compiler failed; the graph runs uncompiled", exc_info=error)
         return Variant(lambda inputs: host.forward(*inputs), "uncompiled", reason=f"{type(error).__name__}: {error}")
+    for node in host.graph.nodes:
+        node.meta.pop("grapharg", None)  # weak references to the inputs, which would stop `torch.utils.swap_tensors`
     seconds = time.perf_counter() - started
     return Variant(torch_internals.boxed(compiled), "host compile", seconds)
 

@@ -60,6 +60,8 @@ class CompiledGraph:
             given = tags(inputs)
             dispatcher = self._latest
             if dispatcher is None or not all(map(same, given, dispatcher.tags)):
+                if not _are_real(given):  # somebody propagates fake tensors, as DDPOptimizer does while it compiles
+                    return self.variants.here(GraphPlan()).call(list(kept(inputs)))
                 self._latest = dispatcher = self._dispatcher(given)
             dispatcher.tick()
             return dispatcher.variant(list(kept(inputs)))
@@ -82,7 +84,7 @@ class CompiledGraph:
     def for_inputs(self, inputs: Sequence[Any]) -> Dispatcher | None:
         """The dispatcher for the sites whose tags are among `inputs`; None if these only stand for inputs to come."""
         given = self._tags(inputs)
-        return None if any(tag_number(tag) is None for tag in given) else self._dispatcher(given)
+        return self._dispatcher(given) if _are_real(given) else None
 
     def _structures_in_force(self) -> set[Hashable]:
         return {dispatcher.plan.structure for dispatcher in list(self._dispatchers.values())}
@@ -137,6 +139,11 @@ def _forget(reference: weakref.ref[CompiledGraph], key: _Key) -> None:
         dispatcher = graph._dispatchers.pop(key, None)
         if graph._latest is dispatcher:
             graph._latest = None
+
+
+def _are_real(tags: Sequence[object]) -> bool:
+    """Whether these are tags, rather than what stands for them while something is traced."""
+    return all(tag_number(tag) is not None for tag in tags)
 
 
 def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 
@@ -177,8 +179,8 @@ def test_layers_that_are_given_as_arguments(shelf: KernelShelf, x: Tensor) -> No
 
     run, layers = compiled(pair, fullgraph=True), list(model.kasmina_layers.values())
     load(model, "7", 0, put(shelf, 8, 8))
-    for first, second in zip(layers, layers[1:], strict=False):
-        agrees(lambda x, f=first, s=second: run(f, s, x), model, x, eager=lambda x, f=first, s=second: pair(f, s, x))  # type: ignore[misc]
+    for two in itertools.pairwise(layers):
+        agrees(functools.partial(run, *two), model, x, eager=functools.partial(pair, *two))
     assert graphs() == 1
 
 
