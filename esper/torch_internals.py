@@ -22,7 +22,7 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -44,17 +44,20 @@ __all__ = [
     "confine_fx_tracing",
     "constant_while_tracing",
     "copy_for_recompile",
+    "copy_of_capture",
     "describe_graph",
     "deserialise_compiled",
     "dynamo_at_work",
     "fake_inputs",
     "fake_like",
     "fake_tensors",
+    "goes_on_after_break",
     "guard_count",
     "inductor_options",
     "inside_backward",
     "load_graph",
     "module_call_code",
+    "operators_being_traced",
     "pack_graph",
     "propagate_values",
     "recompile_context",
@@ -95,17 +98,33 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
     return False
 
 
-def changed_in_trace(container: object) -> bool:
-    """Whether the code that Dynamo traces on this thread has changed `container`, a dictionary such as `_parameters`.
+def changed_in_trace(containers: Iterable[object]) -> bool:
+    """Whether the code that Dynamo traces on this thread has changed one of `containers`, dictionaries such as
+    `_parameters`.
 
     `torch.func.functional_call` does so for the time of its call. Dynamo keeps changes to itself until the graph has
-    run: `container` is as it was before. Must be called as :func:`backend_being_traced` is.
+    run: a container is as it was before. Must be called as :func:`backend_being_traced` is.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects = InstructionTranslator.current_tx().output.side_effects
-    variable = effects.id_to_variable.get(id(container))
-    return variable is not None and bool(effects.is_modified(variable))
+    variables = (effects.id_to_variable.get(id(container)) for container in containers)
+    return any(variable is not None and effects.is_modified(variable) for variable in variables)
+
+
+def operators_being_traced() -> list[str]:
+    """The names of the higher-order operators whose bodies Dynamo is tracing on this thread, innermost first.
+
+    Must be called as :func:`backend_being_traced` is.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    names: list[str] = []
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None and tracer.parent is not None:
+        names.append(str(getattr(tracer.source_target, "__name__", tracer.source_target)))
+        tracer = tracer.parent
+    return names
 
 
 def constant_while_tracing(function: _Function) -> _Function:
@@ -121,6 +140,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `module` came out of `torch.compile`, or its `compile` method was called."""
     dynamo = sys.modules.get("torch._dynamo")  # not imported: then nothing was compiled
     return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+
+
+def goes_on_after_break(code: types.CodeType) -> bool:
+    """Whether this is code that Dynamo made for what comes after a graph break."""
+    return code.co_name.startswith("torch_dynamo_resume_in")
 
 
 def module_call_code() -> tuple[str, int, str]:
@@ -183,24 +207,42 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     return config
 
 
+def copy_of_capture(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph in which nothing is missing that a compiler may look for.
+
+    For a backend that changes inputs: Dynamo reads from its own graph what they are once the backend has returned.
+    """
+    copied = _copied(module)
+    for name, value in vars(module).items():  # Dynamo keeps notes in attributes
+        vars(copied).setdefault(name, value)
+    return copied
+
+
 def copy_for_recompile(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a Dynamo graph that keeps what a later compilation needs and holds no real tensor of the inputs.
 
     Sources and static-input marks are kept, so that CUDA graphs go on treating parameters as static inputs.
     """
+    copied = _copied(module)
+    for node in copied.graph.nodes:
+        node.meta.pop("grapharg", None)
+    if hasattr(module, "_param_name_to_source"):
+        copied._param_name_to_source = module._param_name_to_source
+    return copied
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, mapping)
     if output is not None:
         graph.output(output)
+        graph.output_node().meta = dict(module.graph.output_node().meta)
     for old, new in mapping.items():
-        new.meta.pop("grapharg", None)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # set by Dynamo on placeholders
     copied = fx.GraphModule(module, graph)
     copied.meta.update(module.meta)
-    if hasattr(module, "_param_name_to_source"):
-        copied._param_name_to_source = module._param_name_to_source
     return copied
 
 

@@ -50,7 +50,7 @@ def test_what_traced_code_has_changed_is_known_while_it_is_traced(fresh_dynamo: 
 
     @torch_internals.constant_while_tracing
     def look() -> None:
-        seen.append(torch_internals.changed_in_trace(layer._parameters))
+        seen.append(torch_internals.changed_in_trace([layer._parameters]))
 
     class Looking(nn.Module):
         def __init__(self) -> None:
@@ -88,6 +88,42 @@ def test_a_backward_is_noticed_on_the_thread_that_runs_it() -> None:
     Look.apply(torch.ones(2, requires_grad=True)).sum().backward()
     assert seen == [True]
     assert not torch_internals.inside_backward()
+
+
+def test_the_operator_whose_body_is_traced_is_known(fresh_dynamo: None) -> None:
+    seen: list[list[str]] = []
+
+    @torch_internals.constant_while_tracing
+    def look() -> None:
+        seen.append(torch_internals.operators_being_traced())
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        look()
+        return x.sin()
+
+    def choosing(x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, inner, torch.cos, (x,))
+
+    x = torch.ones(2)
+    for function in (inner, lambda x: checkpoint(inner, x, use_reentrant=False), torch.vmap(inner), choosing):
+        torch._dynamo.reset()
+        torch.compile(function, backend="eager", fullgraph=True)(x)
+    assert seen == [[], ["tag_activation_checkpoint"], [], ["cond"]]
+
+
+def test_a_copied_capture_has_all_that_dynamo_noted_on_it(fresh_dynamo: None) -> None:
+    kept: list[bool] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        copied = torch_internals.copy_of_capture(module)
+        kept.append(vars(copied).keys() >= vars(module).keys() and copied.graph is not module.graph)
+        pairs = list(zip(module.graph.nodes, copied.graph.nodes, strict=True))
+        kept.append(all(old.name == new.name and old.meta == new.meta for old, new in pairs))
+        kept.append(all(getattr(old, "_dynamo_source", 0) == getattr(new, "_dynamo_source", 0) for old, new in pairs))
+        return copied.forward
+
+    torch.compile(nn.Linear(4, 3), backend=backend)(torch.randn(5, 4))
+    assert kept == [True, True, True]
 
 
 def _captured(dynamic: bool) -> tuple[fx.GraphModule, list[Any]]:

@@ -16,6 +16,7 @@ from torch import fx
 
 from esper import torch_internals
 from esper.compiler.errors import CompileWorkerError, WorkerJobError, WorkersClosedError
+from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.inner import Inductor
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Boxed, Variant
@@ -23,7 +24,7 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
-from esper.execution.plan import Plan, SeedPlan
+from esper.execution.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
 
@@ -62,7 +63,7 @@ class Compilation:
     def __init__(
         self,
         compiler: VariantCompiler,
-        plan: Plan,
+        plan: GraphPlan,
         ambient: torch_internals.Ambient,
         key: VariantKey | None,
         future: Future[bytes],
@@ -94,18 +95,16 @@ class VariantCompiler:
     :meth:`start` and what it returns belong to background threads, the rest to the thread that runs the model.
     """
 
-    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions, device: torch.device) -> None:
+    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions) -> None:
         self.name = name
         self.options = options
         self.inputs: Sequence[Any] = torch_internals.fake_inputs(marked.graph)
         self.reason = ""
         self._closed = closed_sites(marked.graph)
         self._marked = marked
-        self._device = device
         self._known_guards = torch_internals.guard_count(self.inputs)
         self._job: VariantJob | None = None
         self._factors: dict[str, str | bytes] = {}
-        self._ordinals: dict[int, int] = {}
         self._weights = dict(_weights(marked))
 
     # -- for workers -----------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ class VariantCompiler:
                 self.name,
                 torch_internals.pack_graph(self._marked),
                 {},
-                self._device,
+                torch.device("cpu"),
                 torch_internals.shared_inputs(self.inputs),
                 torch_internals.static_inputs(self._marked.graph),
                 torch_internals.ambient_state(types or ["cpu"], self.options.inner.config_patches),
@@ -150,14 +149,13 @@ class VariantCompiler:
         )  # fmt: skip
 
     def _describe(self) -> str:
-        """The graph as text; sites are numbered anew, since their ids depend on what was wrapped before."""
+        """The graph as text."""
 
         def rename(node: fx.Node) -> fx.Node | str:
             if is_enter(node):
                 return "enter"
             if is_site(node):
-                ordinal = self._ordinals.setdefault(site_id(node), len(self._ordinals))
-                return f"site {ordinal} {node.name} {node.args[:3]}"
+                return f"site {site_id(node)} {node.name} {node.args[:3]}"
             return node
 
         return torch_internals.describe_graph(self._marked, rename)
@@ -189,7 +187,7 @@ class VariantCompiler:
         except torch_internals.NotSendableError:
             return False
 
-    def start(self, plan: Plan, context: Context | None = None) -> Compilation | Variant | None:
+    def start(self, plan: GraphPlan, context: Context | None = None) -> Compilation | Variant | None:
         """Have a variant for `plan` compiled, under the settings that `context` sees; a stored one is loaded at once.
 
         Only if `remote`. None if it turns out that this process has to compile it.
@@ -203,8 +201,12 @@ class VariantCompiler:
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
-            by_site = [(self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items()]
-            of_variant = {"plan": repr(by_site), "batched": str(self.options.batch_seeds), "settings": repr(ambient)}
+            by_site = [(site, [_key_of(spec) for spec in each]) for site, each in seeds.items()]
+            of_variant = {
+                "plan": repr((by_site, plan.device)),
+                "batched": str(self.options.batch_seeds),
+                "settings": repr(ambient),
+            }
             key = VariantKey.of({**self._factors, **of_variant})
             stored = store.get(key)
             if stored is not None:
@@ -213,12 +215,12 @@ class VariantCompiler:
                     return self._load(stored, plan, ambient, "store", started)
                 except Exception as error:  # noqa: BLE001  # whatever keeps it from being loaded, it is a miss
                     _LOG.info("a stored variant of %s is not used: %s: %s", self.name, type(error).__name__, error)
-        job = replace(self._job, seeds=seeds, ambient=ambient)
+        job = replace(self._job, seeds=seeds, device=plan.device, ambient=ambient)
         return Compilation(self, plan, ambient, key, default_workers().submit(job.pack()))
 
     def _finish(
         self,
-        plan: Plan,
+        plan: GraphPlan,
         ambient: torch_internals.Ambient,
         key: VariantKey | None,
         future: Future[bytes],
@@ -253,7 +255,7 @@ class VariantCompiler:
             store.put(key, payload)
 
     def _load(
-        self, payload: bytes, plan: Plan, ambient: torch_internals.Ambient, origin: Any, started: float
+        self, payload: bytes, plan: GraphPlan, ambient: torch_internals.Ambient, origin: Any, started: float
     ) -> Variant:
         call, assumption = torch_internals.load_graph(payload, ambient.inductor, lambda: time.sleep(_PAUSE_SECONDS))
         if assumption is not None:
@@ -262,7 +264,7 @@ class VariantCompiler:
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
         return Variant(call, origin, seconds, len(payload), settings=repr(ambient))
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: GraphPlan) -> None:
         """Raise :class:`VariantCompilationError` for kernels that no variant of this graph can have."""
         closed = [site for site in plan.sites if site in self._closed]
         if closed:
@@ -272,12 +274,12 @@ class VariantCompiler:
 
     # -- in this process -------------------------------------------------------------------------------------------
 
-    def uncompiled(self, plan: Plan, reason: str = "") -> Variant:
+    def uncompiled(self, plan: GraphPlan, reason: str = "") -> Variant:
         """The graph for `plan` as it is."""
         forward = self._specialised(plan).forward
         return Variant(lambda inputs: forward(*inputs), "uncompiled", reason=reason)
 
-    def compile_here(self, plan: Plan) -> Variant:
+    def compile_here(self, plan: GraphPlan) -> Variant:
         """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model."""
         module = self._specialised(plan)
         inputs = torch_internals.fake_inputs(module.graph)
@@ -300,7 +302,7 @@ class VariantCompiler:
         """Dynamo's own guards, which it has yet to make, will have everything that was assumed so far."""
         self._known_guards = torch_internals.guard_count(self.inputs)
 
-    def _specialised(self, plan: Plan) -> fx.GraphModule:
+    def _specialised(self, plan: GraphPlan) -> fx.GraphModule:
         module = torch_internals.copy_for_recompile(self._marked)
         kernels = {site: [seed.kernel.seed_graph(seed.isolate) for seed in each] for site, each in plan.sites.items()}
         seeds = list(plan.seeds())
@@ -308,12 +310,12 @@ class VariantCompiler:
         batched = self.options.batch_seeds and isinstance(self.options.inner, Inductor)
         added: list[torch.Tensor] = []
         if seeds:
-            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self._device)
+            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=plan.device)
             extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
             added = torch_internals.fake_like(extra, among=self.inputs)
         return specialise(module, kernels, constants, added, batched, self.name)
 
-    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: Plan) -> Boxed:
+    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: GraphPlan) -> Boxed:
         """`call` where the sizes are as it assumed, and the graph as it is elsewhere."""
         holds = assumption.check()
         uncompiled: Boxed | None = None
@@ -343,7 +345,7 @@ def _key_of(spec: SeedSpec) -> tuple[Any, ...]:
     return spec.graph.digest, spec.parameters, spec.isolate, spec.constant_alpha
 
 
-def _count(plan: Plan) -> int:
+def _count(plan: GraphPlan) -> int:
     return len(list(plan.seeds()))
 
 

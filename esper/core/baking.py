@@ -59,7 +59,7 @@ def _with_kernels(layer: KasminaLayer, plain: nn.Linear, seeds: Sequence[SeedPla
         y = _blended(root, graph, each, _alpha(layer, each), x, y)
     graph.output(y)
     baked = fx.GraphModule(root, graph)
-    baked.in_features, baked.out_features = plain.in_features, plain.out_features
+    vars(baked).update(in_features=plain.in_features, out_features=plain.out_features)
     return baked.train(plain.training)
 
 

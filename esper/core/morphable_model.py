@@ -57,6 +57,7 @@ class MorphableModel(nn.Module):
     _wrapping: Wrapping
     _eager: EagerExecutor
     _runtime_id: int
+    _runtime_tag: torch.Tensor
     _run: Callable[..., Any]
     _root_site: KasminaLayer | None
     runtime: Runtime
@@ -76,6 +77,7 @@ class MorphableModel(nn.Module):
             _wrapping=wrapping,
             _runtime_id=runtime.id,
             _root_site=layers.get(""),
+            _runtime_tag=runtime.tag,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
             layer_mappings={name: type(linear).__name__ for name, linear in wrapping.selection.targets.items()},

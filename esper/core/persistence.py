@@ -26,9 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedModel", "as_host", "copy_model"]
 
-
 _OURS = frozenset(
-    {"_wrapping", "_eager", "_runtime_id", "_run", "_root_site", "runtime", "kasmina_layers", "layer_mappings"}
+    {
+        "_wrapping",
+        "_eager",
+        "_runtime_id",
+        "_runtime_tag",
+        "_run",
+        "_root_site",
+        "runtime",
+        "kasmina_layers",
+        "layer_mappings",
+    }
 )
 """What a wrapped model has besides what its host has."""
 

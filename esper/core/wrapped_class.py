@@ -24,7 +24,7 @@ from esper.core.morphable_model import MorphableModel
 from esper.core.subclassing import subclass_in_disguise
 from esper.execution import site_marker
 from esper.execution.site_marker import commit_while_tracing, traced_by_esper
-from esper_passes import ENTER
+from esper_passes import TAGGED_ENTER
 
 __all__ = ["check_names", "hosts_forward", "wrapped_class"]
 
@@ -83,7 +83,7 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
-                ENTER(self._runtime_id)
+                TAGGED_ENTER(self._runtime_tag)
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward

@@ -71,11 +71,12 @@ class Entries:
         `whole` says that the model as a whole was entered. A method that trains in itself is a forward for each of its
         steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
         """
-        outermost = self._outermost(sys._getframe(1))
+        frame = sys._getframe(1)
+        outermost = self._outermost(frame)
         thread = threading.get_ident()
         if outermost is None:
             self._begun.pop(thread, None)
-            return True
+            return whole or not _goes_on(frame)
         begun, before = self._begun.get(thread, (None, None))
         if begun is not outermost:
             self._begun[thread] = outermost, None
@@ -94,6 +95,15 @@ class Entries:
                 found = frame
             frame = frame.f_back
         return found
+
+
+def _goes_on(frame: FrameType | None) -> bool:
+    """Whether compiled code on the stack goes on after a graph break: what is called there began before."""
+    while frame is not None:
+        if torch_internals.goes_on_after_break(frame.f_code):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _key(code: CodeType) -> _Code:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.execution import site_marker
+from esper.execution import registry, site_marker
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
@@ -26,7 +26,7 @@ from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, 
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
-from esper_passes import ENTER, SITE
+from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
 __all__ = ["KasminaLayer"]
 
@@ -124,6 +124,8 @@ class KasminaLayer(nn.Linear):
         self.state = state
         self.seed_errors = {}
         self._runtime_id = runtime.id
+        self._runtime_tag = runtime.tag
+        self._site_tag = registry.make_tag(site)
         self._stands_alone = stands_alone
         self._meter = meter
         self._armed = False
@@ -138,10 +140,10 @@ class KasminaLayer(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
-            if marked_by_esper(self.site):
+            if marked_by_esper():
                 if self._stands_alone:
-                    ENTER(self._runtime_id)
-                marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)
+                    TAGGED_ENTER(self._runtime_tag)
+                marked: torch.Tensor = TAGGED_SITE(x, self.weight, self.bias, self._site_tag)
                 return marked
             if self._stands_alone:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two

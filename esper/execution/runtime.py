@@ -50,6 +50,7 @@ class Runtime:
         if commit not in ("auto", "manual"):
             raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
         self.id = registry.register_runtime(self)
+        self.tag = registry.make_tag(self.id)
         self.state = state
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
@@ -63,7 +64,7 @@ class Runtime:
         self.starts = ForwardStarts()
         self.entries = Entries()
         self.armed = True
-        """Whether something is to be done where a forward begins, so that whoever is entered has to call :meth:`enter`."""
+        """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False

@@ -125,9 +125,16 @@ class Stager:
             return self._records.enter(layer, seed, _State.DORMANT, "unloaded", None)
 
         def refused(error: Exception) -> None:
+            if silenced:
+                self._runtime.start_alpha(index, *alpha)
             self._records.refuse(layer, seed, error)
 
         change = Change(lambda plan: plan.without_seed(layer.site, seed), applied, refused=refused)
+        index = layer.first_seed + seed
+        alpha = layer.state.alpha(seed), layer.state.alpha(seed)
+        silenced = self._runtime.commit_mode == "auto" and not self._runtime.ready(change.edit(self._runtime.target))
+        if silenced:  # its effect goes at once, and its place when what has to be compiled first is there
+            self._runtime.start_alpha(index, 0.0, 0.0)
         return self._queue.publish_when_ready(self._requests.latest(layer, seed), change)
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
