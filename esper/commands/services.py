@@ -122,9 +122,9 @@ def up(
     with ExitStack() as stack:
         if config.redis.url is None:
             os.environ["ESPER_REDIS__URL"] = stack.enter_context(_valkey())
+        signing_key(config)  # before Urza looks which keys it knows
         url = stack.enter_context(_urza(config.urza.port if port is None else port))
         os.environ["ESPER_URZA__URL"] = url
-        signing_key(config)
         settings = {name: os.environ[name] for name in ("ESPER_URZA__URL", "ESPER_REDIS__URL") if name in os.environ}
         if as_json:
             print_json({"environment": settings, "data": str(data_folder(config))})

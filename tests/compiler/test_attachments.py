@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,24 +91,40 @@ def _fresh_kernel(platform: Platform, kernel: str) -> esper.execution.loaded_ker
     return loaded
 
 
-def test_a_strangers_attachment_is_not_touched(
+def test_a_strangers_attachment_is_not_touched_and_takes_no_ones_place(
     platform: Platform, kernel: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = Target.current("cpu")
     packed = platform.kernel_source.attachment(kernel, target.key)
     assert packed is not None
     own = Attachment.unpack(packed)
+    stranger = Attachment.create(kernel, target, b"not what anybody would run", SigningKey.generate())
+    platform.store.kernels.add_attachment(stranger)
+    assert platform.kernel_source.attachment(kernel, target.key) == packed
     assert _fresh_kernel(platform, kernel).attached
-    try:
-        stranger = SigningKey.generate()
-        platform.store.kernels.add_attachment(Attachment.create(kernel, target, own.payload, stranger))
-        assert not _fresh_kernel(platform, kernel).attached
-        assert "is not used" in caplog.text
-        forged = Attachment.create(kernel, target, b"not what was signed", SigningKey.generate())
-        platform.store.kernels.add_attachment(forged)
-        assert not _fresh_kernel(platform, kernel).attached
-    finally:
-        platform.store.kernels.add_attachment(own)
+
+    class OfAStranger:
+        """A store that hands out what its owner likes."""
+
+        resolve, fetch, trust = (
+            platform.kernel_source.resolve,
+            platform.kernel_source.fetch,
+            platform.kernel_source.trust,
+        )
+        given = stranger.pack()
+
+        def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
+            return self.given
+
+    loaded = KernelCache(source=platform.kernel_source).fetch(kernel).place()
+    source = OfAStranger()
+    esper.attach_from(source, loaded)
+    assert not loaded.attached
+    assert "is not used" in caplog.text
+    forged = dataclasses.replace(own, payload=b"not what was signed")
+    source.given = forged.pack()
+    esper.attach_from(source, loaded)
+    assert not loaded.attached
 
 
 def test_another_toolchains_attachment_is_not_touched(
