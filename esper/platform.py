@@ -12,13 +12,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-from esper.artifacts import Blueprint, BlueprintError, TrustStore
+from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
-from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
-from esper.services.errors import CompilationFailedError, CompilationTimeoutError, PlatformClosedError
+from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact
+from esper.services.errors import (
+    CompilationFailedError,
+    CompilationTimeoutError,
+    KernelNotTrustedError,
+    PlatformClosedError,
+)
 from esper.services.oona import Bus, InMemoryBus
 from esper.services.oona_client import OonaClient
 from esper.services.parts import data_folder, open_bus, open_local_store, signing_key, trusted_keys
@@ -145,12 +150,13 @@ class Platform:
     def submit(self, blueprint: Blueprint, name: str | None = None) -> str:
         """Put `blueprint` on the list of what is to be compiled, and return its id at once.
 
-        Submitting the same content again is harmless. `name` may be used in place of the kernel's id later. Raises
+        Submitting the same content again is harmless; it is compiled again if its kernel is signed by no key that this
+        platform trusts, for instance after a key was lost. `name` may be used in place of the kernel's id later. Raises
         ``NameTakenError``, ``InvalidNameError``, or another :class:`~esper.services.errors.StoreError`.
         """
         if not isinstance(blueprint, Blueprint):
             raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
-        record = self.store.blueprints.submit(blueprint, name)
+        record = self._recorded(blueprint, name)
         if not record.status.is_final:
             self.oona.publish(
                 TopicNames.COMPILATION_BLUEPRINT_SUBMITTED,
@@ -160,12 +166,28 @@ class Platform:
             self._tezzeret().ask()
         return record.id
 
+    def _recorded(self, blueprint: Blueprint, name: str | None) -> BlueprintRecord:
+        record = self.store.blueprints.submit(blueprint, name)
+        if record.status is BlueprintStatus.VALIDATED and record.artifact_id is not None:
+            kernel = self.store.kernels.get(record.artifact_id)
+            if not self._trusts(kernel):
+                _log.info("kernel %s is signed by no trusted key; it is compiled again", kernel.id[:12])
+                return self.store.blueprints.recompile(record.id, self.trust.key_ids)
+        return record
+
+    def _trusts(self, kernel: CompiledKernelArtifact) -> bool:
+        """Whether a model here could load it. True where no key is trusted: such a platform only submits."""
+        trust = self.trust
+        signatures = (each.signature() for each in kernel.signatures)
+        return not len(trust) or trust.choose(artifact_message(kernel.id), signatures) is not None
+
     async def wait(self, blueprint_id: str, timeout: float | None = None) -> CompiledKernelArtifact:
         """The kernel of a submitted blueprint, once it is there.
 
         Raises :class:`~esper.services.errors.CompilationFailedError` with the report if the blueprint is invalid,
-        ``CompilationTimeoutError`` after `timeout` seconds, ``UnknownBlueprintError``, ``PlatformClosedError``, or the
-        ``StoreError`` that keeps it from being compiled.
+        ``KernelNotTrustedError`` if no model here would load its kernel, ``CompilationTimeoutError`` after `timeout`
+        seconds, ``UnknownBlueprintError``, ``PlatformClosedError``, or the ``StoreError`` that keeps it from being
+        compiled.
         """
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         deadline = _Deadline(blueprint_id, timeout)
@@ -226,7 +248,15 @@ class Platform:
     def _look(self, blueprint_id: str, deadline: _Deadline) -> CompiledKernelArtifact | None:
         record = self.store.blueprints.get(blueprint_id)
         if record.status is BlueprintStatus.VALIDATED and record.artifact_id is not None:
-            return self.store.kernels.get(record.artifact_id)
+            kernel = self.store.kernels.get(record.artifact_id)
+            if not self._trusts(kernel):
+                signers = ", ".join(each.key_id[:12] for each in kernel.signatures) or "nobody"
+                raise KernelNotTrustedError(
+                    f"kernel {kernel.id} of blueprint {blueprint_id} is signed by {signers}, and by no key that is "
+                    "trusted here; add the public key of a worker to platform.trusted_keys (`esper keys show` prints "
+                    "it there), or submit the blueprint again once such a worker runs"
+                )
+            return kernel
         if record.status is BlueprintStatus.INVALID:
             message = f"blueprint {blueprint_id} is invalid: {record.reason}"
             raise CompilationFailedError(message, blueprint_id, record.report)

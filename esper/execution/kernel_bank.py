@@ -44,7 +44,7 @@ class KernelBank(nn.Module):
     @property
     def is_empty(self) -> bool:
         """Whether no kernel is in force."""
-        return self._plan.is_dormant
+        return not self._modules
 
     def sync(self, plan: Plan) -> None:
         """Hold the kernels of `plan` and no others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -218,17 +219,40 @@ def _fresh_kernel(platform: Platform, kernel: str) -> LoadedKernel:
     return loaded
 
 
-def test_a_strangers_attachment_is_not_touched(
+def test_a_strangers_attachment_is_not_touched_and_takes_no_ones_place(
     faster: KernelShelf, kernel: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = Target.current("cpu")
     packed = faster.platform.kernel_source.attachment(kernel, target.key)
     assert packed is not None
     own = Attachment.unpack(packed)
+    stranger = Attachment.create(kernel, target, b"not what anybody would run", SigningKey.generate())
+    faster.platform.store.kernels.add_attachment(stranger)
+    assert faster.platform.kernel_source.attachment(kernel, target.key) == packed
     assert _fresh_kernel(faster.platform, kernel).attached
-    faster.store_attachment(Attachment.create(kernel, target, own.payload, SigningKey.generate()))
-    assert not _fresh_kernel(faster.platform, kernel).attached
+
+    class OfAStranger:
+        """A store that hands out what its owner likes."""
+
+        resolve, fetch, trust = (
+            faster.platform.kernel_source.resolve,
+            faster.platform.kernel_source.fetch,
+            faster.platform.kernel_source.trust,
+        )
+        given = stranger.pack()
+
+        def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
+            return self.given
+
+    loaded = KernelCache(source=faster.platform.kernel_source).fetch(kernel).place()
+    source = OfAStranger()
+    esper.attach_from(source, loaded)
+    assert not loaded.attached
     assert "is not used" in caplog.text
+    forged = dataclasses.replace(own, payload=b"not what was signed")
+    source.given = forged.pack()
+    esper.attach_from(source, loaded)
+    assert not loaded.attached
 
 
 def test_another_toolchains_attachment_is_not_touched(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
@@ -122,6 +122,9 @@ class RemoteBlueprints:
             )
         )
 
+    def recompile(self, blueprint_id: str, signers: Collection[str] = ()) -> BlueprintRecord:
+        return self._ask(lambda client: client.recompile(blueprint_id, signers))
+
     def forget(self, blueprint_id: str) -> None:
         self._ask(lambda client: client.forget(blueprint_id))
 
@@ -157,11 +160,14 @@ class RemoteKernels:
         full = references.kernel_id(artifact_id)  # the route takes names and prefixes as well
         return self._ask(lambda client: client.kernel(full))
 
-    def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
+    def content(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]]:
         return self._ask(lambda client: client.content(artifact_id))
 
-    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        return self._ask(lambda client: client.attachment(artifact_id, target_key))
+    def signatures(self, artifact_id: str) -> tuple[Signature, ...]:
+        return tuple(each.signature() for each in self.get(artifact_id).signatures)
+
+    def attachment(self, artifact_id: str, target_key: str, signers: Collection[str] | None = None) -> bytes | None:
+        return self._ask(lambda client: client.attachment(artifact_id, target_key, None, signers or ()))
 
     def set_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
         return self._ask(lambda client: client.set_kernel_status(artifact_id, status))

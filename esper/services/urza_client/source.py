@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from esper.artifacts import Signature, TrustStore
+from esper.artifacts import Signature, TrustStore, artifact_message
 from esper.execution.sources import FetchedKernel, KernelSourceError, UnknownKernelError
 from esper.services.errors import StoreError, UrzaProtocolError
 from esper.services.names import is_full_id
-from esper.services.store_source import source_errors
+from esper.services.store_source import best_signature, source_errors
 from esper.services.urza_client.disk_cache import DiskCache
 from esper.services.urza_client.remote_store import RemoteStore
 
@@ -62,16 +63,23 @@ class RemoteKernelSource:
     def fetch(self, artifact_id: str) -> FetchedKernel:
         """See :class:`~esper.execution.sources.KernelSource`."""
         kept = self._kept(artifact_id)
-        if kept is not None:
-            return kept
+        if kept is not None and self._chosen(artifact_id, kept[1]) is not None:
+            return FetchedKernel(kept[0], self._chosen(artifact_id, kept[1]))
         try:
             with source_errors():
-                data, signature = self._store.kernels.content(artifact_id)
+                if kept is None:
+                    data, signatures = self._store.kernels.content(artifact_id)
+                else:  # somebody whom we trust may have signed it since
+                    data, signatures = kept[0], self._store.kernels.signatures(artifact_id)
         except KernelSourceError as error:
-            raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
-        self.disk.put(data, artifact_id)
-        self.disk.note(f"signature {artifact_id}", {"signature": None if signature is None else signature.to_json()})
-        return FetchedKernel(data, signature)
+            if kept is None or not _is_trouble(error):
+                raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
+            data, signatures = kept
+        if kept is None:
+            self.disk.put(data, artifact_id)
+        self.disk.note(_signatures_of(artifact_id), {"signatures": json.dumps([each.to_json() for each in signatures])})
+        with source_errors():
+            return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """See :class:`~esper.execution.sources.KernelSource`. Asks whether there is a newer one than on the disk."""
@@ -80,7 +88,8 @@ class RemoteKernelSource:
         known = None if digest is None else self.disk.get(digest)
         try:
             with source_errors():
-                found = self._store.ask(lambda client: client.attachment(artifact_id, target_key, known))
+                signers = self._trust().key_ids
+                found = self._store.ask(lambda client: client.attachment(artifact_id, target_key, known, signers))
         except KernelSourceError as error:
             if not _is_trouble(error):
                 raise
@@ -129,15 +138,22 @@ class RemoteKernelSource:
             return error
         return KernelSourceError(f"{error}; {what} is not in {self.disk.folder} either")
 
-    def _kept(self, artifact_id: str) -> FetchedKernel | None:
+    def _kept(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]] | None:
         if not is_full_id(artifact_id):
             raise UnknownKernelError(f"{artifact_id[:80]!r} is not the full id of a kernel")
-        fact = self.disk.fact(f"signature {artifact_id}")
+        fact = self.disk.fact(_signatures_of(artifact_id))
         data = None if fact is None else self.disk.get(artifact_id)
         if data is None or fact is None:
             return None
-        text = fact.get("signature")
-        return FetchedKernel(data, None if text is None else Signature.from_json(text))
+        return data, tuple(Signature.from_json(each) for each in json.loads(fact.get("signatures") or "[]"))
+
+    def _chosen(self, artifact_id: str, signatures: Sequence[Signature]) -> Signature | None:
+        with source_errors():
+            return self._trust().choose(artifact_message(artifact_id), signatures)
+
+
+def _signatures_of(artifact_id: str) -> str:
+    return f"signatures {artifact_id}"
 
 
 def _is_trouble(error: KernelSourceError) -> bool:
