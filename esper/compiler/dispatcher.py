@@ -7,6 +7,7 @@ model, at a commit or between two calls.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
+from esper.forking import reset_after_fork
 
 __all__ = ["Dispatcher", "report_on"]
 
@@ -43,6 +45,7 @@ class Dispatcher:
         "_armed",
         "_compiler",
         "_current",
+        "_lock",
         "_plan",
         "_roots",
         "_runtimes",
@@ -66,11 +69,12 @@ class Dispatcher:
         self._variants = VariantCache(compiler.options.variant_cache_mb * 2**20)
         self._under_way = 0
         self._armed = False
+        self._lock = threading.RLock()  # for pointer changes only
         self.counter = CallCounter()
         self._runtimes = [weakref.ref(runtime) for runtime in runtimes]
         self._roots = [weakref.ref(runtime) for runtime in roots]
         self.site_calls = tuple(site_calls)
-        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
+        self._plan = self._restricted({runtime: runtime.following for runtime in self.runtimes})
         self._unresolved: Boxed | None = None
         self._current: Boxed = self._at(self._plan)
         self.variant: Boxed = self._current
@@ -82,6 +86,11 @@ class Dispatcher:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self._lock = threading.RLock()
 
     @property
     def runtimes(self) -> tuple[Runtime, ...]:
@@ -133,25 +142,30 @@ class Dispatcher:
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`, that of one of the runtimes; the others keep theirs."""
         del plan  # several runtimes may share this graph: ask each
-        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
-        self._variants.in_force, self._unresolved = self._plan.structure, None
-        before, new = self._current, self._at(self._plan)
-        self._point_to(new if self.roots else Transition(self.runtimes, before, new, self._settle))
+        with self._lock:
+            self._plan = self._restricted({runtime: runtime.following for runtime in self.runtimes})
+            self._variants.in_force, self._unresolved = self._plan.structure, None
+            before, new = self._current, self._at(self._plan)
+            at_once = self.roots and not any(runtime.in_parts for runtime in self.runtimes)
+            self._point_to(new if at_once else Transition(self.runtimes, before, new, self._settle))
 
     def _settle(self, transition: Transition) -> None:
-        if self._current is transition:
-            self._point_to(transition.new)
+        with self._lock:
+            if self._current is transition:
+                self._point_to(transition.new)
 
     def arm(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
         if self.roots:
-            self._armed = True
-            self.variant = self._enter
+            with self._lock:
+                self._armed = True
+                self.variant = self._enter
 
     def disarm(self) -> None:
         """Back to the direct path."""
-        self._armed = False
-        self.variant = self._at_rest()
+        with self._lock:
+            self._armed = False
+            self.variant = self._at_rest()
 
     def _at_rest(self) -> Boxed:
         return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
@@ -167,8 +181,9 @@ class Dispatcher:
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
         def timed(inputs: list[Any]) -> Any:
-            if self.variant is timed:
-                self.variant = self._enter if self._armed else current
+            with self._lock:
+                if self.variant is timed:
+                    self.variant = self._enter if self._armed else self._at_rest()
             watch = telemetry.stopwatch()
             outputs = current(inputs)
             watch.stop()
@@ -176,8 +191,9 @@ class Dispatcher:
                 telemetry.record(site, watch)
             return outputs
 
-        if self.variant == current and self._unresolved is None:
-            self.variant = timed
+        with self._lock:
+            if self.variant == current and self._unresolved is None:
+                self.variant = timed
 
     # -- variants --------------------------------------------------------------------------------------------------
 
@@ -223,12 +239,13 @@ class Dispatcher:
                 variant = self._compiler.compile_here(plan)
                 self._variants.put(plan.structure, variant)
             bound = self._bound(variant, plan)
-            if self._unresolved is resolve:
-                self._unresolved = None
-                if isinstance(self._current, Transition):
-                    self._current.new = bound
-                else:
-                    self._point_to(bound)
+            with self._lock:
+                if self._unresolved is resolve:
+                    self._unresolved = None
+                    if isinstance(self._current, Transition):
+                        self._current.new = bound
+                    else:
+                        self._point_to(bound)
             return bound(inputs)
 
         self._unresolved = resolve

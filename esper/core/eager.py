@@ -124,7 +124,12 @@ class EagerExecutor:
 
     def _first_call(self, *args: Any, **kwargs: Any) -> Any:
         if self._regions is not None:
-            self._point_to(self._function(self._regions, self._runtime.plan))
+            plan = self._runtime.following
+            function = self._function(self._regions, plan)
+            with self._runtime.lock:
+                if self._runtime.following is plan:  # which another thread may have changed meanwhile
+                    self._point_to(function)
+            return function(*args, **kwargs)
         return self._current(*args, **kwargs)
 
     def _renewed_call(self, *args: Any, **kwargs: Any) -> Any:
