@@ -10,13 +10,13 @@ from esper.compiler.errors import WorkersClosedError
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompiler
 from esper.errors import EsperError
-from esper.execution.background import BackgroundThread
+from esper.execution.background import BackgroundThreads
 from esper.execution.plan import Plan
 
 __all__ = ["start_cold"]
 
 _LOG = logging.getLogger("esper.compiler")
-_thread = BackgroundThread("esper-cold-start")
+_thread = BackgroundThreads("esper-cold-start", at_once=1, most=1)
 
 
 def start_cold(dispatcher: Dispatcher, compiler: VariantCompiler) -> None:

@@ -326,10 +326,15 @@ class KasminaLayer(nn.Linear):
 
         Returns whether the kernel is staged; awaited on the thread that runs the model (and with `commit="auto"`) it
         is in force then. False leaves the layer as it was, with the reason in `seed_errors`. Raises `IndexError` for
-        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
+        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A task that is cancelled
+        here calls the load off.
         """
         future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
-        staged: bool = await asyncio.wrap_future(future)
+        try:
+            staged: bool = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.stager.call_off(self, seed_idx, future)
+            raise
         if staged:
             self.runtime.commit_if_idle()
         return staged

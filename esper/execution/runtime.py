@@ -196,6 +196,18 @@ class Runtime:
                 self._arm()
         return True
 
+    def withdraw(self, change: Change) -> bool:
+        """Take a staged change back; False, and nothing done, if it is committed, or others could not go without it."""
+        with self.lock:
+            others = [each for each in self._staged if each is not change]
+            target = self._edited(self._plan, others)
+            is_staged = len(others) < len(self._staged) and not (self._commit and self._commit.contains(change))
+            if not is_staged or not self.ready(target):
+                return False
+            self._staged, self._target = others, target
+            self.pending = self.pending and bool(others)
+            return True
+
     # -- committing ------------------------------------------------------------------------------------------------
 
     def boundary(self) -> None:
