@@ -25,10 +25,10 @@ _MOST_THREADS = 64
 class BackgroundThreads:
     """Runs jobs on daemon threads, `at_once` of them side by side.
 
-    A job that takes longer than a fifth of a second waits for something, and does not count any more: others begin beside it, on
-    as many as `most` threads. Threads start when they are needed and end when they have had nothing to do for a while.
-    They are daemons, so that a process may end while a download hangs. After a fork the child has threads of its own;
-    jobs that were waiting in the parent stay the parent's.
+    A job that takes longer than a fifth of a second waits for something, and does not count any more: others begin
+    beside it, on as many as `most` threads. Threads start when they are needed and end when they have had nothing to
+    do for a while. They are daemons, so that a process may end while a download hangs. After a fork the child has
+    threads of its own; jobs that were waiting in the parent stay the parent's.
     """
 
     def __init__(self, name: str, at_once: int, most: int = _MOST_THREADS) -> None:
