@@ -16,6 +16,7 @@ from torch import fx
 
 from esper import torch_internals
 from esper.artifacts import ArtifactError, Attachment, AttachmentError, KernelGraph, Target
+from esper.execution.background import waiting
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.execution.sources import KernelSource
 
@@ -79,7 +80,8 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     if kernel.attached:
         return
     target = Target.current(str(kernel.device.type))
-    packed = source.attachment(kernel.artifact_id, target.key)
+    with waiting():
+        packed = source.attachment(kernel.artifact_id, target.key)
     trust = source.trust()
     if packed is None or trust is None:
         _say_once(f"kernel {kernel.artifact_id[:12]} has no attachment for this machine: eager models run its graph")

@@ -1,18 +1,24 @@
-"""Threads for work that must not happen on the thread that trains, shared by all models of a process."""
+"""Threads for work that must not happen on the thread that trains, shared by all models of a process.
+
+They end in order with the process. A daemon thread that wants the interpreter back once that is ending is unwound where
+it stands, and in the middle of one of torch's operations, C++ takes that for a reason to abort. So at the exit no job
+begins, and those that run are waited for, but for those that wait for something themselves: see :func:`waiting`.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from esper.forking import reset_after_fork
 
-__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue"]
+__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "waiting"]
 
 _Result = TypeVar("_Result")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
@@ -20,6 +26,34 @@ _Job = tuple[Callable[[], Any], "Future[Any]"]
 _SLOW_SECONDS = 0.2
 _IDLE_SECONDS = 5.0
 _MOST_THREADS = 64
+_LONGEST_EXIT = 10.0
+
+
+class _Exit:
+    """Whether the process ends, and which threads it need not wait for."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.waiting: set[int] = set()
+
+
+_exit = _Exit()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """In this block a job does nothing but wait for something outside of the process, which may end meanwhile.
+
+    Then the block is never left.
+    """
+    thread = threading.get_ident()
+    _exit.waiting.add(thread)
+    try:
+        yield
+    finally:
+        if _exit.has_begun and threading.current_thread().daemon:
+            threading.Event().wait()  # the thread's end is the process's
+        _exit.waiting.discard(thread)
 
 
 class BackgroundThreads:
@@ -35,9 +69,19 @@ class BackgroundThreads:
         self._name, self._at_once, self._most = name, at_once, most
         self.after_fork()
         reset_after_fork(self)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        _exit.has_begun = True
+        end = time.monotonic() + _LONGEST_EXIT
+        with self._changed:
+            self._jobs.clear()
+            while not self._running.keys() <= _exit.waiting and (left := end - time.monotonic()) > 0:
+                self._changed.wait(min(left, 0.05))  # nobody says that it began to wait for something
 
     def after_fork(self) -> None:
         """Leave threads and jobs to the parent; see `esper.forking`."""
+        _exit.waiting.clear()
         self._changed = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._threads = 0
@@ -47,6 +91,8 @@ class BackgroundThreads:
         """Run `job`; the future has its result or its exception. Raises `RuntimeError` if there is no thread for it."""
         future: Future[_Result] = Future()
         with self._changed:
+            if _exit.has_begun:
+                return future  # which nobody waits for any more
             self._jobs.append((job, future))
             try:
                 self._staff()
@@ -90,12 +136,13 @@ class BackgroundThreads:
             end = time.monotonic() + _IDLE_SECONDS
             while True:
                 now = time.monotonic()
-                if self._jobs and self._fresh() < self._at_once:
+                has_jobs = bool(self._jobs) and not _exit.has_begun
+                if has_jobs and self._fresh() < self._at_once:
                     self._running[thread] = now
                     job = self._jobs.popleft()
                     self._staff_if_possible()
                     return job
-                if self._jobs:
+                if has_jobs:
                     fresh = sorted(self._running.values())[-self._at_once :]
                     self._changed.wait(max(fresh[0] + _SLOW_SECONDS - now, 0.001))
                 elif now < end:

@@ -16,7 +16,7 @@ import torch
 
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
-from esper.execution.background import FETCHING
+from esper.execution.background import FETCHING, waiting
 from esper.execution.kernel_pool import (
     MB,
     Fetch,
@@ -149,7 +149,8 @@ class KernelCache:
 
     def _resolve(self, reference: str) -> str:
         try:
-            return self._require_source(reference).resolve(reference)
+            with waiting():
+                return self._require_source(reference).resolve(reference)
         except BaseException:
             with self._pool.lock:
                 self._count(hit=False)
@@ -169,24 +170,25 @@ class KernelCache:
         try:
             if leads:
                 self._carry_out(artifact_id, fetch)
-            return fetch.future.result()
+            with waiting():
+                return fetch.future.result()
         finally:
             fetch.waiting.remove(wanted)
             del fetch
 
     async def _obtain_async(self, artifact_id: str) -> LoadedKernel:
         fetch, leads = self._join(artifact_id)
-        waiting = asyncio.wrap_future(fetch.future)
-        fetch.waiting.append(_until_done(waiting))
+        ours = asyncio.wrap_future(fetch.future)
+        fetch.waiting.append(_until_done(ours))
         try:
             if leads:
                 try:
                     FETCHING.submit(partial(self._carry_out, artifact_id, fetch))
                 except RuntimeError as error:  # no thread to be had
                     self._give_up(artifact_id, fetch, error)
-            return await waiting
+            return await ours
         finally:
-            del fetch, waiting
+            del fetch, ours
 
     def _join(self, artifact_id: str) -> tuple[Fetch, bool]:
         """The fetch of this id that is under way, or a new one and True: then the caller has to carry it out."""
@@ -232,7 +234,8 @@ class KernelCache:
 
     def _fetch_and_verify(self, artifact_id: str) -> LoadedKernel:
         source = self._require_source(artifact_id)
-        fetched = source.fetch(artifact_id)
+        with waiting():
+            fetched = source.fetch(artifact_id)
         size, allowed = len(fetched.data), self._pool.max_bytes
         if size > allowed:
             raise KernelTooLargeError(

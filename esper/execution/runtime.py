@@ -18,7 +18,7 @@ import torch
 
 from esper import torch_internals
 from esper.errors import EsperError
-from esper.execution import registry
+from esper.execution import background, registry
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.change import Change
 from esper.execution.commit import Commit
@@ -163,7 +163,9 @@ class Runtime:
                 if preparation is not None:
                     preparations.append(preparation)
             while preparations:
-                wait([preparations[0].future, *([called_off] if called_off else [])], return_when=FIRST_COMPLETED)
+                futures = [preparations[0].future, *([called_off] if called_off else [])]
+                with background.waiting():
+                    wait(futures, return_when=FIRST_COMPLETED)
                 if called_off is not None and called_off.done():
                     raise CalledOffError("the kernel is not wanted any more")
                 preparations.pop(0).finish()
