@@ -21,6 +21,7 @@ from esper import torch_internals
 from esper.artifacts import Attachment, AttachmentError, KernelGraph, Target
 from esper.artifacts.document import canonical_json, parse_json
 from esper.compiler.attachment_trial import try_attachment
+from esper.execution.background import waiting
 from esper.execution.loaded_kernel import CompiledAttachment, LoadedKernel
 from esper.execution.sources import KernelSource
 
@@ -117,7 +118,9 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     name = f"kernel {kernel.artifact_id[:12]}"
     try:
         target = Target.current(str(kernel.device.type))
-        packed, trust = source.attachment(kernel.artifact_id, target.key), source.trust()
+        with waiting():
+            packed = source.attachment(kernel.artifact_id, target.key)
+        trust = source.trust()
         if packed is None or trust is None:
             _say_once(logging.INFO, f"{name} has no attachment for this machine: eager models run its graph")
             return

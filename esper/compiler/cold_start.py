@@ -14,13 +14,13 @@ from esper.compiler.errors import WorkersClosedError
 from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.variant_compiler import Compilation
 from esper.errors import EsperError
-from esper.execution.background import BackgroundThread
+from esper.execution.background import BackgroundThreads
 from esper.execution.executor import ShutDownError
 
 __all__ = ["prepare_dormant", "start_cold"]
 
 _LOG = logging.getLogger("esper.compiler")
-_thread = BackgroundThread("esper-cold-start")
+_thread = BackgroundThreads("esper-cold-start", at_once=1, most=1)
 
 
 def start_cold(graph: CompiledGraph, plan: GraphPlan) -> None:

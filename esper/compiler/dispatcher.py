@@ -7,6 +7,7 @@ everything else is for the thread that runs the model, at a commit or between tw
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
+from esper.forking import reset_after_fork
 
 __all__ = ["Dispatcher", "SiteNumber", "report_on"]
 
@@ -49,6 +51,7 @@ class Dispatcher:
         "_armed",
         "_current",
         "_device",
+        "_lock",
         "_plan",
         "_roots",
         "_runtimes",
@@ -73,6 +76,7 @@ class Dispatcher:
     ) -> None:
         self.variants = variants
         self.tags = tags
+        self._lock = threading.RLock()  # for pointer changes only
         self.counter = CallCounter()
         self.tick = self.counter.tick
         self.site_calls = tuple(sites[number].number for number in calls)
@@ -92,6 +96,11 @@ class Dispatcher:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self._lock = threading.RLock()
 
     @property
     def runtimes(self) -> tuple[Runtime, ...]:
@@ -114,24 +123,29 @@ class Dispatcher:
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`, that of one of the runtimes; the others keep theirs."""
         del plan  # several runtimes may share this graph: ask each
-        self._plan = self._planned()
-        self._unresolved = None
-        before, new = self._current, self._at(self._plan)
-        self._point_to(new if self.roots else Transition(self.runtimes, before, new, self._settle))
+        with self._lock:
+            self._plan = self._planned()
+            self._unresolved = None
+            before, new = self._current, self._at(self._plan)
+            at_once = self.roots and not any(runtime.in_parts for runtime in self.runtimes)
+            self._point_to(new if at_once else Transition(self.runtimes, before, new, self._settle))
 
     def _settle(self, transition: Transition) -> None:
-        if self._current is transition:
-            self._point_to(transition.new)
+        with self._lock:
+            if self._current is transition:
+                self._point_to(transition.new)
 
     def arm(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
-        self._armed = True
-        self.variant = self._enter
+        with self._lock:
+            self._armed = True
+            self.variant = self._enter
 
     def disarm(self) -> None:
         """Back to the direct path."""
-        self._armed = False
-        self.variant = self._at_rest()
+        with self._lock:
+            self._armed = False
+            self.variant = self._at_rest()
 
     def _at_rest(self) -> Boxed:
         return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
@@ -147,8 +161,9 @@ class Dispatcher:
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
         def timed(inputs: list[Any]) -> Any:
-            if self.variant is timed:
-                self.variant = self._enter if self._armed else current
+            with self._lock:
+                if self.variant is timed:
+                    self.variant = self._enter if self._armed else self._at_rest()
             watch = telemetry.stopwatch()
             outputs = current(inputs)
             watch.stop()
@@ -156,8 +171,9 @@ class Dispatcher:
                 telemetry.record(site, watch)
             return outputs
 
-        if self.variant == current and self._unresolved is None:
-            self.variant = timed
+        with self._lock:
+            if self.variant == current and self._unresolved is None:
+                self.variant = timed
 
     # -- variants --------------------------------------------------------------------------------------------------
 
@@ -178,7 +194,7 @@ class Dispatcher:
         for index, (site, owner) in self._sites.items():
             current = owner()
             if current is not None:
-                in_force = current.plan if plan is None or current is not runtime else plan
+                in_force = current.following if plan is None or current is not runtime else plan
                 seeds[index] = in_force.sites.get(site, ())
         return GraphPlan({index: each for index, each in seeds.items() if each}, self._device)
 
@@ -201,12 +217,13 @@ class Dispatcher:
 
         def resolve(inputs: list[Any]) -> Any:
             bound = self._bound(self.variants.here(plan), plan)
-            if self._unresolved is resolve:
-                self._unresolved = None
-                if isinstance(self._current, Transition):
-                    self._current.new = bound
-                else:
-                    self._point_to(bound)
+            with self._lock:
+                if self._unresolved is resolve:
+                    self._unresolved = None
+                    if isinstance(self._current, Transition):
+                        self._current.new = bound
+                    else:
+                        self._point_to(bound)
             return bound(inputs)
 
         self._unresolved = resolve

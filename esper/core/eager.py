@@ -106,7 +106,7 @@ class EagerExecutor:
     def refresh(self) -> None:
         """The model's training state may have changed."""
         if self._traced is not None:
-            self._traced.follow(self._runtime.plan)
+            self._traced.follow(self._runtime.following)
 
     # -- Executor --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from esper.errors import EsperError
@@ -43,6 +44,7 @@ class Fold:
     wanted: Callable[[], bool]
     _seen: int | None = field(default=None, init=False)
     _asked: int = field(default=0, init=False)
+    _folded: list[Tensor] | None = field(default=None, init=False)
 
     def is_exact(self, plan: Plan) -> bool:
         """Whether the layer computes the same with the fossil in its weights, whatever becomes of the other kernels.
@@ -83,7 +85,14 @@ class Fold:
             raise CannotFoldError("something holds the weights' memory at every forward")
         if not self.is_exact(self.layer.runtime.plan):
             raise CannotFoldError("a kernel was put before it meanwhile")
-        fold(self.layer.weight, self.layer.bias, self.seed.kernel, self.alpha)
+        weights = self._weights()
+        if self._folded is None:  # else an interrupt came while they were written
+            new = [each.detach().clone() for each in weights]
+            fold(new[0], new[1] if len(new) > 1 else None, self.seed.kernel, self.alpha)
+            self._folded = new
+        with torch.no_grad():
+            for weight, folded in zip(weights, self._folded, strict=True):
+                weight.copy_(folded)
 
     def _weights(self) -> list[Tensor]:
         return [each for each in (self.layer.weight, self.layer.bias) if each is not None]

@@ -129,7 +129,7 @@ class KasminaLayer(nn.Linear):
         self._stands_alone = stands_alone
         self._meter = meter
         self._armed = False
-        self._pinned: dict[int, str] = {}
+        self._pinned: dict[int, tuple[str, object]] = {}
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
         self._current = dormant_path(self)
@@ -171,24 +171,26 @@ class KasminaLayer(nn.Linear):
         del plan, runtime
 
     def follow(self, plan: Plan) -> None:
-        """Switch to `plan`."""
+        """Switch to `plan`. The seeds come last, so that what was interrupted is done when it is asked for again."""
         seeds, before = plan.sites.get(self.site, ()), self._current
         if not seeds and not self._seeds:
             return
         if seeds:
-            self._current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
-        elif self._seeds:
-            self._current = dormant_path(self)
-        if self.runtime.in_parts and self._current is not before:
-            self._current = Transition([self.runtime], before, self._current, self._settle)
+            current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
+        else:
+            current = dormant_path(self)
+        if self.runtime.in_parts:
+            current = Transition([self.runtime], before, current, self._settle)
+        self._current = current
         self._alphas = self.state.alpha_blend
-        self._seeds = seeds
         self._run = self._at_rest()
+        self._seeds = seeds
 
     def _settle(self, transition: Transition) -> None:
-        if self._current is transition:
-            self._current = transition.new
-            self._run = self._at_rest()
+        with self.runtime.lock:  # another thread may be committing
+            if self._current is transition:
+                self._current = transition.new
+                self._run = self._at_rest()
 
     def arm(self) -> None:
         self._armed = True
@@ -215,22 +217,26 @@ class KasminaLayer(nn.Linear):
         return self._current(x)
 
     def sample(self, telemetry: Telemetry, calls: list[int]) -> None:
-        """Time every call until :meth:`end_sample`, and note each in `calls` by this layer's site."""
-        current = self._current
+        """Time every call of this thread until :meth:`end_sample`, and note each in `calls` by this layer's site."""
+        thread = threading.get_ident()
 
         def timed(x: torch.Tensor) -> torch.Tensor:
+            if threading.get_ident() != thread:
+                return self._current(x)
             calls.append(self.site)
             watch = telemetry.stopwatch()
-            y = current(x)
+            y = self._current(x)
             watch.stop()
             telemetry.record(self.site, watch)
             return y
 
-        self._run = timed
+        with self.runtime.lock:
+            self._run = timed
 
     def end_sample(self) -> None:
         """Stop timing."""
-        self._run = self._at_rest()
+        with self.runtime.lock:
+            self._run = self._at_rest()
         telemetry = self.runtime.telemetry
         if telemetry is not None:
             for seed in self._seeds:
@@ -240,7 +246,8 @@ class KasminaLayer(nn.Linear):
         """Time the next call of a layer that stands alone."""
 
         def timed(x: torch.Tensor) -> torch.Tensor:
-            self._run = self._at_rest()
+            with self.runtime.lock:
+                self._run = self._at_rest()
             watch = telemetry.stopwatch()
             y = self._run(x)
             watch.stop()
@@ -248,8 +255,9 @@ class KasminaLayer(nn.Linear):
             self.end_sample()
             return y
 
-        if not self._armed:
-            self._run = timed
+        with self.runtime.lock:
+            if not self._armed:
+                self._run = timed
 
     # -- copies and checkpoints ------------------------------------------------------------------------------------
 
@@ -330,10 +338,15 @@ class KasminaLayer(nn.Linear):
 
         Returns whether the kernel is staged; awaited on the thread that runs the model (and with `commit="auto"`) it
         is in force then. False leaves the layer as it was, with the reason in `seed_errors`. Raises `IndexError` for
-        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
+        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A task that is cancelled
+        here calls the load off.
         """
         future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
-        staged: bool = await asyncio.wrap_future(future)
+        try:
+            staged: bool = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.stager.call_off(self, seed_idx, future)
+            raise
         if staged:
             self.runtime.commit_if_idle()
         return staged
@@ -358,12 +371,16 @@ class KasminaLayer(nn.Linear):
         self.stager.set_alpha(self, seed_idx, value)
 
     def pin(self, seed_idx: int, kernel_artifact_id: str | None) -> None:
-        """Keep the kernel of a seed in the cache, and let go of the one it replaces."""
-        before = self._pinned.pop(seed_idx, None)
+        """Keep the kernel of a seed in the cache, and let go of the one it replaces; once for each change committed."""
+        change, before = self.runtime.applying, self._pinned.get(seed_idx)
+        if before is not None and before[1] is change is not None:
+            return  # an interrupt came after this
         if kernel_artifact_id is not None:
-            self._pinned[seed_idx] = kernel_artifact_id
+            self._pinned[seed_idx] = kernel_artifact_id, change
+        else:
+            self._pinned.pop(seed_idx, None)
         if before is not None:
-            self.kernel_cache.unpin(before)
+            self.kernel_cache.unpin(before[0])
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
         """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""

@@ -48,14 +48,13 @@ class KernelBank(nn.Module):
 
     def sync(self, plan: Plan) -> None:
         """Hold the kernels of `plan` and no others."""
-        self._plan = plan
         wanted = {
             seed_key(self._names[site], seed.seed): seed.kernel.module
             for site, seeds in plan.sites.items()
             for seed in seeds
         }
-        self._modules.clear()
-        self._modules.update(wanted)
+        self.__dict__["_modules"] = wanted  # at once, whoever walks over them just now
+        self._plan = plan
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""

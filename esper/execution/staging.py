@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from esper.execution.alpha import AlphaSchedule
-from esper.execution.background import BackgroundThread
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, TelemetrySink
 from esper.execution.folding import CannotFoldError, Fold
@@ -56,11 +55,11 @@ class Stager:
         self._cache = cache
         self._attach = attach
         self.sink = sink
-        thread = BackgroundThread("esper-staging")
         self._requests = SeedRequests(runtime)
         self._records = SeedRecords(runtime, self._requests, sink)
-        self._queue = StagingQueue(runtime, self._requests, thread)
-        self._replacer = SeedReplacer(runtime, self._requests, self._records, thread)
+        self._queue = StagingQueue(runtime, self._requests)
+        self._replacer = SeedReplacer(runtime, self._requests, self._records, self._queue)
+        self._published: dict[tuple[int, int], tuple[LoadRequest, Change, LoadedKernel]] = {}  # and not yet committed
         self._later_alphas: dict[tuple[int, int], tuple[float | AlphaSchedule, float]] = {}  # set during a load
 
     def load(
@@ -90,8 +89,8 @@ class Stager:
             self._requests.begin(request)
             self._later_alphas.pop(request.key, None)
         if replaced is not None:
-            replaced.staged.set_result(False)
-        self._queue.put(lambda: self._fetched(request))
+            replaced.answer(False)
+        self._queue.fetch(request, lambda: self._fetched(request))
         return request.staged
 
     def unload(self, layer: KasminaLayer, seed: int) -> bool:
@@ -104,8 +103,29 @@ class Stager:
             load, _ = self._requests.call_off(layer, seed)
             unloads = self._unload(layer, seed, called_off=load is not None)
         if load is not None:
-            load.staged.set_result(False)
+            load.answer(False)
         return unloads
+
+    def call_off(self, layer: KasminaLayer, seed: int, staged: Future[bool]) -> None:
+        """Have the load whose future is `staged` never come into force, unless it has already."""
+        with self._runtime.lock:
+            load = self._requests.under_way(layer, seed)
+            published = self._published.get((layer.site, seed))
+            if load is not None and load.staged is staged:
+                self._requests.call_off(layer, seed)
+            elif published is not None and published[0].staged is staged:
+                load, change, kernel = published
+                if not self._runtime.withdraw(change):
+                    self._unload(layer, seed, called_off=False)
+                    return
+                del self._published[load.key]
+                layer.kernel_cache.unpin(kernel.artifact_id)
+            else:
+                return
+            if not self._requests.is_loading(layer, seed):
+                layer.state.cancel_load(seed)
+            self._records.report(layer, seed, "load called off")
+        load.answer(False)
 
     def _unload(self, layer: KasminaLayer, seed: int, called_off: bool) -> bool:
         state = layer.state.lifecycle(seed)
@@ -214,7 +234,7 @@ class Stager:
         if self._attach is not None and self._cache.source is not None:
             self._replacer.attach(seeds, self._attach, self._cache.source)
 
-    # -- on the background thread ----------------------------------------------------------------------------------
+    # -- on background threads -----------------------------------------------------------------------------------
 
     def _fetched(self, request: LoadRequest) -> Edit | None:
         """Fetch the kernel of a load and check that it fits."""
@@ -230,6 +250,7 @@ class Stager:
         planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
 
         def applied() -> Transition:
+            self._published.pop(request.key, None)
             asked = request.alpha, request.first_alpha
             self._runtime.start_alpha(index, *self._later_alphas.pop(request.key, asked))
             layer.seed_errors.pop(seed, None)
@@ -241,13 +262,14 @@ class Stager:
 
         def before_publishing() -> None:  # the model may have been moved or cast meanwhile
             kernel.module.to(layer.weight.device, layer.weight.dtype)
+            self._published[request.key] = request, change, kernel
 
         change = Change(lambda plan: plan.with_seed(layer.site, planned), applied)
         return Edit(request, change, failed, before_publishing)
 
     def _kernel(self, request: LoadRequest) -> LoadedKernel:
         layer = request.layer
-        cached = layer.kernel_cache.fetch(request.reference, pin=True)
+        cached = layer.kernel_cache.fetch(request.reference, pin=True, wanted=lambda: self._requests.wanted(request))
         try:
             weight = layer.weight
             cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_name)
@@ -265,7 +287,8 @@ class Stager:
         layer, seed = request.layer, request.seed
         with self._runtime.lock:
             if not self._requests.end(request):
-                return  # it was called off, and is answered
+                request.answer(False)  # if it is not answered: it was called off
+                return
             if error is not None:
                 self._records.keep_error(layer, seed, error)
                 layer.state.fail_load(seed)
@@ -275,4 +298,4 @@ class Stager:
                 "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_name, reason
             )
             self._records.report(layer, seed, reason)
-        request.staged.set_result(False)
+        request.answer(False)

@@ -49,14 +49,21 @@ class RemoteStore:
         """Leave the connections to the parent; see `esper.forking`."""
         self._client = None
 
-    def ask(self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]]) -> _Result:
-        """The result of `question(client)`, which runs on the client's own thread."""
+    def ask(
+        self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]], seconds: float | None = None
+    ) -> _Result:
+        """The result of `question(client)`, which runs on the client's own thread.
+
+        Without an answer within `seconds` it raises ``UrzaUnavailableError``, however patient the client is.
+        """
         if self.settings.client.offline:
             raise UrzaUnavailableError("urza.client.offline is set: only kernels downloaded before can be used")
         try:
-            return self._thread.run(self._asked(question))
+            return self._thread.run(self._asked(question), seconds)
         except CancelledError as cause:
             raise UrzaUnavailableError(f"the store at {self.settings.url} was closed while it was asked") from cause
+        except TimeoutError as cause:
+            raise UrzaUnavailableError(f"Urza at {self.settings.url} has not answered within {seconds} s") from cause
 
     async def _asked(self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]]) -> _Result:
         if self._client is None:

@@ -19,6 +19,8 @@ __all__ = ["RemoteKernelSource"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 8
+_PATIENCE = 2.0  # seconds, with a store that is asked for news of what is on the disk
+_PATIENCE_FOR_CODE = 5.0  # as above, where it is asked for compiled code, which is never needed, of what is on the disk
 _ANSWERS = (
     LookupError,
     ValueError,
@@ -48,11 +50,12 @@ class RemoteKernelSource:
         if is_full_id(reference) and reference in self.disk:
             return reference
         key = f"reference {reference}"
+        known = (self.disk.fact(key) or {}).get("id")
+        seconds = None if known is None else _PATIENCE
         try:
             with source_errors():
-                artifact_id = self._store.kernels.resolve(reference)
+                artifact_id = self._store.ask(lambda client: client.kernel(reference), seconds).id
         except KernelSourceError as error:
-            known = (self.disk.fact(key) or {}).get("id")
             if known is None or not _is_trouble(error):
                 raise self._explained(error, repr(reference)) from error.__cause__
             _log.warning("%r is taken for %s, as it was before: %s", reference, known, error)
@@ -86,10 +89,13 @@ class RemoteKernelSource:
         key = f"attachment {artifact_id} {target_key}"
         digest = (self.disk.fact(key) or {}).get("digest")
         known = None if digest is None else self.disk.get(digest)
+        seconds = _PATIENCE if known is not None else _PATIENCE_FOR_CODE if artifact_id in self.disk else None
         try:
             with source_errors():
                 signers = self._trust().key_ids
-                found = self._store.ask(lambda client: client.attachment(artifact_id, target_key, known, signers))
+                found = self._store.ask(
+                    lambda client: client.attachment(artifact_id, target_key, known, signers), seconds
+                )
         except KernelSourceError as error:
             if not _is_trouble(error):
                 raise
