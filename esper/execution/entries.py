@@ -37,7 +37,7 @@ class Entries:
         self._ids: frozenset[int] = frozenset()
         self._codes: frozenset[_Code] = frozenset()
         self._begun: dict[int, tuple[FrameType, Any]] = {}
-        self._watching = False
+        self._prepared = self._watching = False
 
     def of_modules(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
         """The modules of the model, asked for whenever there is something to commit."""
@@ -47,22 +47,30 @@ class Entries:
         """Those of the model, kernels' included; one that is used in several places comes several times."""
         return (each for module in self._modules() for each in module._parameters.values() if each is not None)
 
+    def prepare(self) -> None:
+        """There is something to commit: learn which calls are the model's own, before anybody is told to look for them.
+
+        Until :meth:`watch`, no forward begins: one that is under way may not be known yet.
+        """
+        if not self._prepared:
+            modules = list(self._modules())
+            self._ids = frozenset(map(id, modules))
+            self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
+            self._prepared = True
+
     def watch(self) -> None:
-        """There is something to commit from now on: the forwards that are under way on any thread have begun."""
+        """Everybody looks for calls now: the forwards that are under way on any thread have begun."""
         if self._watching:
             return
-        modules = list(self._modules())
-        self._ids = frozenset(map(id, modules))
-        self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
-        self._watching = True
         for thread, frame in sys._current_frames().items():
             outermost = self._outermost(frame)
             if outermost is not None:
-                self._begun[thread] = outermost, None
+                self._begun.setdefault(thread, (outermost, None))
+        self._watching = True
 
     def forget(self) -> None:
         """There is nothing to commit any more."""
-        self._watching = False
+        self._prepared = self._watching = False
         self._begun.clear()
 
     def begins(self, whole: bool, steps: Callable[[], Any]) -> bool:
@@ -80,7 +88,7 @@ class Entries:
         begun, before = self._begun.get(thread, (None, None))
         if begun is not outermost:
             self._begun[thread] = outermost, None
-            return True
+            return self._watching or not self._prepared
         if not whole:
             return False
         now = steps()

@@ -383,10 +383,11 @@ class Runtime:
         return not self._has_run or staged or unfinished or self._alphas.moving or bool(self._renewed)
 
     def _arm(self) -> None:
-        self.entries.watch()
+        self.entries.prepare()
         self.armed = True
         for executor in self._executors:
             executor.arm()
+        self.entries.watch()
 
     def _disarm_if_settled(self) -> None:
         with self.lock:
