@@ -48,6 +48,7 @@ __all__ = [
     "fake_tensors",
     "guard_count",
     "inductor_options",
+    "inject_parametrizations",
     "inside_backward",
     "load_graph",
     "module_call_code",
@@ -63,6 +64,15 @@ __all__ = [
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def inject_parametrizations(module: torch.nn.Module) -> None:
+    """Give `module`, which has a child `parametrizations`, the class that computes these where they are read."""
+    from torch.nn.utils.parametrize import _inject_new_class, _inject_property
+
+    _inject_new_class(module)
+    for name in module.get_submodule("parametrizations")._modules:
+        _inject_property(module, name)
 
 
 def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
