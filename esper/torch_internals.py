@@ -54,6 +54,7 @@ __all__ = [
     "goes_on_after_break",
     "guard_count",
     "inductor_options",
+    "inject_parametrizations",
     "inside_backward",
     "load_graph",
     "module_call_code",
@@ -72,6 +73,15 @@ __all__ = [
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def inject_parametrizations(module: torch.nn.Module) -> None:
+    """Give `module`, which has a child `parametrizations`, the class that computes these where they are read."""
+    from torch.nn.utils.parametrize import _inject_new_class, _inject_property
+
+    _inject_new_class(module)
+    for name in module.get_submodule("parametrizations")._modules:
+        _inject_property(module, name)
 
 
 def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:

@@ -264,6 +264,8 @@ class TrustStore:
 
     def verify(self, message: bytes, signature: Signature) -> None:
         """Raises :class:`UntrustedArtifactError` unless a trusted key signed `message`."""
+        if signature.public_key is not None and key_id(signature.public_key) != signature.key_id:
+            raise UntrustedArtifactError("the signature brings another public key than the one that it names")
         key = self._keys.get(signature.key_id)
         if key is None:
             raise UntrustedArtifactError(

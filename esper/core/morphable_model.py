@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from esper.execution.runtime import Runtime
 
 __all__ = ["MorphableModel", "Wrapping"]
 
+_LOG = logging.getLogger("esper.core")
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
@@ -144,8 +146,10 @@ class MorphableModel(nn.Module):
         schedules and what is staged are not in it.
         """
         state = super().state_dict(*args, **kwargs)
-        if not self._esper.is_empty:
-            prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
+        prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
+        if self._esper.is_empty:
+            self._esper.mark(state, prefix)
+        else:
             self._esper.state_dict(destination=state, prefix=f"{prefix}{BANK_NAME}.", keep_vars=bool(keep_vars))
         return state
 
@@ -164,13 +168,28 @@ class MorphableModel(nn.Module):
         bank = self._esper
         kernels = bank.read(state_dict, f"{BANK_NAME}.")
         host = OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(f"{BANK_NAME}."))
-        if hasattr(state_dict, "_metadata"):
-            host._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch keeps versions there
+        versions = getattr(state_dict, "_metadata", None) or {}  # torch keeps them there
+        said = dict(versions.get("", {}))
+        dormant = bank.said_dormant(said)
+        host._metadata = {**versions, "": bank.unmarked(said)}  # type: ignore[attr-defined]  # as above
         result = super().load_state_dict(host, *args, **kwargs)
         bank.follow_model()
-        if kernels:
-            bank.restore(kernels)
+        bank.follow(kernels, dormant, state_dict)
+        if bank.is_empty and self._is_own(state_dict):
+            _LOG.warning(
+                "the state dict that was loaded is made of the model's own tensors. If torch.distributed.checkpoint "
+                "filled them from a checkpoint with kernels, these were not asked for: add entries for its keys with "
+                "%r to the state dict, as docs/checkpoints.md shows", f"{BANK_NAME}."
+            )  # fmt: skip
         return result
+
+    def _is_own(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether `state_dict` holds the very memory of the model's parameters, so that loading it changes nothing."""
+        name, mine = next(self.named_parameters(), ("", None))
+        given: Any = state_dict.get(name)
+        if mine is None or type(given) not in (torch.Tensor, nn.Parameter) or type(mine) is not nn.Parameter:
+            return False
+        return mine.device.type != "meta" and bool(given.is_set_to(mine))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
@@ -178,11 +197,12 @@ class MorphableModel(nn.Module):
     ) -> None:  # fmt: skip
         """As a part of a larger module, which may hold kernels for this one."""
         own = f"{prefix}{BANK_NAME}."
-        kernels = self._esper.read(state_dict, own)
+        bank = self._esper
+        kernels, dormant = bank.read(state_dict, own), bank.said_dormant(metadata)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
-        if kernels:
-            self._esper.restore(kernels)
+        if not bank.is_unmarked(metadata):
+            bank.follow(kernels, dormant, state_dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled with its kernels, without its platform: where it is loaded it has the default one.

@@ -55,7 +55,9 @@ class Entries:
         if not self._prepared:
             modules = list(self._modules())
             self._ids = frozenset(map(id, modules))
-            self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
+            self._codes = frozenset(
+                {torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules}))
+            )
             self._prepared = True
 
     def watch(self) -> None:

@@ -16,6 +16,7 @@ from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.layer_stats import layer_stats
+from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.site_marker import commit_while_tracing, marked_by_esper
@@ -80,6 +81,7 @@ class KasminaLayer(nn.Linear):
     def at_site(cls, linear: nn.Linear, **parts: Any) -> KasminaLayer:
         """The layer that takes `linear`'s place, sharing its parameters; `parts` are those of :meth:`_join`."""
         layer = cls._sharing(linear)
+        layer._modules.clear()  # it gets a shadow of what these are
         layer._join(**parts)
         return layer
 
@@ -98,6 +100,7 @@ class KasminaLayer(nn.Linear):
             {name: value for name, value in linear.__dict__.items() if name not in ("_modules", "forward")}
         )
         layer.__dict__["_modules"] = {}
+        parametrize_alike(linear, layer)
         return layer
 
     def _join(
@@ -263,9 +266,7 @@ class KasminaLayer(nn.Linear):
 
     def as_linear(self) -> nn.Linear:
         """A linear layer with this one's parameters, hooks and training flag, and nothing of Esper."""
-        linear = self.default_transform
-        linear.__dict__.update({name: dict_ for name, dict_ in self.__dict__.items() if name.endswith("_hooks")})
-        return linear
+        return plain_linear(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
         """A copy that stands alone, with copies of the kernels in force."""
@@ -299,11 +300,9 @@ class KasminaLayer(nn.Linear):
     @property
     def default_transform(self) -> nn.Linear:
         """The host's path: a linear layer that shares this one's parameters."""
-        linear = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(linear)
-        linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.__dict__["_parameters"] = self._parameters
-        return linear.train(self.training)
+        linear, bare = plain_linear(self), nn.Module()
+        linear.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
+        return linear
 
     def request_kernel(
         self,

@@ -20,14 +20,14 @@ import torch
 from esper import torch_internals
 from esper.errors import EsperError
 from esper.execution import background, registry
-from esper.execution.alpha import AlphaSchedule
+from esper.execution.alpha import AlphaSchedule, Schedule
 from esper.execution.change import Change
 from esper.execution.commit import Commit
 from esper.execution.entries import Entries
 from esper.execution.executor import CalledOffError, Executor, Preparation
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import DORMANT, Plan
-from esper.execution.seed_alphas import Schedule, SeedAlphas
+from esper.execution.seed_alphas import SeedAlphas
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import ForwardStarts

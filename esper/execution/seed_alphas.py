@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from esper.execution.active_transforms import transforms_active
-from esper.execution.alpha import AlphaSchedule
+from esper.execution.alpha import AlphaSchedule, Schedule
 from esper.execution.state_layout import KasminaStateLayout
 
-__all__ = ["Schedule", "SeedAlphas"]
+__all__ = ["SeedAlphas"]
 
 _LOG = logging.getLogger("esper.execution")
-
-
-@dataclass(slots=True)
-class Schedule:
-    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
-
-    alpha: AlphaSchedule
-    step: int = 0
 
 
 class SeedAlphas:

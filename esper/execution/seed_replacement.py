@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from esper.execution.alpha import SavedRamp
 from esper.execution.background import FETCHING
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, is_default
@@ -38,7 +39,10 @@ class SeedReplacement:
     planned: SeedPlan
     state: Mapping[str, Tensor]
     """The fields of a `KasminaStateLayout` of one seed."""
-    was_scheduled: bool = False
+    ramp: SavedRamp | None = None
+    """What moves its alpha on from where it was."""
+    lost_schedule: bool = False
+    """Whether something else moved it."""
 
 
 class SeedReplacer:
@@ -81,9 +85,13 @@ class SeedReplacer:
             load.answer(False)
         self._runtime.commit()
         for each in seeds:
-            if each.was_scheduled:
+            if each.ramp is not None:
+                schedule, alpha = each.ramp.schedule(), float(each.state["alpha_blend"])
+                self._runtime.start_alpha(each.planned.alpha_index, schedule.alpha, alpha, schedule.step)
+            elif each.lost_schedule:
                 _LOG.warning(
-                    "seed %d of %s had an alpha schedule, which is not saved: its alpha stays at %g until set_alpha()",
+                    "seed %d of %s had an alpha schedule that is no ramp of Esper's, which is not saved: "
+                    "its alpha stays at %g until set_alpha()",
                     each.planned.seed, each.layer.layer_name, float(each.state["alpha_blend"]),
                 )  # fmt: skip
 
