@@ -109,12 +109,13 @@ def assemble(
 
     kind = wrapped_class(model, root_is_site="" in targets)
     wrapped: MorphableModel = object.__new__(kind) if into is None else into
-    plant(model, selection, replace, root=wrapped)
+    plant(model, selection, replace, root=wrapped, watched=options.mode == "fx")
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
     wrapping = Wrapping(model, KernelBank(runtime, stager, layers), selection, options)
     wrapped._become_wrapped(wrapping, runtime, layers)
+    wrapped._watch_sites()
     wrapped._run_by(EagerExecutor(wrapped, runtime, layers, selection, options.mode, hosts_forward(wrapped)))
     return wrapped
 

@@ -22,6 +22,7 @@ from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
 from esper.core.persistence import PackedModel
+from esper.core.site_watch import SiteWatch
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
@@ -90,6 +91,13 @@ class MorphableModel(nn.Module):
         runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
         runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
 
+    def _watch_sites(self) -> None:
+        """Have the sites follow layers that are exchanged, from the next forward on."""
+        runtime = self.runtime
+        watch = self.__dict__["_site_watch"] = SiteWatch(self, runtime.note_layers_changed)
+        this = weakref.ref(watch)
+        runtime.follow_layers = lambda: found.follow() if (found := this()) is not None else None
+
     def _run_by(self, eager: EagerExecutor) -> None:
         """Have uncompiled forwards run by `eager`."""
         self.__dict__["_eager"] = eager
@@ -145,6 +153,7 @@ class MorphableModel(nn.Module):
         What the kernels add are tensors: their parameters, their artifacts' bytes, and the state of their seeds. Alpha
         schedules and what is staged are not in it.
         """
+        self.runtime.look_for_layers()
         state = super().state_dict(*args, **kwargs)
         prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
         if self._esper.is_empty:
@@ -238,6 +247,7 @@ class MorphableModel(nn.Module):
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.
         """
+        self.runtime.look_for_layers()
         return self._layer(layer_name).request_kernel(
             seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate
         )
@@ -295,6 +305,7 @@ class MorphableModel(nn.Module):
 
     def seed_parameters(self) -> Iterator[nn.Parameter]:
         """The kernels' parameters that learn, for an optimizer: those of kernels loaded with `trainable=True`."""
+        self.runtime.look_for_layers()
         return self._esper.trainable()
 
     def get_model_stats(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ _OURS = frozenset(
         "_runtime_tag",
         "_run",
         "_root_site",
+        "_site_watch",
         "runtime",
         "kasmina_layers",
         "layer_mappings",

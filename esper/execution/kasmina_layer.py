@@ -16,6 +16,7 @@ from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.layer_stats import layer_stats
+from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
@@ -126,6 +127,7 @@ class KasminaLayer(nn.Linear):
         self.kernel_cache = cache
         self.state = state
         self.seed_errors = {}
+        self.absence: str | None = None
         self._runtime_id = runtime.id
         self._runtime_tag = runtime.tag
         self._site_tag = registry.make_tag(site)
@@ -380,6 +382,24 @@ class KasminaLayer(nn.Linear):
             self._pinned.pop(seed_idx, None)
         if before is not None:
             self.kernel_cache.unpin(before[0])
+
+    def take_in(self, linear: nn.Linear) -> None:
+        """Stand in the place of `linear` from now on, with its parameters, features, hooks and training flag."""
+        kept = ("_modules", "forward")
+        self.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in kept})
+        self.absence = None
+        for seed in self._seeds:
+            seed.kernel.module.to(linear.weight.device, linear.weight.dtype)
+        self._current = dormant_path(self)  # which reads the parameters from where they are now
+        self.follow(self.runtime.following)
+        self._run = self._at_rest()
+
+    def drop_kernels(self) -> list[int]:
+        """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""
+        held = [seed for seed in range(self.num_seeds) if self.state.lifecycle(seed) is not SeedLifecycleState.DORMANT]
+        if held:
+            self.stager.replace_all([self], [])
+        return held
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
         """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""

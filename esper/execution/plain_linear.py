@@ -14,8 +14,31 @@ from esper import torch_internals
 __all__ = ["OWN_ATTRIBUTES", "parametrize_alike", "plain_linear"]
 
 OWN_ATTRIBUTES = frozenset(
-    {"layer_id", "layer_name", "site", "first_seed", "runtime", "stager", "kernel_cache", "state", "seed_errors"}
-    | {"_runtime_id", "_stands_alone", "_meter", "_armed", "_pinned", "_seeds", "_alphas", "_current", "_run"}
+    {
+        "layer_id",
+        "layer_name",
+        "site",
+        "first_seed",
+        "runtime",
+        "stager",
+        "kernel_cache",
+        "state",
+        "seed_errors",
+        "absence",
+    }
+    | {
+        "_runtime_id",
+        "_stands_alone",
+        "_meter",
+        "_armed",
+        "_site_tag",
+        "_runtime_tag",
+        "_pinned",
+        "_seeds",
+        "_alphas",
+        "_current",
+        "_run",
+    }
 )
 """What a `KasminaLayer` has besides what a linear layer has."""
 

@@ -63,6 +63,9 @@ class Runtime:
         self.telemetry: Telemetry | None = None
         self.version = 0
         self.starts = ForwardStarts()
+        self.follow_layers: Callable[[], None] = lambda: None
+        """Looks where the layers with seeds are, after some were exchanged."""
+        self._layers_changed = False
         self.entries = Entries()
         self.armed = True
         """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
@@ -249,6 +252,18 @@ class Runtime:
         """How often the model's parameters were written to."""
         return sum(0 if each.is_inference() else each._version for each in self.entries.parameters())
 
+    def note_layers_changed(self) -> None:
+        """A module of the model was exchanged: look, before the next forward, whether it was a layer with seeds."""
+        with self.lock:
+            self._layers_changed = True
+            self._arm()
+
+    def look_for_layers(self) -> None:
+        """Have the sites follow layers that were exchanged, if any may have been; between two forwards."""
+        if self._layers_changed and not torch_internals.inside_backward():
+            self._layers_changed = False
+            self.follow_layers()
+
     def boundary(self) -> None:
         """A forward begins on this thread: commit what is staged, move the scheduled alphas.
 
@@ -259,6 +274,7 @@ class Runtime:
             return
         self._thread, self._has_run = threading.get_ident(), True
         self.note_settings()
+        self.look_for_layers()
         if self._commit is not None or (self._staged and self.commit_mode == "auto"):
             self._flip(lambda change: self.commit_mode == "auto" and change.safe(), wait=False)
         if self._renewed:
@@ -380,7 +396,14 @@ class Runtime:
     def _needs_boundary(self) -> bool:
         staged = bool(self._staged) and self.commit_mode == "auto"
         unfinished = self._commit is not None
-        return not self._has_run or staged or unfinished or self._alphas.moving or bool(self._renewed)
+        return (
+            not self._has_run
+            or self._layers_changed
+            or staged
+            or unfinished
+            or self._alphas.moving
+            or bool(self._renewed)
+        )
 
     def _arm(self) -> None:
         self.entries.prepare()

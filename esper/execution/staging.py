@@ -19,7 +19,7 @@ from esper.execution.defaults import AttachKernel, TelemetrySink
 from esper.execution.folding import CannotFoldError, Fold
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.loaded_kernel import KernelMismatchError, LoadedKernel
 from esper.execution.plan import SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_records import SeedRecords
@@ -272,6 +272,8 @@ class Stager:
         cached = layer.kernel_cache.fetch(request.reference, pin=True, wanted=lambda: self._requests.wanted(request))
         try:
             weight = layer.weight
+            if layer.absence is not None:
+                raise KernelMismatchError(layer.absence)
             cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=request.trainable)
             source = layer.kernel_cache.source

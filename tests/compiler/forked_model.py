@@ -23,7 +23,7 @@ X = torch.linspace(-1, 1, 24).reshape(3, 8)
 def main() -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a child
     with tempfile.TemporaryDirectory() as folder, KernelShelf(Path(folder)) as shelf:
-        model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+        model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode="fx")
         run = torch.compile(model, backend="esper", options={"inner": "aot_eager"})
         dormant = run(X)
         assert torch.allclose(model(X), dormant)
