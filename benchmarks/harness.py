@@ -97,20 +97,16 @@ def paired(alternatives: Mapping[str, Callable[[], object]], rounds: int, second
         calls[name] = max(1, int(seconds / max((time.perf_counter() - start) / 5, 1e-7)))
     figures: Figures = {name: [] for name in alternatives}
     names = list(alternatives)
-    gc.collect()
-    gc.disable()
-    try:
-        for round_ in range(rounds):
-            turn = round_ % len(names)
-            for name in names[turn:] + names[:turn]:
-                function, count = alternatives[name], calls[name]
-                start = time.perf_counter()
-                for _ in range(count):
-                    function()
-                synchronise()
-                figures[name].append((time.perf_counter() - start) / count)
-    finally:
-        gc.enable()
+    gc.collect()  # and left on: what collects in a user's program collects here
+    for round_ in range(rounds):
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            function, count = alternatives[name], calls[name]
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            synchronise()
+            figures[name].append((time.perf_counter() - start) / count)
     return figures
 
 

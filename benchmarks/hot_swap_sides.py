@@ -81,9 +81,7 @@ def record(
     recorder.run(_WARM_STEPS)
     confine()
     recorder.run(_WARM_STEPS)
-    gc.collect()
-    gc.freeze()
-    gc.disable()
+    gc.collect()  # and left on: what collects in a user's program collects here
     recorder.start()
     recorder.run(steps // 2)
     confine()  # again, for processes that were started meanwhile
@@ -106,8 +104,6 @@ def record(
     ended = recorder.count
     if with_control:
         recorder.run(ended - requested)
-    gc.enable()
-    gc.unfreeze()
     return StepTrace(recorder.durations, requested, first, unloaded, ended)
 
 

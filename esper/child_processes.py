@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import select
 import signal
 import site
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from types import MappingProxyType
 from typing import IO, NoReturn
 
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
@@ -28,6 +30,7 @@ __all__ = [
     "ChildStartError",
     "describe_exit",
     "end_with_parent",
+    "ended_with_this_process",
     "family",
     "kill_family",
     "read_tail",
@@ -36,8 +39,21 @@ __all__ = [
 ]
 
 _TAIL = 4096
-_SECRETS = ("ESPER_", "AWS_")
-"""How the names of variables begin whose values may be secrets: tokens, passwords in URLs, keys."""
+_SECRET_NAME = re.compile(
+    r"(ESPER|AWS|AZURE|ARM|GOOGLE|GCP|GCLOUD|CLOUDSDK|FIREBASE|S3|MINIO|BOTO|OCI|ALIBABA|ALIYUN|TENCENT|IBM|DIGITALOCEAN"
+    r"|CLOUDFLARE|HEROKU|PG|POSTGRES\w*|MYSQL|MARIADB|MONGO\w*|REDIS\w*|RABBITMQ|AMQP|KAFKA|DATABASE|DB|SQLALCHEMY"
+    r"|HF|HUGGING\w*|WANDB|COMET|NEPTUNE|MLFLOW|CLEARML|DATABRICKS|SNOWFLAKE|KAGGLE|OPENAI|ANTHROPIC|MISTRAL|COHERE"
+    r"|GEMINI|REPLICATE|LANGCHAIN|LANGSMITH|GITHUB|GH|GITLAB|BITBUCKET|CI|JENKINS|ACTIONS|CIRCLE\w*|TRAVIS|BUILDKITE"
+    r"|VAULT|CONSUL|NOMAD|KUBE\w*|DOCKER|NPM|NODE_AUTH|PIP|UV|POETRY|TWINE|CONAN|CARGO|SSH|GPG|KRB5\w*|SLACK|DISCORD"
+    r"|TELEGRAM|SENTRY|DATADOG|DD|NEW_RELIC|HONEYCOMB|OTEL|STRIPE|TWILIO|SENDGRID|SMTP|MAIL\w*|LDAP|FTP|NETRC)(_.*)?"
+    r"|PG[A-Z]+|.*(TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|APIKEY|PRIVATE|CONNECTION_?STRING|CONN_STR|WEBHOOK|COOKIE).*"
+    r"|(.*_)?(PASS|PWD|KEY|KEYS|KEYFILE|AUTH|DSN|SAS|CERT|PEM|JWT|PAT|XAUTHORITY)(_.*)?"
+)
+"""Names of the variables whose values may be secrets: what clouds, databases, model hubs, CI and registries use, and
+whatever is called a secret."""
+_NO_SECRETS = ("PWD", "OLDPWD")
+_SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@|-----BEGIN ")
+"""An address with a password, or a key."""
 
 
 class ChildStartError(EsperError):
@@ -52,20 +68,22 @@ def start_child(
     compile_threads: int = 1,
     nice: int = 0,
     secrets: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start `python -m module arguments...`, whose output goes to `log`, in a process group of its own.
 
     It imports the `esper` that this process has, computes on one thread, lets Inductor run `compile_threads` C++
     compilers at a time, and is as much nicer than this process as `nice` says, from its first instruction but a few on.
-    Without `secrets` its environment has no settings of Esper's and no keys to storage. The child calls
+    Without `secrets` nothing that may be a secret is in its environment, and `variables` in any case. The child calls
     :func:`end_with_parent`. Raises :class:`ChildStartError`.
     """
     if not sys.executable:
         raise ChildStartError("the path of the Python interpreter, sys.executable, is not set; set it")
     environment = _environment(compile_threads)
     if not secrets:
-        environment = {name: value for name, value in environment.items() if not name.upper().startswith(_SECRETS)}
+        environment = {name: value for name, value in environment.items() if not _may_be_secret(name.upper(), value)}
+    environment.update(variables)
     try:
         with no_forks():
             process = subprocess.Popen(
@@ -98,6 +116,38 @@ def end_with_parent(parent: int) -> None:
     if sys.platform == "linux" and os.getpgrp() == os.getpid():
         _have_group_killed(lifeline)
     threading.Thread(target=_wait_for_end, args=(parent, lifeline), name="esper-parent-watch", daemon=True).start()
+
+
+_WATCH = """
+import os, signal, sys, time
+pid = int(sys.argv[1])
+while os.read(0, 4096):
+    pass
+try:
+    os.kill(pid, signal.SIGTERM)
+    for _ in range(200):
+        time.sleep(0.1)
+        os.kill(pid, 0)
+    os.kill(pid, signal.SIGKILL)
+except ProcessLookupError:
+    pass
+"""
+
+
+@contextmanager
+def ended_with_this_process(pid: int) -> Iterator[None]:
+    """Have a process that knows nothing of us end when this one does, however that ends, until the block is left.
+
+    A small process watches, since nobody else is left to do it after a SIGKILL. It asks with SIGTERM, and 20 seconds
+    later it kills.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, str(pid)]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        watcher.kill()
+        watcher.communicate()
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -169,6 +219,12 @@ def _environment(compile_threads: int) -> dict[str, str]:
     if roots:
         environment["PYTHONPATH"] = os.pathsep.join([*roots, *filter(None, [environment.get("PYTHONPATH")])])
     return environment
+
+
+def _may_be_secret(name: str, value: str) -> bool:
+    if name in _NO_SECRETS:
+        return False
+    return _SECRET_NAME.fullmatch(name) is not None or _SECRET_VALUE.search(value) is not None
 
 
 def _have_group_killed(lifeline: int) -> None:

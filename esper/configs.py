@@ -29,6 +29,8 @@ from pydantic_settings import (
 from esper.compiler.debug import DEBUG_DIR_VARIABLE
 from esper.errors import EsperError
 from esper.logs import LOGS_VARIABLE
+from esper.ownership import UnsafePathError, check_own
+from esper.regular_files import read_regular
 
 __all__ = [
     "CONFIG_VARIABLE",
@@ -55,6 +57,7 @@ CONFIG_VARIABLE = "ESPER_CONFIG"
 
 _PREFIX = "ESPER_"
 _DELIMITER = "__"
+_MOST_BYTES = 2**22  # of a file of settings
 
 
 class ConfigError(EsperError, ValueError):
@@ -306,8 +309,7 @@ _Location = tuple[str, ...]
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, int]]:
     """What the file says, and the line of each setting in it."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        text = read_regular(path, _MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as cause:
         raise ConfigError(f"the configuration file {path} cannot be read: {cause}") from cause
     try:
@@ -318,7 +320,18 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, int]]:
         return {}, {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"the configuration file {path} does not hold settings; write lines like `name: value`")
+    _check_trust_list(path, content)
     return content, dict(_lines(tree, ()))
+
+
+def _check_trust_list(path: Path, content: Mapping[str, Any]) -> None:
+    """Whoever can write down which keys are trusted decides which machine code runs here."""
+    platform = content.get("platform")
+    if isinstance(platform, dict) and platform.get("trusted_keys"):
+        try:
+            check_own(path, f"the trust list platform.trusted_keys in {path}")
+        except UnsafePathError as cause:
+            raise ConfigError(str(cause)) from cause
 
 
 def _lines(node: yaml.Node, location: _Location) -> Iterator[tuple[_Location, int]]:

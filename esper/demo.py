@@ -192,7 +192,7 @@ def run_demo(platform: esper.Platform, seed: int, progress: Callable[[str, int, 
     torch.set_num_threads(1)  # a second one gains nothing at these sizes and would wait for the compiler's core
     digits = Digits.load(seed)
     host = build_host(seed)
-    growth = Growth(Training(esper.wrap(host, platform=platform), digits, seed), platform, progress)
+    growth = Growth(Training(esper.wrap(host, platform=platform, mode="fx"), digits, seed), platform, progress)
     training = growth.training
     growth.train("compiling the host", steps=1)
     growth.note("host compiled, every seed dormant")
@@ -208,7 +208,7 @@ def run_demo(platform: esper.Platform, seed: int, progress: Callable[[str, int, 
     growth.train("alpha rising", steps=RAMP_STEPS)
     growth.note("alpha is 1")
     growth.train("kernel learning", steps=GROWN_STEPS)
-    control = Training(esper.wrap(build_host(seed), platform=platform), digits, seed)
+    control = Training(esper.wrap(build_host(seed), platform=platform, mode="fx"), digits, seed)
     while control.steps < training.steps:
         control.step()
         progress("control, without growth", control.steps, training.steps)

@@ -25,6 +25,7 @@ PARTS = MappingProxyType(
         "compiler": "esper.compiler",
         "workers": "esper.compiler.workers",
         "store": "esper.compiler.variant_store",
+        "core": "esper.core",
         "execution": "esper.execution",
         "platform": "esper.platform",
         "services": "esper.services",

@@ -8,17 +8,24 @@ import logging
 import threading
 import time
 import weakref
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from esper.artifacts import Blueprint, BlueprintError, TrustStore
+from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
-from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
-from esper.services.errors import CompilationFailedError, CompilationTimeoutError, PlatformClosedError
+from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact
+from esper.services.errors import (
+    CompilationFailedError,
+    CompilationTimeoutError,
+    KernelNotTrustedError,
+    PlatformClosedError,
+)
 from esper.services.oona import Bus, InMemoryBus
 from esper.services.oona_client import OonaClient
 from esper.services.parts import data_folder, open_bus, open_local_store, signing_key, trusted_keys
@@ -33,6 +40,7 @@ __all__ = ["POLL_SECONDS", "Platform", "default_platform", "opened_default_platf
 
 _log = logging.getLogger(__name__)
 
+_LATE_SECONDS = 0.5  # for a timeout to be noticed where it is known what the blueprint is waiting for
 POLL_SECONDS = 0.5
 """How often the store is looked at for what another process finished. This process's own work is noticed at once."""
 
@@ -145,12 +153,12 @@ class Platform:
     def submit(self, blueprint: Blueprint, name: str | None = None) -> str:
         """Put `blueprint` on the list of what is to be compiled, and return its id at once.
 
-        Submitting the same content again is harmless. `name` may be used in place of the kernel's id later. Raises
+        Submitting the same content again is harmless; it is compiled again if its kernel is signed by no key that this
+        platform trusts, for instance after a key was lost. `name` may be used in place of the kernel's id later. Raises
         ``NameTakenError``, ``InvalidNameError``, or another :class:`~esper.services.errors.StoreError`.
         """
-        if not isinstance(blueprint, Blueprint):
-            raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
-        record = self.store.blueprints.submit(blueprint, name)
+        _check_blueprint(blueprint)
+        record = self._recorded(blueprint, name)
         if not record.status.is_final:
             self.oona.publish(
                 TopicNames.COMPILATION_BLUEPRINT_SUBMITTED,
@@ -160,12 +168,28 @@ class Platform:
             self._tezzeret().ask()
         return record.id
 
+    def _recorded(self, blueprint: Blueprint, name: str | None) -> BlueprintRecord:
+        record = self.store.blueprints.submit(blueprint, name)
+        if record.status is BlueprintStatus.VALIDATED and record.artifact_id is not None:
+            kernel = self.store.kernels.get(record.artifact_id)
+            if not self._trusts(kernel):
+                _log.info("kernel %s is signed by no trusted key; it is compiled again", kernel.id[:12])
+                return self.store.blueprints.recompile(record.id, self.trust.key_ids)
+        return record
+
+    def _trusts(self, kernel: CompiledKernelArtifact) -> bool:
+        """Whether a model here could load it. True where no key is trusted: such a platform only submits."""
+        trust = self.trust
+        signatures = (each.signature() for each in kernel.signatures)
+        return not len(trust) or trust.choose(artifact_message(kernel.id), signatures) is not None
+
     async def wait(self, blueprint_id: str, timeout: float | None = None) -> CompiledKernelArtifact:
         """The kernel of a submitted blueprint, once it is there.
 
         Raises :class:`~esper.services.errors.CompilationFailedError` with the report if the blueprint is invalid,
-        ``CompilationTimeoutError`` after `timeout` seconds, ``UnknownBlueprintError``, ``PlatformClosedError``, or the
-        ``StoreError`` that keeps it from being compiled.
+        ``KernelNotTrustedError`` if no model here would load its kernel, ``CompilationTimeoutError`` after `timeout`
+        seconds, ``UnknownBlueprintError``, ``PlatformClosedError``, or the ``StoreError`` that keeps it from being
+        compiled.
         """
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         deadline = _Deadline(blueprint_id, timeout)
@@ -180,7 +204,12 @@ class Platform:
         return kernel
 
     def wait_sync(self, blueprint_id: str, timeout: float | None = None) -> CompiledKernelArtifact:
-        """:meth:`wait` for code that is not async: blocks the calling thread."""
+        """:meth:`wait` for code that is not async: blocks the calling thread, for `timeout` seconds at most."""
+        if timeout is None:
+            return self._wait_here(blueprint_id, None)
+        return _in_thread(lambda: self._wait_here(blueprint_id, timeout), timeout).result()
+
+    def _wait_here(self, blueprint_id: str, timeout: float | None) -> CompiledKernelArtifact:
         changed, deadline = threading.Event(), _Deadline(blueprint_id, timeout)
         with self._tezzeret().watched(changed.set):
             while (kernel := self._look(blueprint_id, deadline)) is None:
@@ -191,24 +220,22 @@ class Platform:
     def request(
         self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None
     ) -> Future[CompiledKernelArtifact]:
-        """:meth:`compile` for a loop that goes on meanwhile: the future has the kernel, or what :meth:`wait` raises.
+        """:meth:`compile` for a loop that goes on meanwhile: the future has the kernel, or what :meth:`submit` and
+        :meth:`wait` raise.
 
-        The future cannot be cancelled; the compilation is anybody's who asks for the same content.
+        Returns at once, also while the store is away; only what is no blueprint raises here. `timeout` seconds after
+        the request the future fails, whatever keeps the kernel. It cannot be cancelled; the compilation is anybody's
+        who asks for the same content.
         """
-        blueprint_id = self.submit(blueprint, name)
-        future: Future[CompiledKernelArtifact] = Future()
-        future.set_running_or_notify_cancel()
+        _check_blueprint(blueprint)
 
-        def work() -> None:
-            try:
-                kernel = self.wait_sync(blueprint_id, timeout)
-            except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
-                future.set_exception(error)
-            else:
-                future.set_result(kernel)
+        def work() -> CompiledKernelArtifact:
+            began = time.monotonic()
+            blueprint_id = self.submit(blueprint, name)
+            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+            return self._wait_here(blueprint_id, left)
 
-        threading.Thread(target=work, name=f"esper-request-{blueprint_id[:12]}", daemon=True).start()
-        return future
+        return _in_thread(work, timeout)
 
     async def compile(
         self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None
@@ -226,7 +253,15 @@ class Platform:
     def _look(self, blueprint_id: str, deadline: _Deadline) -> CompiledKernelArtifact | None:
         record = self.store.blueprints.get(blueprint_id)
         if record.status is BlueprintStatus.VALIDATED and record.artifact_id is not None:
-            return self.store.kernels.get(record.artifact_id)
+            kernel = self.store.kernels.get(record.artifact_id)
+            if not self._trusts(kernel):
+                signers = ", ".join(each.key_id[:12] for each in kernel.signatures) or "nobody"
+                raise KernelNotTrustedError(
+                    f"kernel {kernel.id} of blueprint {blueprint_id} is signed by {signers}, and by no key that is "
+                    "trusted here; add the public key of a worker to platform.trusted_keys (`esper keys show` prints "
+                    "it there), or submit the blueprint again once such a worker runs"
+                )
+            return kernel
         if record.status is BlueprintStatus.INVALID:
             message = f"blueprint {blueprint_id} is invalid: {record.reason}"
             raise CompilationFailedError(message, blueprint_id, record.report)
@@ -296,6 +331,40 @@ class _Deadline:
             raise CompilationTimeoutError(
                 f"blueprint {self._blueprint_id} is {status} after {self._timeout:g} s; it goes on, wait for it again"
             )
+
+
+def _check_blueprint(blueprint: object) -> None:
+    if not isinstance(blueprint, Blueprint):
+        raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
+
+
+def _in_thread(work: Callable[[], CompiledKernelArtifact], timeout: float | None) -> Future[CompiledKernelArtifact]:
+    """Run `work`, which knows of `timeout`; soon after that, the future does not wait for it any more."""
+    future: Future[CompiledKernelArtifact] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            kernel = work()
+        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
+            with suppress(InvalidStateError):
+                future.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(kernel)
+
+    def give_up() -> None:
+        late = CompilationTimeoutError(f"the store has not answered for {timeout:g} s; look at it, or ask again")
+        with suppress(InvalidStateError):
+            future.set_exception(late)
+
+    threading.Thread(target=run, name="esper-request", daemon=True).start()
+    if timeout is not None:
+        timer = threading.Timer(timeout + _LATE_SECONDS, give_up)
+        timer.name, timer.daemon = "esper-request-timeout", True
+        timer.start()
+        future.add_done_callback(lambda _: timer.cancel())
+    return future
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

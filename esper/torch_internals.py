@@ -9,18 +9,21 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import gc
 import hashlib
 import io
 import marshal
 import math
+import operator
 import os
 import pickle
 import platform
 import struct
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,31 +41,47 @@ __all__ = [
     "compile_graph",
     "compile_with_inductor",
     "compiler_cache_dir",
+    "confine_fx_tracing",
     "constant_while_tracing",
     "copy_for_recompile",
+    "copy_of_capture",
     "describe_graph",
     "deserialise_compiled",
     "dynamo_at_work",
     "fake_inputs",
     "fake_like",
     "fake_tensors",
+    "goes_on_after_break",
     "guard_count",
     "inductor_options",
+    "inject_parametrizations",
     "inside_backward",
     "load_graph",
     "module_call_code",
+    "operators_being_traced",
     "pack_graph",
     "propagate_values",
     "recompile_context",
+    "saved_tensor_hooks",
     "serialise_compiled",
     "shared_inputs",
     "static_inputs",
     "system_factors",
     "unpack_graph",
+    "without_collections",
 ]
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def inject_parametrizations(module: torch.nn.Module) -> None:
+    """Give `module`, which has a child `parametrizations`, the class that computes these where they are read."""
+    from torch.nn.utils.parametrize import _inject_new_class, _inject_property
+
+    _inject_new_class(module)
+    for name in module.get_submodule("parametrizations")._modules:
+        _inject_property(module, name)
 
 
 def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
@@ -89,17 +108,33 @@ def backend_being_traced(is_ours: Callable[[object], bool]) -> bool:
     return False
 
 
-def changed_in_trace(container: object) -> bool:
-    """Whether the code that Dynamo traces on this thread has changed `container`, a dictionary such as `_parameters`.
+def changed_in_trace(containers: Iterable[object]) -> bool:
+    """Whether the code that Dynamo traces on this thread has changed one of `containers`, dictionaries such as
+    `_parameters`.
 
     `torch.func.functional_call` does so for the time of its call. Dynamo keeps changes to itself until the graph has
-    run: `container` is as it was before. Must be called as :func:`backend_being_traced` is.
+    run: a container is as it was before. Must be called as :func:`backend_being_traced` is.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects = InstructionTranslator.current_tx().output.side_effects
-    variable = effects.id_to_variable.get(id(container))
-    return variable is not None and bool(effects.is_modified(variable))
+    variables = (effects.id_to_variable.get(id(container)) for container in containers)
+    return any(variable is not None and effects.is_modified(variable) for variable in variables)
+
+
+def operators_being_traced() -> list[str]:
+    """The names of the higher-order operators whose bodies Dynamo is tracing on this thread, innermost first.
+
+    Must be called as :func:`backend_being_traced` is.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    names: list[str] = []
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer is not None and tracer.parent is not None:
+        names.append(str(getattr(tracer.source_target, "__name__", tracer.source_target)))
+        tracer = tracer.parent
+    return names
 
 
 def constant_while_tracing(function: _Function) -> _Function:
@@ -117,6 +152,11 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
 
 
+def goes_on_after_break(code: types.CodeType) -> bool:
+    """Whether this is code that Dynamo made for what comes after a graph break."""
+    return code.co_name.startswith("torch_dynamo_resume_in")
+
+
 def module_call_code() -> tuple[str, int, str]:
     """File, first line and name of the code that runs whenever a module is called."""
     code = torch.nn.Module._wrapped_call_impl.__code__
@@ -128,6 +168,31 @@ def dynamo_at_work() -> bool:
     from torch._guards import TracingContext
 
     return TracingContext.try_get() is not None
+
+
+class _OnThisThread:
+    """True on the thread that it was made on."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self._thread
+
+
+def confine_fx_tracing() -> None:
+    """Let torch.fx's trace that this thread has begun be none to other threads, until it ends.
+
+    Compiled functions refuse to run while "the process" traces, on whatever thread they are called.
+    """
+    from torch.fx import _symbolic_trace
+
+    _symbolic_trace._is_fx_tracing_flag = _OnThisThread()  # type: ignore[assignment]  # is asked for its truth only
+
+
+def saved_tensor_hooks() -> object:
+    """The hooks for saved tensors that are in force on this thread, such as those of activation checkpointing."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def inside_backward() -> bool:
@@ -152,24 +217,42 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     return config
 
 
+def copy_of_capture(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph in which nothing is missing that a compiler may look for.
+
+    For a backend that changes inputs: Dynamo reads from its own graph what they are once the backend has returned.
+    """
+    copied = _copied(module)
+    for name, value in vars(module).items():  # Dynamo keeps notes in attributes
+        vars(copied).setdefault(name, value)
+    return copied
+
+
 def copy_for_recompile(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of a Dynamo graph that keeps what a later compilation needs and holds no real tensor of the inputs.
 
     Sources and static-input marks are kept, so that CUDA graphs go on treating parameters as static inputs.
     """
+    copied = _copied(module)
+    for node in copied.graph.nodes:
+        node.meta.pop("grapharg", None)
+    if hasattr(module, "_param_name_to_source"):
+        copied._param_name_to_source = module._param_name_to_source
+    return copied
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, mapping)
     if output is not None:
         graph.output(output)
+        graph.output_node().meta = dict(module.graph.output_node().meta)
     for old, new in mapping.items():
-        new.meta.pop("grapharg", None)
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # set by Dynamo on placeholders
     copied = fx.GraphModule(module, graph)
     copied.meta.update(module.meta)
-    if hasattr(module, "_param_name_to_source"):
-        copied._param_name_to_source = module._param_name_to_source
     return copied
 
 
@@ -316,6 +399,25 @@ def deserialise_compiled(data: bytes) -> Callable[..., Any]:
 
     loaded: Callable[..., Any] = AOTCompiledArtifact.deserialize(data)
     return loaded
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """No garbage collection in this process meanwhile, and none soon because of what was made meanwhile.
+
+    For imports of much code, on any thread: what they make stays, and looking through it would stop every thread for
+    some hundred milliseconds. It counts as old, so that only a full collection looks at it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else what the program has frozen would be thawed
+            gc.freeze()
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 class NotSendableError(Exception):
@@ -487,7 +589,11 @@ def unpack_graph(data: bytes) -> fx.GraphModule:
 
 @dataclass(frozen=True)
 class Ambient:
-    """The process-wide settings under which a graph was captured, and which its compilation depends on."""
+    """The settings that the compilation of a graph depends on.
+
+    Those up to `threads` are the ones under which it was captured: Dynamo guards on them, and captures a graph anew
+    when they change. On the others it has no guard: :meth:`renewed` has what they have become.
+    """
 
     grad: bool
     inference: bool
@@ -495,27 +601,33 @@ class Ambient:
     autocast_cache: bool
     deterministic: tuple[bool, bool]
     default_dtype: torch.dtype
-    matmul_precision: str
     threads: int
     cache_dir: str | None
+    flags: tuple[tuple[str, Any], ...]
+    """Of `torch.backends`."""
     inductor: Mapping[str, Any] = field(default_factory=dict)
     functorch: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Any] = field(default_factory=dict)
+    caching: Mapping[str, Any] = field(default_factory=dict)
+
+    def renewed(self, config_patches: Mapping[str, Any]) -> Ambient:
+        """With the settings that are in force now where Dynamo has no guard; as for :func:`ambient_state`."""
+        return replace(self, **_unguarded_settings(config_patches))
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """These settings; for a process of its own, where nothing has to be put back but what is scoped anyway."""
-        from torch._functorch import config as functorch_config
-        from torch._inductor import config as inductor_config
-
         if self.cache_dir is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.cache_dir
         torch.use_deterministic_algorithms(self.deterministic[0], warn_only=self.deterministic[1])
         torch.set_default_dtype(self.default_dtype)
-        torch.set_float32_matmul_precision(self.matmul_precision)
+        for name, value in self.flags:
+            if _flag(name) != value:
+                _set_flag(name, value)
         threads = {} if "cpp.threads" in self.inductor else {"cpp.threads": self.threads}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(inductor_config.patch({**threads, **self.inductor}))
-            stack.enter_context(functorch_config.patch(dict(self.functorch)))
+            for name, config in _configs().items():
+                stack.enter_context(config.patch({**(threads if name == "inductor" else {}), **getattr(self, name)}))
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             for device, enabled, dtype in self.autocast:
@@ -533,31 +645,85 @@ def ambient_state(device_types: Sequence[str], config_patches: Mapping[str, Any]
 
     Raises :class:`NotSendableError` for a setting that is a function or anything else that pickle refuses.
     """
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-
-    inductor = _changed_settings(inductor_config)
-    inductor = {name: value for name, value in inductor.items() if not name.startswith(_LOCAL_TO_A_PROCESS)}
-    functorch = _changed_settings(functorch_config)
-    ambient = Ambient(
+    return Ambient(
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types),
         torch.is_autocast_cache_enabled(),
         (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
         torch.get_num_threads(),
-        os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
-        {**inductor, **config_patches},
-        functorch,
+        **_unguarded_settings(config_patches),
     )
-    for name, value in (*ambient.inductor.items(), *ambient.functorch.items()):
+
+
+def _configs() -> dict[str, Any]:
+    """Torch's modules of compiler settings, by the field of :class:`Ambient`."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch.compiler import config as caching
+    from torch.fx.experimental import _config as shapes
+
+    return {"inductor": inductor, "functorch": functorch, "shapes": shapes, "caching": caching}
+
+
+def _unguarded_settings(config_patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`Ambient`; those of torch's compilers may be seen by this context alone, see `contextvars`."""
+    configs = {field: _changed_settings(config) for field, config in _configs().items()}
+    for name in [name for name in configs["inductor"] if name.startswith(_LOCAL_TO_A_PROCESS)]:
+        del configs["inductor"][name]
+    configs["caching"] = {name: value for name, value in configs["caching"].items() if name == "cache_key_tag"}
+    configs["inductor"].update(config_patches)
+    configs["functorch"].pop("donated_buffer", None)  # see compile_graph
+    for name, value in (each for config in configs.values() for each in config.items()):
         try:
             pickle.dumps(value)
         except Exception as error:  # pickle raises almost anything
             raise NotSendableError(f"the compiler setting {name} cannot be sent: {error}") from error
-    return ambient
+    flags = tuple((name, _flag(name)) for name in _FLAGS)
+    return {"cache_dir": os.environ.get("TORCHINDUCTOR_CACHE_DIR"), "flags": flags, **configs}
+
+
+_PRECISIONS = [
+    f"{backend}.{operator}" for backend in ("cuda", "mkldnn") for operator in ("all", "matmul", "conv", "rnn")
+]
+_ATTENTIONS = [f"{kind}_sdp" for kind in ("flash", "mem_efficient", "math", "cudnn")]
+_FLAGS = (
+    "generic.all",
+    *_PRECISIONS,
+    *_ATTENTIONS,
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "opt_einsum.enabled",
+    "opt_einsum.strategy",
+)
+"""What AOTAutograd or Inductor reads of `torch.backends`: the precision of products of float32 numbers by backend and
+operator (`set_float32_matmul_precision` sets some of them), which kinds of attention may be used, attributes."""
+
+
+def _flag(name: str) -> Any:
+    if name in _FLAGS[: 1 + len(_PRECISIONS)]:
+        return torch._C._get_fp32_precision_getter(*name.split("."))
+    if name in _ATTENTIONS:
+        return getattr(torch.backends.cuda, f"{name}_enabled")()
+    return operator.attrgetter(name)(torch.backends)
+
+
+def _set_flag(name: str, value: Any) -> None:
+    """For a process of its own."""
+    if name in _FLAGS[: 1 + len(_PRECISIONS)]:
+        bound: Any = torch._C
+        bound._set_fp32_precision_setter(*name.split("."), value)
+    elif name in _ATTENTIONS:
+        getattr(torch.backends.cuda, f"enable_{name}")(value)
+    else:
+        owner, _, attribute = name.rpartition(".")
+        setattr(operator.attrgetter(owner)(torch.backends), attribute, value)
 
 
 def _changed_settings(config: Any) -> dict[str, Any]:
@@ -584,9 +750,11 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     """Compile forward and backward with Inductor; returns what :func:`load_graph` loads with little Python.
 
     `module` is a graph whose placeholders have fake values. `shared` are the positions of inputs that share memory
-    with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. Slow,
-    and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph writes to
-    an input that shares memory, and what the compiler raises.
+    with another, which is fine unless the graph writes to one; `static` of those whose address stays the same. The
+    backward leaves alone what the forward saved for it: whether a second backward will want it is not known here.
+    (AOTAutograd compiles at the first backward, which tells, and calls what may be overwritten "donated buffers".)
+    Slow, and it patches process-wide state: for a process of its own. Raises :class:`NotSendableError` if the graph
+    writes to an input that shares memory, and what the compiler raises.
     """
     from torch._dynamo.source import ConstantSource
     from torch._functorch import config as functorch_config
@@ -604,13 +772,17 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     module._param_name_to_source = {}  # type: ignore[assignment]  # with which AOTAutograd looks for static inputs
     from torch._inductor import config as inductor_config
 
+    caching = _configs()["caching"]
     cacheable = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
     cacheable.update(inductor_config.unsafe_marked_cacheable_functions)
     with (
         functorch_config.patch(
             force_non_lazy_backward_lowering=True,  # torch 2.11 compiles backwards on first use
             autograd_cache_allow_custom_autograd_functions=True,
+            donated_buffer=False,
         ),
+        # Inductor's cache takes a backward with donated buffers and one without for the same (torch 2.11 to 2.13)
+        caching.patch(cache_key_tag=f"{caching.cache_key_tag} nothing donated"),
         inductor_config.patch(unsafe_marked_cacheable_functions=cacheable),
         _no_library_cut_short(),
     ):
@@ -620,6 +792,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
         except TypeError as error:  # there is no `serialize` where AOTAutograd's cache has refused the graph
             raise NotSendableError("AOTAutograd's cache does not take it") from error
         entry, *kernels = pickle.loads(serialised)
+    entry.runtime_metadata.bw_donated_idxs = []  # as AOTAutograd has it where the first backward keeps the graph
     written = [
         i for i, each in enumerate(entry.runtime_metadata.input_info) if each.mutates_data or each.mutates_metadata
     ]

@@ -7,11 +7,12 @@ from types import TracebackType
 from typing import Self
 
 from esper import Blueprint, Platform
-from esper.artifacts import Artifact, SigningKey, artifact_message, build_artifact
+from esper.artifacts import Artifact, Attachment, SigningKey, Target, artifact_message, build_artifact
+from esper.compiler.attachment import read_payload, with_latencies
 from esper.contracts.validation import ValidationReport
 from esper.services.contracts import KernelMetadata
 
-__all__ = ["KernelShelf"]
+__all__ = ["KernelShelf", "compiled_code"]
 
 
 class KernelShelf:
@@ -49,3 +50,22 @@ class KernelShelf:
             report=ValidationReport(blueprint_id=record.id, pipeline="fast", passed=True, artifact_id=artifact.id),
         )
         return artifact
+
+    def attach(self, artifact_id: str, compiled_code: bytes, *latencies: tuple[int, float, float]) -> None:
+        """Store compiled code for a kernel, with rows and times of graph and code as its worker would have found them.
+
+        Without any, the code is said to be faster for any number of rows.
+        """
+        payload = with_latencies(compiled_code, latencies or ((2, 100.0, 1.0),))
+        self.store_attachment(Attachment.create(artifact_id, Target.current("cpu"), payload, self._key))
+
+    def store_attachment(self, attachment: Attachment) -> None:
+        """Store an attachment as it is, whoever signed it."""
+        self.platform.store.kernels.add_attachment(attachment)
+
+
+def compiled_code(platform: Platform, artifact_id: str) -> bytes:
+    """What a platform's worker has compiled for a kernel."""
+    packed = platform.kernel_source.attachment(artifact_id, Target.current("cpu").key)
+    assert packed is not None
+    return read_payload(Attachment.unpack(packed).payload)[1]

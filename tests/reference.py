@@ -30,14 +30,13 @@ class ReferenceSeed:
 def reference_site(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seeds: Sequence[tuple[nn.Module, ReferenceSeed]]
 ) -> torch.Tensor:
-    """`y = x W^T + b`, then for each seed `y = alpha K(x) + (1 - alpha) y`; alpha as float16 holds it."""
+    """`y = x W^T + b`, then for each seed `y = alpha K(x, y) + (1 - alpha) y`; alpha as float16 holds it."""
     y = x @ weight.T
     if bias is not None:
         y = y + bias
-    host = y
     for kernel, seed in seeds:
         alpha = float(np.float16(seed.alpha))
-        inputs = (x, host) if seed.artifact.graph.uses_host else (x,)
+        inputs = (x, y) if seed.artifact.graph.uses_host else (x,)
         if seed.isolate:
             inputs = tuple(each.detach() for each in inputs)
         y = alpha * kernel(*inputs) + (1 - alpha) * y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_what_traced_code_has_changed_is_known_while_it_is_traced(fresh_dynamo: 
 
     @torch_internals.constant_while_tracing
     def look() -> None:
-        seen.append(torch_internals.changed_in_trace(layer._parameters))
+        seen.append(torch_internals.changed_in_trace([layer._parameters]))
 
     class Looking(nn.Module):
         def __init__(self) -> None:
@@ -87,6 +88,42 @@ def test_a_backward_is_noticed_on_the_thread_that_runs_it() -> None:
     Look.apply(torch.ones(2, requires_grad=True)).sum().backward()
     assert seen == [True]
     assert not torch_internals.inside_backward()
+
+
+def test_the_operator_whose_body_is_traced_is_known(fresh_dynamo: None) -> None:
+    seen: list[list[str]] = []
+
+    @torch_internals.constant_while_tracing
+    def look() -> None:
+        seen.append(torch_internals.operators_being_traced())
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        look()
+        return x.sin()
+
+    def choosing(x: torch.Tensor) -> Any:
+        return torch.cond(x.sum() > 0, inner, torch.cos, (x,))
+
+    x = torch.ones(2)
+    for function in (inner, lambda x: checkpoint(inner, x, use_reentrant=False), torch.vmap(inner), choosing):
+        torch._dynamo.reset()
+        torch.compile(function, backend="eager", fullgraph=True)(x)
+    assert seen == [[], ["tag_activation_checkpoint"], [], ["cond"]]
+
+
+def test_a_copied_capture_has_all_that_dynamo_noted_on_it(fresh_dynamo: None) -> None:
+    kept: list[bool] = []
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Any:
+        copied = torch_internals.copy_of_capture(module)
+        kept.append(vars(copied).keys() >= vars(module).keys() and copied.graph is not module.graph)
+        pairs = list(zip(module.graph.nodes, copied.graph.nodes, strict=True))
+        kept.append(all(old.name == new.name and old.meta == new.meta for old, new in pairs))
+        kept.append(all(getattr(old, "_dynamo_source", 0) == getattr(new, "_dynamo_source", 0) for old, new in pairs))
+        return copied.forward
+
+    torch.compile(nn.Linear(4, 3), backend=backend)(torch.randn(5, 4))
+    assert kept == [True, True, True]
 
 
 def _captured(dynamic: bool) -> tuple[fx.GraphModule, list[Any]]:
@@ -258,6 +295,59 @@ def test_settings_of_this_thread_are_captured_and_restored() -> None:
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(torch_internals.NotSendableError, match="post_grad_custom_post_pass"):
         torch_internals.ambient_state(["cpu"], {"post_grad_custom_post_pass": lambda graph: None})
+
+
+def test_settings_that_dynamo_does_not_guard_on_are_renewed_and_restored() -> None:
+    captured = torch_internals.ambient_state(["cpu"], {"max_autotune": True})
+    precision, benchmark = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cudnn.benchmark
+    flags = {
+        "mkldnn.matmul": "bf16" if precision != "bf16" else "ieee",
+        "cudnn.benchmark": not benchmark,
+        "math_sdp": False,
+        "opt_einsum.enabled": torch.backends.opt_einsum.enabled,
+    }
+    changed = dict(captured.flags) | flags
+    for name, value in changed.items():
+        torch_internals._set_flag(name, value)
+    try:
+        with (
+            torch._inductor.config.patch(epilogue_fusion=False),
+            torch._functorch.config.patch(activation_memory_budget=0.5, donated_buffer=False),
+            torch.compiler.config.patch(cache_key_tag="mine"),
+            torch.fx.experimental._config.patch(use_duck_shape=False),
+        ):
+            renewed = pickle.loads(pickle.dumps(captured.renewed({"max_autotune": True})))
+    finally:
+        for name, value in captured.flags:
+            torch_internals._set_flag(name, value)
+    assert torch_internals.ambient_state(["cpu"], {"max_autotune": True}) == captured != renewed
+    assert dict(renewed.flags) == changed
+    assert renewed.functorch == {**captured.functorch, "activation_memory_budget": 0.5}  # variants donate nothing
+    try:
+        with renewed.restored():
+            assert torch.backends.mkldnn.matmul.fp32_precision == flags["mkldnn.matmul"]
+            assert torch.backends.cudnn.benchmark is not benchmark
+            assert not torch.backends.cuda.math_sdp_enabled()
+            assert torch._functorch.config.activation_memory_budget == 0.5
+            assert torch.compiler.config.cache_key_tag == "mine"
+            assert not torch.fx.experimental._config.use_duck_shape
+            assert not torch._inductor.config.epilogue_fusion
+    finally:
+        for name, value in captured.flags:
+            torch_internals._set_flag(name, value)
+
+
+def test_an_import_without_collections_leaves_nothing_young_to_look_through() -> None:
+    collections = [each["collections"] for each in gc.get_stats()]
+    with torch_internals.without_collections():
+        made = [[] for _ in range(200_000)]  # type: list[list[int]]
+        assert [each["collections"] for each in gc.get_stats()] == collections
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert len(gc.get_objects(generation=0)) < 100_000
+    assert len(gc.get_objects(generation=1)) < 100_000
+    assert gc.get_freeze_count() == 0
+    del made
 
 
 def test_the_cache_directory_is_inductors_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

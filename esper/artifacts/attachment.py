@@ -107,8 +107,12 @@ class Attachment:
 
     def verify(self, trust: TrustStore) -> None:
         """Raises :class:`UntrustedArtifactError` unless a trusted key signed artifact, target and payload together."""
-        digest = hashlib.sha256(self.payload).hexdigest()
-        trust.verify(attachment_message(self.artifact_id, self.target.key, digest), self.signature)
+        trust.verify(self.message, self.signature)
+
+    @property
+    def message(self) -> bytes:
+        """What is signed: artifact, target and payload together."""
+        return attachment_message(self.artifact_id, self.target.key, hashlib.sha256(self.payload).hexdigest())
 
     def pack(self) -> bytes:
         """The attachment as bytes."""

@@ -129,7 +129,7 @@ class Blueprint:
         rank: int,
         *,
         bias: bool = False,
-        start: Start = "zero",
+        start: Start = "identity",
         seed: int = 0,
         dtype: str = "float32",
     ) -> Blueprint:
@@ -145,7 +145,7 @@ class Blueprint:
         *,
         activation: str = "gelu",
         bias: bool = True,
-        start: Start = "zero",
+        start: Start = "identity",
         seed: int = 0,
         dtype: str = "float32",
     ) -> Blueprint:
@@ -161,7 +161,7 @@ class Blueprint:
         *,
         activation: str = "silu",
         bias: bool = False,
-        start: Start = "zero",
+        start: Start = "identity",
         seed: int = 0,
         dtype: str = "float32",
     ) -> Blueprint:
@@ -179,7 +179,7 @@ class Blueprint:
         norm: Norm = "layer_norm",
         activation: str = "gelu",
         bias: bool = True,
-        start: Start = "zero",
+        start: Start = "identity",
         seed: int = 0,
         dtype: str = "float32",
     ) -> Blueprint:
@@ -193,7 +193,7 @@ class Blueprint:
         out_features: int,
         *,
         bias: bool = True,
-        start: Start = "zero",
+        start: Start = "identity",
         seed: int = 0,
         dtype: str = "float32",
     ) -> Blueprint:

@@ -56,7 +56,7 @@ class Family:
         common: dict[str, Json] = {
             "in_features": reader.integer("in_features", 1, limits.max_dimension),
             "out_features": reader.integer("out_features", 1, limits.max_dimension),
-            "start": reader.choice("start", STARTS, "zero"),
+            "start": reader.choice("start", STARTS, "identity"),
             "seed": reader.integer("seed", 0, MAX_SEED, 0),
             "dtype": reader.choice("dtype", DTYPES, "float32"),
         }
@@ -66,7 +66,7 @@ class Family:
         """The graph and the initialisation of each tensor; allocates no tensor.
 
         "zero" and "identity" start the last linear map at zero, so that the other weights wait for its first step, and
-        it learns from that step on; "identity" adds the result to the host's output.
+        it learns from that step on; "identity" adds the result to what the site has computed so far.
         """
         builder = GraphBuilder(_size(options, "in_features"), _size(options, "out_features"), str(options["dtype"]))
         inner: Init = "orthogonal" if options["start"] == "orthogonal" else "kaiming"

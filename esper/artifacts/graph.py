@@ -101,8 +101,9 @@ class Node:
 class KernelGraph:
     """A kernel ``[*, in_features] -> [*, out_features]``; nodes stand in the order of execution.
 
-    Nodes read ``"x"`` (the site's input), ``"host"`` (the site's own linear output ``[*, out_features]``), tensors, and
-    earlier nodes, by name. Every tensor and node is needed for the output. All tensors have the kernel's `dtype`.
+    Nodes read ``"x"`` (the site's input), ``"host"`` (what the site has computed so far, ``[*, out_features]``: its own
+    linear output and what the seeds before this one have made of it), tensors, and earlier nodes, by name. Every tensor
+    and node is needed for the output. All tensors have the kernel's `dtype`.
     Raises :class:`ArtifactGraphError` when built from anything else; shapes are checked by :meth:`shape_check`.
     """
 
@@ -132,7 +133,7 @@ class KernelGraph:
 
     @property
     def uses_host(self) -> bool:
-        """Whether a node reads the site's own output."""
+        """Whether a node reads what the site has computed so far."""
         return any(HOST in node.inputs for node in self.nodes)
 
     @property

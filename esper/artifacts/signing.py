@@ -13,7 +13,8 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -22,6 +23,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from esper.artifacts.document import JsonReader, canonical_json, parse_json
 from esper.artifacts.errors import SigningKeyError, UntrustedArtifactError
+from esper.ownership import UnsafePathError, check_own
+from esper.regular_files import open_regular
 
 __all__ = ["Signature", "SigningKey", "TrustStore", "artifact_message", "attachment_message", "key_id"]
 
@@ -67,10 +70,28 @@ class Signature:
 
     key_id: str
     value: bytes
+    public_key: bytes | None = field(default=None, compare=False)
+    """The signer's, for those who keep signatures and trust nobody, such as a store. Says nothing of whom to trust."""
 
     def to_json(self) -> str:
         """Canonical JSON; :meth:`from_json` reads it back."""
-        return canonical_json({"key_id": self.key_id, "value": base64.b64encode(self.value).decode("ascii")})
+        return canonical_json(self.fields())
+
+    def fields(self) -> dict[str, str]:
+        """What :meth:`to_json` writes."""
+        fields = {"key_id": self.key_id, "value": base64.b64encode(self.value).decode("ascii")}
+        return fields if self.public_key is None else {**fields, "public_key": self.public_key.hex()}
+
+    def fits(self, message: bytes) -> bool:
+        """Whether the holder of the key `key_id` signed `message`, as far as can be seen by the public key that is
+        given; False if none is."""
+        if self.public_key is None or key_id(self.public_key) != self.key_id:
+            return False
+        try:
+            TrustStore([self.public_key]).verify(message, self)
+        except UntrustedArtifactError:
+            return False
+        return True
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Signature:
@@ -81,6 +102,7 @@ class Signature:
             parse_json(text, "the signature", UntrustedArtifactError), "signature", UntrustedArtifactError
         )
         signer, encoded = reader.text("key_id", r"[0-9a-f]{64}"), reader.text("value")
+        public = reader.text("public_key", r"[0-9a-f]{64}") if "public_key" in reader.keys else None
         reader.finish()
         try:
             value = base64.b64decode(encoded, validate=True)
@@ -92,7 +114,7 @@ class Signature:
             )
         if len(value) != _SIGNATURE_BYTES:
             raise UntrustedArtifactError(f"signature.value has {len(value)} bytes; an Ed25519 signature has 64")
-        return cls(signer, value)
+        return cls(signer, value, None if public is None else bytes.fromhex(public))
 
 
 class SigningKey:
@@ -111,18 +133,17 @@ class SigningKey:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SigningKey:
-        """Reads a PEM file; refuses one that everybody may read or that others may write.
+        """Reads a PEM file that belongs to this user, that nobody else may read, and that nobody else can replace.
 
-        Raises :class:`SigningKeyError`.
+        Raises :class:`SigningKeyError`, before anything of it is read; see `esper.ownership`.
         """
         try:
-            with open(path, "rb") as file:
-                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            with open_regular(path, _MAX_KEY_FILE) as file:
+                _check_private(path, os.fstat(file.fileno()))
+                _check_place(path)
                 data = file.read(_MAX_KEY_FILE)
         except OSError as cause:
             raise SigningKeyError(f"cannot read the signing key {os.fspath(path)}: {cause.strerror}") from cause
-        if os.name == "posix" and mode & 0o027:
-            raise SigningKeyError(f"the signing key {os.fspath(path)} has mode {mode:04o}; make it private: chmod 600")
         try:
             key = serialization.load_pem_private_key(data, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as cause:
@@ -135,6 +156,7 @@ class SigningKey:
     def load_or_create(cls, path: str | os.PathLike[str]) -> SigningKey:
         """The key at `path`; a new one is put there if there is none. Processes that race agree on one key."""
         if not os.path.exists(path):
+            _check_place(path)
             cls.generate()._write(Path(path), replace=False)
         return cls.load(path)
 
@@ -175,7 +197,27 @@ class SigningKey:
 
     def sign(self, message: bytes) -> Signature:
         """A signature over `message`; make messages with :func:`artifact_message` or :func:`attachment_message`."""
-        return Signature(self.key_id, self._key.sign(message))
+        return Signature(self.key_id, self._key.sign(message), self.public_bytes)
+
+
+def _check_place(path: str | os.PathLike[str]) -> None:
+    try:
+        check_own(path, f"the signing key {os.fspath(path)}")
+    except UnsafePathError as cause:
+        raise SigningKeyError(str(cause)) from cause
+
+
+def _check_private(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if os.name != "posix":
+        return
+    if status.st_uid != os.geteuid():
+        raise SigningKeyError(
+            f"the signing key {os.fspath(path)} belongs to the user {status.st_uid}, and this process runs as "
+            f"{os.geteuid()}; run as that user, or make a key of your own: esper keys new"
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise SigningKeyError(f"the signing key {os.fspath(path)} has mode {mode:04o}; make it private: chmod 600")
 
 
 def _link(temporary: Path, path: Path) -> None:
@@ -206,8 +248,24 @@ class TrustStore:
     def __repr__(self) -> str:
         return f"TrustStore({', '.join(signer[:12] for signer in sorted(self._keys))})"
 
+    @property
+    def key_ids(self) -> frozenset[str]:
+        """The :func:`key_id` of every key."""
+        return frozenset(self._keys)
+
+    def choose(self, message: bytes, signatures: Iterable[Signature]) -> Signature | None:
+        """The first of `signatures` over `message` that is by a trusted key and verifies; None if none does."""
+        for signature in signatures:
+            if signature.key_id in self._keys:
+                with suppress(UntrustedArtifactError):
+                    self.verify(message, signature)
+                    return signature
+        return None
+
     def verify(self, message: bytes, signature: Signature) -> None:
         """Raises :class:`UntrustedArtifactError` unless a trusted key signed `message`."""
+        if signature.public_key is not None and key_id(signature.public_key) != signature.key_id:
+            raise UntrustedArtifactError("the signature brings another public key than the one that it names")
         key = self._keys.get(signature.key_id)
         if key is None:
             raise UntrustedArtifactError(

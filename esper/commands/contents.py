@@ -17,6 +17,7 @@ from esper.configs import load_config
 from esper.platform import Platform
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact, KernelQuery, KernelStatus
 from esper.services.parts import open_store, trusted_keys
+from esper.services.store_source import best_signature
 from esper.services.stores import Store
 
 __all__ = ["blueprints_app", "kernels_app", "submit"]
@@ -101,6 +102,14 @@ def show_blueprint(blueprint_id: BlueprintId, as_json: AsJson = False) -> None:
         typer.echo(f"  {'passed' if check.passed else 'FAILED'}  {check.name}: {check.detail}")
 
 
+@blueprints_app.command("recompile")
+def recompile_blueprint(blueprint_id: BlueprintId, as_json: AsJson = False) -> None:
+    """Have a finished blueprint compiled again, and so signed by another worker; its kernel stays meanwhile."""
+    with _opened() as store:
+        record = store.blueprints.recompile(blueprint_id)
+    print_json(record) if as_json else typer.echo(f"{record.id}: {record.status}")
+
+
 @blueprints_app.command("pull")
 def pull_blueprint(
     blueprint_id: BlueprintId,
@@ -155,6 +164,7 @@ def _print_kernel(kernel: CompiledKernelArtifact) -> None:
             ("features", f"{kernel.in_features} -> {kernel.out_features}, {kernel.dtype}"),
             ("parameters", kernel.metadata.parameter_count), ("bytes", kernel.size_bytes),
             ("latency", None if kernel.latency_us is None else f"{kernel.latency_us:.1f} μs"),
+            ("signed by", ", ".join(each.key_id[:12] for each in kernel.signatures) or "nobody"),
             ("compiled for", ", ".join(kernel.attachments) or "no target"), ("stored", short_time(kernel.created_at)),
         ]
     )  # fmt: skip
@@ -164,10 +174,11 @@ def _print_kernel(kernel: CompiledKernelArtifact) -> None:
 def pull_kernel(
     reference: Reference, out: Annotated[Path, typer.Option(help="File to write.")], as_json: AsJson = False
 ) -> None:
-    """Download a kernel's artifact; its signature goes into a file beside it, of the same name and `.sig`."""
+    """Download a kernel's artifact; a signature goes into a file beside it, of the same name and `.sig`."""
     with _opened() as store:
         artifact_id = store.kernels.resolve(reference)
-        data, signature = store.kernels.content(artifact_id)
+        data, signatures = store.kernels.content(artifact_id)
+    signature = best_signature(trusted_keys(load_config()), artifact_id, signatures)
     _write(out, data)
     if signature is not None:
         _write(out.with_name(f"{out.name}.sig"), signature.to_json().encode())
@@ -181,8 +192,10 @@ def verify_kernel(reference: Reference, as_json: AsJson = False) -> None:
     config = load_config()
     with _opened() as store:
         artifact_id = store.kernels.resolve(reference)
-        data, signature = store.kernels.content(artifact_id)
-    artifact = load_artifact(data, expected_id=artifact_id, signature=signature, trust=trusted_keys(config))
+        data, signatures = store.kernels.content(artifact_id)
+    trust = trusted_keys(config)
+    signature = best_signature(trust, artifact_id, signatures)
+    artifact = load_artifact(data, expected_id=artifact_id, signature=signature, trust=trust)
     assert signature is not None  # or it would not have been trusted
     facts = {
         "id": artifact.id,

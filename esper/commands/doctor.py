@@ -21,6 +21,7 @@ import esper
 from esper.commands.output import AsJson, print_json
 from esper.configs import ConfigError, EsperConfig, load_config
 from esper.errors import EsperError
+from esper.ownership import UnsafePathError, check_own
 from esper.services.parts import data_folder, open_local_store, signing_key
 
 __all__ = ["Finding", "doctor", "examine"]
@@ -97,6 +98,10 @@ def _cache_folder() -> Finding:
     folder, remedy = compiler_cache_dir(), "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written"
     if folder is None:
         return Finding("compiled code", "note", "this torch does not say where it keeps compiled code", remedy)
+    try:
+        check_own(folder, "the folder of compiled code")
+    except UnsafePathError as error:
+        return Finding("compiled code", "wrong", str(error), "set TORCHINDUCTOR_CACHE_DIR to a folder of your own")
     return _folder("compiled code", Path(folder), remedy)
 
 

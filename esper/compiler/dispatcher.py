@@ -1,87 +1,106 @@
-"""What a compiled graph holds: it forwards to the variant for the plan in force.
+"""What runs a compiled graph for the sites of one model: it forwards to the variant for the plan in force.
 
-Dynamo gets the `entry` of one dispatcher for each graph that contains sites. A call costs one counter and one attribute
-read more than the variant itself. `prepare` is for background threads; everything else is for the thread that runs the
-model, at a commit or between two calls.
+A call costs one counter and one attribute read more than the variant itself. `prepare` is for background threads;
+everything else is for the thread that runs the model, at a commit or between two calls.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from esper.compiler.errors import WorkersClosedError
+from esper.compiler.graph_plan import GraphPlan
+from esper.compiler.graph_variants import GraphVariants, Preparation
 from esper.compiler.report import CompileReport, GraphReport, VariantReport
-from esper.compiler.variant_cache import Boxed, Variant, VariantCache
-from esper.compiler.variant_compiler import Compilation, VariantCompiler
+from esper.compiler.variant_cache import Boxed, Variant
 from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
 from esper.execution.call_counter import CallCounter
-from esper.execution.executor import ShutDownError
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
+from esper.forking import reset_after_fork
 
-__all__ = ["Dispatcher", "report_on"]
+__all__ = ["Dispatcher", "SiteNumber", "report_on"]
+
+
+class SiteNumber(NamedTuple):
+    """A site, and the runtime to which it belongs."""
+
+    number: int
+    runtime: Runtime
 
 
 class Dispatcher:
     """Forwards to `variant`, which is specialised for the plan in force.
 
-    `roots` are the runtimes whose forward begins in this graph (only there may a commit happen), `runtimes` all whose
-    sites it holds, `site_calls` the sites that it calls, in order.
+    `tags` are those with which the graph is called for it. `sites` says which site stands at each number of the graph;
+    `calls` are the numbers of the sites that it calls, in order. `roots` are the runtimes whose forward begins in this
+    graph (only there may a commit happen), `runtimes` all that have a part in it.
     """
 
     __slots__ = (
         "__weakref__",
         "_armed",
-        "_compiler",
         "_current",
+        "_device",
+        "_lock",
         "_plan",
         "_roots",
         "_runtimes",
-        "_under_way",
+        "_sites",
         "_unresolved",
-        "_variants",
         "counter",
-        "entry",
         "site_calls",
+        "tags",
+        "tick",
         "variant",
+        "variants",
     )  # fmt: skip
 
     def __init__(
         self,
-        compiler: VariantCompiler,
-        site_calls: Sequence[int],
+        variants: GraphVariants,
+        tags: tuple[Tensor, ...],
+        sites: Mapping[int, SiteNumber],
+        calls: Iterable[int],
         runtimes: Sequence[Runtime],
         roots: Sequence[Runtime],
     ) -> None:
-        self._compiler = compiler
-        self._variants = VariantCache(compiler.options.variant_cache_mb * 2**20)
-        self._under_way = 0
-        self._armed = False
+        self.variants = variants
+        self.tags = tags
+        self._lock = threading.RLock()  # for pointer changes only
         self.counter = CallCounter()
+        self.tick = self.counter.tick
+        self.site_calls = tuple(sites[number].number for number in calls)
+        self._armed = False
+        self._device = runtimes[0].state.device
+        self._sites = {index: (sites[index].number, weakref.ref(sites[index].runtime)) for index in sorted(sites)}
         self._runtimes = [weakref.ref(runtime) for runtime in runtimes]
         self._roots = [weakref.ref(runtime) for runtime in roots]
-        self.site_calls = tuple(site_calls)
-        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
+        self._plan = self._planned()
         self._unresolved: Boxed | None = None
         self._current: Boxed = self._at(self._plan)
         self.variant: Boxed = self._current
-        self.entry = self._make_entry()
-        if not self.roots:  # a graph after a graph break, or of a part of the model that was compiled alone
-            for runtime in self.runtimes:
+        if not roots:  # a graph after a graph break, or of a part of the model that was compiled alone
+            for runtime in runtimes:
                 runtime.divide()
-        for runtime in self.runtimes:
+        for runtime in runtimes:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
+        self._lock = threading.RLock()
 
     @property
     def runtimes(self) -> tuple[Runtime, ...]:
@@ -91,67 +110,42 @@ class Dispatcher:
     def roots(self) -> tuple[Runtime, ...]:
         return tuple(runtime for each in self._roots if (runtime := each()) is not None)
 
-    def _make_entry(self) -> Callable[..., Any]:
-        tick = self.counter.tick
-
-        def entry(*inputs: Any) -> Any:
-            tick()
-            return self.variant(list(inputs))
-
-        return entry
-
     # -- Executor, as the runtime sees it --------------------------------------------------------------------------
 
     def ready(self, plan: Plan, runtime: Runtime) -> bool:
         """Whether `plan` can come into force for `runtime` without a compilation that workers could do."""
-        wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
-        return not self._compiler.remote or self._variants.get(wanted.structure) is not None
+        return self.variants.ready(self._planned(plan, runtime))
 
     def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
         """Begin to make the variant that `plan` needs, unless it is there or has to be compiled at its first call."""
-        wanted = self._restricted({each: plan if each is runtime else each.plan for each in self.runtimes})
-        if self._variants.get(wanted.structure) is not None:
-            return None
-        self._compiler.check(wanted)
-        if not self._compiler.remote:
-            if self._compiler.options.inner_name == "eager":
-                self._variants.put(wanted.structure, self._compiler.uncompiled(wanted))
-            return None
-        started = self._compiler.start(wanted)
-        if isinstance(started, Variant):
-            self._variants.put(wanted.structure, started)
-            return None
-        self._under_way += 1
-        return Preparation(self, wanted, started)
-
-    def finished(self, plan: Plan, variant: Variant | None) -> None:
-        """A preparation has ended; without a variant, if it failed or was called off."""
-        self._under_way -= 1
-        if variant is not None:
-            self._variants.put(plan.structure, variant)
+        return self.variants.begin(self._planned(plan, runtime), runtime.settings)
 
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`, that of one of the runtimes; the others keep theirs."""
         del plan  # several runtimes may share this graph: ask each
-        self._plan = self._restricted({runtime: runtime.plan for runtime in self.runtimes})
-        self._variants.in_force, self._unresolved = self._plan.structure, None
-        before, new = self._current, self._at(self._plan)
-        self._point_to(new if self.roots else Transition(self.runtimes, before, new, self._settle))
+        with self._lock:
+            self._plan = self._planned()
+            self._unresolved = None
+            before, new = self._current, self._at(self._plan)
+            at_once = self.roots and not any(runtime.in_parts for runtime in self.runtimes)
+            self._point_to(new if at_once else Transition(self.runtimes, before, new, self._settle))
 
     def _settle(self, transition: Transition) -> None:
-        if self._current is transition:
-            self._point_to(transition.new)
+        with self._lock:
+            if self._current is transition:
+                self._point_to(transition.new)
 
     def arm(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
-        if self.roots:
+        with self._lock:
             self._armed = True
             self.variant = self._enter
 
     def disarm(self) -> None:
         """Back to the direct path."""
-        self._armed = False
-        self.variant = self._at_rest()
+        with self._lock:
+            self._armed = False
+            self.variant = self._at_rest()
 
     def _at_rest(self) -> Boxed:
         return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
@@ -167,8 +161,9 @@ class Dispatcher:
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
         def timed(inputs: list[Any]) -> Any:
-            if self.variant is timed:
-                self.variant = self._enter if self._armed else current
+            with self._lock:
+                if self.variant is timed:
+                    self.variant = self._enter if self._armed else self._at_rest()
             watch = telemetry.stopwatch()
             outputs = current(inputs)
             watch.stop()
@@ -176,30 +171,32 @@ class Dispatcher:
                 telemetry.record(site, watch)
             return outputs
 
-        if self.variant == current and self._unresolved is None:
-            self.variant = timed
+        with self._lock:
+            if self.variant == current and self._unresolved is None:
+                self.variant = timed
 
     # -- variants --------------------------------------------------------------------------------------------------
 
     @property
-    def plan(self) -> Plan:
-        """The part of the plan in force that concerns this graph."""
+    def plan(self) -> GraphPlan:
+        """The part of the plans in force that concerns this graph."""
         return self._plan
 
-    def provide(self, plan: Plan, variant: Variant | None) -> None:
-        """Take `variant` for plans like `plan`; None has it compiled at the next call. On any thread.
+    def renew(self, plan: GraphPlan) -> None:
+        """There is a better variant for `plan`: if such a plan is in force, the next forward runs it. On any thread."""
+        runtimes = self.runtimes
+        if runtimes and self._plan.structure == plan.structure and self._unresolved is None:
+            runtimes[0].renew(self)
 
-        If such a plan is in force, the next forward runs it.
-        """
-        self._variants.put(plan.structure, variant)
-        if self._plan.structure == plan.structure and self._unresolved is None:
-            self.runtimes[0].renew(self)
-
-    def _restricted(self, plans: Mapping[Runtime, Plan]) -> Plan:
-        sites: dict[int, Any] = {}
-        for plan in plans.values():
-            sites.update(plan.restricted(self.site_calls).sites)
-        return Plan(dict(sorted(sites.items())))
+    def _planned(self, plan: Plan | None = None, runtime: Runtime | None = None) -> GraphPlan:
+        """The plans in force for this graph's sites, by their numbers in it; that of `runtime` would be `plan`."""
+        seeds = {}
+        for index, (site, owner) in self._sites.items():
+            current = owner()
+            if current is not None:
+                in_force = current.following if plan is None or current is not runtime else plan
+                seeds[index] = in_force.sites.get(site, ())
+        return GraphPlan({index: each for index, each in seeds.items() if each}, self._device)
 
     def _point_to(self, variant: Boxed) -> None:
         self._current = variant
@@ -207,42 +204,39 @@ class Dispatcher:
             self.variant = self._at_rest()
 
     def _enter(self, inputs: list[Any]) -> Any:
-        for runtime in self.roots:
-            runtime.boundary()
+        roots = self.roots
+        for runtime in self.runtimes:
+            runtime.enter(whole=runtime in roots)
         return self._current(inputs)
 
-    def _at(self, plan: Plan) -> Boxed:
+    def _at(self, plan: GraphPlan) -> Boxed:
         """What runs `plan`: its variant, or a function that finds or makes it at the first call."""
-        variant = self._variants.get(plan.structure)
+        variant = self.variants.cache.get(plan.structure)
         if variant is not None:
             return self._bound(variant, plan)
 
         def resolve(inputs: list[Any]) -> Any:
-            variant = self._variants.get(plan.structure)
-            if variant is None:
-                variant = self._compiler.compile_here(plan)
-                self._variants.put(plan.structure, variant)
-            bound = self._bound(variant, plan)
-            if self._unresolved is resolve:
-                self._unresolved = None
-                if isinstance(self._current, Transition):
-                    self._current.new = bound
-                else:
-                    self._point_to(bound)
+            bound = self._bound(self.variants.here(plan), plan)
+            with self._lock:
+                if self._unresolved is resolve:
+                    self._unresolved = None
+                    if isinstance(self._current, Transition):
+                        self._current.new = bound
+                    else:
+                        self._point_to(bound)
             return bound(inputs)
 
         self._unresolved = resolve
         return resolve
 
-    def _bound(self, variant: Variant, plan: Plan) -> Boxed:
+    def _bound(self, variant: Variant, plan: GraphPlan) -> Boxed:
         """The variant with the tensors of `plan` as its last inputs."""
         call = variant.call
         if plan.is_dormant:
             return call
         owners = [seed.kernel.module._parameters for seed in plan.seeds()]  # read at each call: `functional_call`
         learning = [parameter.requires_grad for parameter in _tensors(owners)]
-        readers = [runtime.alpha_reader(plan) for runtime in self.runtimes]
-        read = readers[0] if len(readers) == 1 else lambda: torch.cat([reader() for reader in readers])
+        read = self._alpha_reader(plan)
 
         def bound(inputs: list[Any]) -> Any:
             parameters = _tensors(owners)
@@ -255,48 +249,35 @@ class Dispatcher:
 
         return bound
 
+    def _alpha_reader(self, plan: GraphPlan) -> Callable[[], Tensor]:
+        """A function that reads the alphas of `plan`'s seeds, in its order."""
+        sites = [(*self._sites[index], seeds) for index, seeds in plan.sites.items()]
+        readers = []
+        for runtime, own in itertools.groupby(sites, key=lambda each: each[1]()):
+            if runtime is not None:
+                readers.append(runtime.alpha_reader(Plan({site: seeds for site, _, seeds in own})))
+        return readers[0] if len(readers) == 1 else lambda: torch.cat([reader() for reader in readers])
+
     # -- what is known of it ---------------------------------------------------------------------------------------
 
     def report(self, names: Mapping[int, str]) -> GraphReport:
         """Its variants; `names` are those of the sites."""
         in_force = self._plan.structure
+        numbered = {index: names.get(site, f"site {site}") for index, (site, _) in self._sites.items()}
         variants = [
             VariantReport(
-                plan=_plan_text(structure, names),
+                plan=_plan_text(structure, numbered),
                 origin=variant.origin,
                 seconds=variant.seconds,
                 size_bytes=variant.size_bytes,
                 reason=variant.reason,
                 in_force=structure == in_force,
             )
-            for structure, variant in self._variants.items()
+            for structure, variant in self.variants.cache.items()
         ]
         sites = tuple(names.get(site, f"site {site}") for site in dict.fromkeys(self.site_calls))
-        inner = self._compiler.options.inner_name
-        return GraphReport(self._compiler.name, sites, inner, tuple(variants), max(self._under_way, 0))
-
-
-class Preparation:
-    """A variant that a dispatcher waits for. For the background thread that began it."""
-
-    def __init__(self, dispatcher: Dispatcher, plan: Plan, compilation: Compilation) -> None:
-        self._dispatcher, self._plan, self._compilation = dispatcher, plan, compilation
-        self.future: Future[Tensor] | Future[bytes] = compilation.future
-
-    def finish(self) -> None:
-        """Load the variant once `future` is done; raises what kept it from being compiled."""
-        variant = None
-        try:
-            variant = self._compilation.finish()
-        except WorkersClosedError as error:
-            raise ShutDownError(str(error)) from error
-        finally:
-            self._dispatcher.finished(self._plan, variant)
-
-    def abandon(self) -> None:
-        """Nobody waits any more. What a worker has begun goes on, for the store."""
-        self._compilation.abandon()
-        self._dispatcher.finished(self._plan, None)
+        compiler = self.variants.compiler
+        return GraphReport(compiler.name, sites, compiler.options.inner_name, tuple(variants), self.variants.waiting)
 
 
 def _tensors(owners: Iterable[Mapping[str, Any]]) -> list[Tensor]:
@@ -312,8 +293,7 @@ def report_on(executors: Iterable[object], names: Mapping[int, str]) -> CompileR
 
 
 def _plan_text(structure: Any, names: Mapping[int, str]) -> str:
-    parts = [
-        f"{names.get(site, f'site {site}')}[{', '.join(str(seed[0])[:12] for seed in seeds)}]"
-        for site, seeds in structure
-    ]
+    """The structure of a plan as text; `names` are those of the graph's sites by number."""
+    by_site, *_ = structure or ((),)
+    parts = [f"{names[site]}[{', '.join(str(seed[0])[:12] for seed in seeds)}]" for site, seeds in by_site]
     return "; ".join(parts) or "dormant"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,20 +29,22 @@ class Variant:
     seconds: float | None = None
     size_bytes: int | None = None
     reason: str = ""
+    settings: str = ""
+    """Of torch, under which it was compiled; empty if they are not to be looked at again."""
 
 
 class VariantCache:
     """Variants by the structure of their plan: the dormant one for good, others up to a budget of bytes.
 
-    Least recently used out first; the one `in_force` and the latest one, which may be staged, stay. From any thread;
-    the lock is held for look-ups only.
+    Least recently used out first; those of the structures `in_force` and the latest one, which may be staged, stay.
+    From any thread; the lock is held for look-ups only.
     """
 
-    def __init__(self, limit_bytes: float) -> None:
+    def __init__(self, limit_bytes: float, in_force: Callable[[], Iterable[Hashable]]) -> None:
         self._limit = limit_bytes
         self._lock = threading.Lock()
         self._variants: OrderedDict[Hashable, Variant] = OrderedDict()
-        self.in_force: Hashable = DORMANT.structure
+        self._in_force = in_force
         reset_after_fork(self)
 
     def after_fork(self) -> None:
@@ -59,13 +61,14 @@ class VariantCache:
 
     def put(self, structure: Hashable, variant: Variant | None) -> None:
         """Keep `variant`, in the place of an earlier one; None removes that."""
+        staying = {DORMANT.structure, structure, *self._in_force()}
         with self._lock:
             if variant is None:
                 self._variants.pop(structure, None)
                 return
             self._variants[structure] = variant
             self._variants.move_to_end(structure)
-            movable = [key for key in self._variants if key not in (DORMANT.structure, self.in_force, structure)]
+            movable = [key for key in self._variants if key not in staying]
             sizes = {key: each.size_bytes or _UNKNOWN_SIZE for key, each in self._variants.items()}
             total = sum(sizes[key] for key in movable)
             for key in movable:

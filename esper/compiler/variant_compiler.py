@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import Context
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from torch import fx
 
 from esper import torch_internals
 from esper.compiler.errors import CompileWorkerError, WorkerJobError, WorkersClosedError
+from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.inner import Inductor
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Boxed, Variant
@@ -22,14 +24,14 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
-from esper.execution.plan import Plan, SeedPlan
+from esper.execution.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
 
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
 _LOG = logging.getLogger("esper.compiler")
-_FORMAT = "1"  # of what a stored variant holds
+_FORMAT = "3"  # of what a stored variant holds; another one, too, where the arithmetic of a blend is another
 _PAUSE_SECONDS = 0.001  # between two pieces of loading, in which the training thread has the interpreter's lock
 
 
@@ -58,8 +60,15 @@ _REMEDY = 'options={"fallback": "eager"} runs such graphs uncompiled'
 class Compilation:
     """A variant under way. `future`, if there is one, is done when :meth:`finish` need not wait."""
 
-    def __init__(self, compiler: VariantCompiler, plan: Plan, key: VariantKey | None, future: Future[bytes]) -> None:
-        self._compiler, self._plan, self._key = compiler, plan, key
+    def __init__(
+        self,
+        compiler: VariantCompiler,
+        plan: GraphPlan,
+        ambient: torch_internals.Ambient,
+        key: VariantKey | None,
+        future: Future[bytes],
+    ) -> None:
+        self._compiler, self._plan, self._ambient, self._key = compiler, plan, ambient, key
         self._started = time.perf_counter()
         self.future = future
 
@@ -68,7 +77,7 @@ class Compilation:
 
         Raises :class:`VariantCompilationError` and what the pool raises.
         """
-        return self._compiler._finish(self._plan, self._key, self.future, self._started)
+        return self._compiler._finish(self._plan, self._ambient, self._key, self.future, self._started)
 
     def abandon(self) -> None:
         """Instead of :meth:`finish`: what no worker has begun is called off, the rest is kept in the store."""
@@ -86,18 +95,16 @@ class VariantCompiler:
     :meth:`start` and what it returns belong to background threads, the rest to the thread that runs the model.
     """
 
-    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions, device: torch.device) -> None:
+    def __init__(self, marked: fx.GraphModule, name: str, options: BackendOptions) -> None:
         self.name = name
         self.options = options
         self.inputs: Sequence[Any] = torch_internals.fake_inputs(marked.graph)
         self.reason = ""
         self._closed = closed_sites(marked.graph)
         self._marked = marked
-        self._device = device
         self._known_guards = torch_internals.guard_count(self.inputs)
         self._job: VariantJob | None = None
         self._factors: dict[str, str | bytes] = {}
-        self._ordinals: dict[int, int] = {}
         self._weights = dict(_weights(marked))
 
     # -- for workers -----------------------------------------------------------------------------------------------
@@ -117,7 +124,7 @@ class VariantCompiler:
                 self.name,
                 torch_internals.pack_graph(self._marked),
                 {},
-                self._device,
+                torch.device("cpu"),
                 torch_internals.shared_inputs(self.inputs),
                 torch_internals.static_inputs(self._marked.graph),
                 torch_internals.ambient_state(types or ["cpu"], self.options.inner.config_patches),
@@ -126,8 +133,7 @@ class VariantCompiler:
         except torch_internals.NotSendableError as error:
             self._keep_here(str(error))
         else:
-            settings = repr(self._job.ambient)
-            self._factors = {"format": _FORMAT, **_system(), "graph": self._describe(), "settings": settings}
+            self._factors = {"format": _FORMAT, **_system(), "graph": self._describe()}
             try:
                 default_workers().warm()
             except EsperError as error:  # the settings cannot be used, which must not end the user's forward
@@ -143,14 +149,13 @@ class VariantCompiler:
         )  # fmt: skip
 
     def _describe(self) -> str:
-        """The graph as text; sites are numbered anew, since their ids depend on what was wrapped before."""
+        """The graph as text."""
 
         def rename(node: fx.Node) -> fx.Node | str:
             if is_enter(node):
                 return "enter"
             if is_site(node):
-                ordinal = self._ordinals.setdefault(site_id(node), len(self._ordinals))
-                return f"site {ordinal} {node.name} {node.args[:3]}"
+                return f"site {site_id(node)} {node.name} {node.args[:3]}"
             return node
 
         return torch_internals.describe_graph(self._marked, rename)
@@ -166,25 +171,61 @@ class VariantCompiler:
             parameters = [replace(each, dtype=weight.dtype, device=weight.device) for each in parameters]
         return SeedSpec(seed.kernel.graph, tuple(parameters), seed.isolate, seed.constant_alpha)
 
-    def start(self, plan: Plan) -> Compilation | Variant:
-        """Have a variant for `plan` compiled; a stored one is loaded at once. Only if `remote`."""
+    def _ambient(self, context: Context | None) -> torch_internals.Ambient:
+        """The settings for a compilation: those of the capture, renewed by what `context` sees."""
         assert self._job is not None
+        assert isinstance(self.options.inner, Inductor)
+        ambient, patches = self._job.ambient, self.options.inner.config_patches
+        return ambient if context is None else context.copy().run(ambient.renewed, patches)
+
+    def is_current(self, variant: Variant, context: Context) -> bool:
+        """Whether `variant` would be compiled as it was, under the settings that `context` sees."""
+        if not self.remote or not variant.settings:
+            return True
+        try:
+            return variant.settings == repr(self._ambient(context))
+        except torch_internals.NotSendableError:
+            return False
+
+    def start(self, plan: GraphPlan, context: Context | None = None) -> Compilation | Variant | None:
+        """Have a variant for `plan` compiled, under the settings that `context` sees; a stored one is loaded at once.
+
+        Only if `remote`. None if it turns out that this process has to compile it.
+        """
+        assert self._job is not None
+        try:
+            ambient = self._ambient(context)
+        except torch_internals.NotSendableError as error:
+            self._keep_here(str(error))
+            return None
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
-            by_site = [(self._ordinals[site], [_key_of(spec) for spec in each]) for site, each in seeds.items()]
-            key = VariantKey.of({**self._factors, "plan": repr(by_site), "batched": str(self.options.batch_seeds)})
+            by_site = [(site, [_key_of(spec) for spec in each]) for site, each in seeds.items()]
+            of_variant = {
+                "plan": repr((by_site, plan.device)),
+                "batched": str(self.options.batch_seeds),
+                "settings": repr(ambient),
+            }
+            key = VariantKey.of({**self._factors, **of_variant})
             stored = store.get(key)
             if stored is not None:
                 started = time.perf_counter()
                 try:
-                    return self._load(stored, plan, "store", started)
+                    return self._load(stored, plan, ambient, "store", started)
                 except Exception as error:  # noqa: BLE001  # whatever keeps it from being loaded, it is a miss
                     _LOG.info("a stored variant of %s is not used: %s: %s", self.name, type(error).__name__, error)
-        job = VariantJob(**{**vars(self._job), "seeds": seeds})
-        return Compilation(self, plan, key, default_workers().submit(job.pack()))
+        job = replace(self._job, seeds=seeds, device=plan.device, ambient=ambient)
+        return Compilation(self, plan, ambient, key, default_workers().submit(job.pack()))
 
-    def _finish(self, plan: Plan, key: VariantKey | None, future: Future[bytes], started: float) -> Variant | None:
+    def _finish(
+        self,
+        plan: GraphPlan,
+        ambient: torch_internals.Ambient,
+        key: VariantKey | None,
+        future: Future[bytes],
+        started: float,
+    ) -> Variant | None:
         try:
             payload = future.result()
         except WorkersClosedError:
@@ -200,7 +241,7 @@ class VariantCompiler:
                 raise VariantCompilationError.of(self.name, error) from error
             raise
         try:
-            variant = self._load(payload, plan, "worker", started)
+            variant = self._load(payload, plan, ambient, "worker", started)
         except torch_internals.StaleVariantError as error:
             raise VariantCompilationError(
                 f"what a worker compiled for {self.name} cannot be loaded: {error}"
@@ -213,17 +254,17 @@ class VariantCompiler:
         if store is not None and key is not None:
             store.put(key, payload)
 
-    def _load(self, payload: bytes, plan: Plan, origin: Any, started: float) -> Variant:
-        assert self._job is not None
-        patches = self._job.ambient.inductor
-        call, assumption = torch_internals.load_graph(payload, patches, lambda: time.sleep(_PAUSE_SECONDS))
+    def _load(
+        self, payload: bytes, plan: GraphPlan, ambient: torch_internals.Ambient, origin: Any, started: float
+    ) -> Variant:
+        call, assumption = torch_internals.load_graph(payload, ambient.inductor, lambda: time.sleep(_PAUSE_SECONDS))
         if assumption is not None:
             call = self._guarded(call, assumption, plan)
         seconds = time.perf_counter() - started
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
-        return Variant(call, origin, seconds, len(payload))
+        return Variant(call, origin, seconds, len(payload), settings=repr(ambient))
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: GraphPlan) -> None:
         """Raise :class:`VariantCompilationError` for kernels that no variant of this graph can have."""
         closed = [site for site in plan.sites if site in self._closed]
         if closed:
@@ -233,12 +274,12 @@ class VariantCompiler:
 
     # -- in this process -------------------------------------------------------------------------------------------
 
-    def uncompiled(self, plan: Plan, reason: str = "") -> Variant:
+    def uncompiled(self, plan: GraphPlan, reason: str = "") -> Variant:
         """The graph for `plan` as it is."""
         forward = self._specialised(plan).forward
         return Variant(lambda inputs: forward(*inputs), "uncompiled", reason=reason)
 
-    def compile_here(self, plan: Plan) -> Variant:
+    def compile_here(self, plan: GraphPlan) -> Variant:
         """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model."""
         module = self._specialised(plan)
         inputs = torch_internals.fake_inputs(module.graph)
@@ -261,7 +302,7 @@ class VariantCompiler:
         """Dynamo's own guards, which it has yet to make, will have everything that was assumed so far."""
         self._known_guards = torch_internals.guard_count(self.inputs)
 
-    def _specialised(self, plan: Plan) -> fx.GraphModule:
+    def _specialised(self, plan: GraphPlan) -> fx.GraphModule:
         module = torch_internals.copy_for_recompile(self._marked)
         kernels = {site: [seed.kernel.seed_graph(seed.isolate) for seed in each] for site, each in plan.sites.items()}
         seeds = list(plan.seeds())
@@ -269,12 +310,12 @@ class VariantCompiler:
         batched = self.options.batch_seeds and isinstance(self.options.inner, Inductor)
         added: list[torch.Tensor] = []
         if seeds:
-            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=self._device)
+            alphas = torch.zeros(len(seeds), dtype=torch.float32, device=plan.device)
             extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
             added = torch_internals.fake_like(extra, among=self.inputs)
         return specialise(module, kernels, constants, added, batched, self.name)
 
-    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: Plan) -> Boxed:
+    def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: GraphPlan) -> Boxed:
         """`call` where the sizes are as it assumed, and the graph as it is elsewhere."""
         holds = assumption.check()
         uncompiled: Boxed | None = None
@@ -304,7 +345,7 @@ def _key_of(spec: SeedSpec) -> tuple[Any, ...]:
     return spec.graph.digest, spec.parameters, spec.isolate, spec.constant_alpha
 
 
-def _count(plan: Plan) -> int:
+def _count(plan: GraphPlan) -> int:
     return len(list(plan.seeds()))
 
 

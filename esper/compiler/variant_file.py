@@ -7,10 +7,10 @@ follows, and two lengths. Nothing is believed: whatever is not exactly as it was
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +18,12 @@ from typing import BinaryIO
 
 from esper.compiler.variant_key import VariantKey
 from esper.errors import EsperError
+from esper.regular_files import open_regular
 
-__all__ = ["VariantFileError", "file_size", "read_factors", "read_variant", "write_variant"]
+__all__ = ["MOST_BYTES", "VariantFileError", "file_size", "read_factors", "read_variant", "write_variant"]
 
+MOST_BYTES = 2**30
+"""Of a file: much more than any variant takes."""
 _MAGIC = b"ESPERVAR"
 _VERSION = 1
 _HEADER = struct.Struct(">8sI32s32sQQ")  # magic, version, key, digest, length of the factors, length of the payload
@@ -81,12 +84,14 @@ def read_factors(path: Path) -> Mapping[str, str]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """`path`, open for reading, if it is a regular file; opening a named pipe would wait for somebody to write."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise VariantFileError("it is not a file", is_damaged=False)
-    return open(descriptor, "rb")
+    try:
+        return open_regular(path, MOST_BYTES)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise VariantFileError("it is not a file", is_damaged=False) from error
+        if error.errno == errno.EFBIG:
+            raise VariantFileError("it is too large", is_damaged=True) from error
+        raise
 
 
 def _read_header(file: BinaryIO, key: VariantKey | None) -> tuple[bytes, int, int]:

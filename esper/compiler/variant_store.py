@@ -1,8 +1,8 @@
 """Compiled variants on disk, so that a second run of a program compiles nothing.
 
-A variant is opaque here: machine code and marshalled Python, about 0.3 MB. The folder deserves the same trust as
-Inductor's own cache, in which it lies by default: whoever can write there can run code here. The checksums guard
-against damage, not against people.
+A variant is opaque here: machine code and marshalled Python, about 0.3 MB. Whoever can write to the folder can run code
+here, and the checksums guard against damage, not against people: a folder that is not this user's own, all the way up
+to the root, is not used (see `esper.ownership`). It lies in Inductor's own cache by default.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from esper import torch_internals
-from esper.compiler.variant_file import VariantFileError, file_size, read_factors, read_variant, write_variant
+from esper.compiler.variant_file import (
+    MOST_BYTES,
+    VariantFileError,
+    file_size,
+    read_factors,
+    read_variant,
+    write_variant,
+)
 from esper.compiler.variant_key import VariantKey
 from esper.forking import reset_after_fork
+from esper.ownership import UnsafePathError, check_own, make_own_folder
 
 __all__ = ["DEFAULT_LIMIT_BYTES", "StoreStatistics", "VariantKey", "VariantStore", "default_store"]
 
@@ -30,6 +38,7 @@ DEFAULT_LIMIT_BYTES = 2 * 1024**3
 """2 GiB: several thousand variants."""
 
 _LOG = logging.getLogger(__name__)
+_WHAT = "the folder of compiled variants"
 _SUFFIX = ".variant"
 _TEMPORARY = ".tmp"
 _ABANDONED_SECONDS = 3600.0  # a temporary file that nobody has renamed for so long was left by a killed process
@@ -65,8 +74,9 @@ class VariantStore:
     """Variants in `folder`, `limit_bytes` of them at most, the least recently used thrown out first.
 
     Any thread and any number of processes may use one folder at once. Nothing that goes wrong with it is an error: what
-    cannot be read is a miss, what cannot be written is not kept, and the log says so, once for each reason. The folder
-    is made by the first write. The lock is held for counting only, never while a file is read, written or digested.
+    cannot be read is a miss, what cannot be written is not kept, and the log says so, once for each reason. So it is
+    where others could have put a variant: nothing is read there and nothing written. The folder is made by the first
+    write. The lock is held for counting only, never while a file is read, written or digested.
     A damaged file is removed; should another process put a good one in its place at that moment, one more miss follows.
     """
 
@@ -98,9 +108,14 @@ class VariantStore:
         """The payload stored under `key`, or None. Reads a file: not for the thread that trains."""
         path = self._path(key)
         try:
+            check_own(path, _WHAT)
             payload = read_variant(path, key)
         except FileNotFoundError:
             self._missed(key, "there is none", unusable=0)
+            return None
+        except UnsafePathError as error:
+            self._say_unsafe(error)
+            self._count(misses=1, unusable=1)
             return None
         except VariantFileError as error:
             self._unusable(path, error.reason, error.is_damaged)
@@ -122,16 +137,21 @@ class VariantStore:
         Writes a file: not for the thread that trains.
         """
         size = file_size(key, payload)
-        if size > self.limit_bytes:
+        most = min(self.limit_bytes, MOST_BYTES)
+        if size > most:
             self._count(failed_writes=1)
             self._say_once(
                 logging.WARNING,
                 "too large",
-                f"a compiled variant of {size} bytes is not kept: {self.folder} is limited to {self.limit_bytes} bytes",
+                f"a compiled variant of {size} bytes is not kept: {self.folder} is limited to {most} bytes",
             )
             return
         try:
             self._write(key, payload)
+        except UnsafePathError as error:
+            self._count(failed_writes=1)
+            self._say_unsafe(error)
+            return
         except OSError as error:
             self._count(failed_writes=1)
             self._say_unwritable(error)
@@ -151,10 +171,10 @@ class VariantStore:
 
     def _write(self, key: VariantKey, payload: bytes) -> None:
         """A reader sees the old file or the whole new one. No fsync: what a power cut leaves fails its checksum."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_own_folder(self.folder, _WHAT)
         temporary = self.folder / f"{key.digest}.{uuid.uuid4().hex}{_TEMPORARY}"
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=_unshared) as file:
                 write_variant(file, key, payload)
             os.replace(temporary, self._path(key))
         except BaseException:  # Ctrl-C too: nothing half-written stays
@@ -226,6 +246,14 @@ class VariantStore:
             f"the stored variant {path} is not used {outcome}: {reason}",
         )
 
+    def _say_unsafe(self, error: UnsafePathError) -> None:
+        self._say_once(
+            logging.WARNING,
+            "unsafe",
+            f"compiled variants are neither read nor kept, so the next run compiles them again: {error}; or name a "
+            "folder of your own in TORCHINDUCTOR_CACHE_DIR",
+        )
+
     def _say_unwritable(self, error: OSError) -> None:
         remedy = _REMEDIES.get(error.errno or 0, "see to it")
         self._say_once(
@@ -278,6 +306,11 @@ def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
                         yield entry, status
     except OSError as error:
         _LOG.debug("%s cannot be listed: %s", folder, error)
+
+
+def _unshared(path: str, flags: int) -> int:
+    """Opens a new file that only this user may write to, whatever the umask, so that it is read again."""
+    return os.open(path, flags, 0o644)
 
 
 def _remove(path: str | Path) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from esper import torch_internals
-from esper.execution.fossils import folded, is_affine
+from esper.execution.fossils import fold, is_affine
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import LoadedKernel
@@ -53,7 +53,6 @@ class Average:
         self._twin = weakref.ref(twin)
         self._version = original.runtime.version
         self._sources = {key: weakref.ref(kernel) for key, kernel in _kernels(original).items()}
-        twin._esper.own_memory()  # an update writes to frozen kernels too
 
     def catch_up(self) -> None:
         """Give the copy the structure and the shares of its original, if it has others."""
@@ -78,13 +77,12 @@ class Average:
             for seed, kernel, isolate in given.kernels:
                 kept = self._kept((name, seed), kernel, mine.get((name, seed)))
                 kernels.append((seed, kept or _copied(kernel, own), isolate))
-            seeds[name] = replace(given, kernels=tuple(kernels), scheduled=frozenset())
+            seeds[name] = replace(given, kernels=tuple(kernels), ramps={})
         if mine and not theirs:
             layers = list(twin.kasmina_layers.values())
             layers[0].stager.replace_all(layers, [])
         give_seeds(twin.kasmina_layers, seeds, tell=False)
         self._sources = {key: weakref.ref(kernel) for key, kernel in theirs.items()}
-        twin._esper.own_memory()
 
     def _kept(self, key: tuple[str, int], kernel: LoadedKernel, own: LoadedKernel | None) -> LoadedKernel | None:
         """The copy's kernel of a seed if it is the average of `kernel`, or was loaded as one from a checkpoint."""
@@ -104,7 +102,6 @@ def _kernels(model: MorphableModel) -> dict[tuple[str, int], LoadedKernel]:
 
 def _copied(kernel: LoadedKernel, layer: KasminaLayer) -> LoadedKernel:
     kernel = copy.deepcopy(kernel)
-    kernel.module.own_memory()
     kernel.module.to(layer.weight.device, layer.weight.dtype)
     return kernel
 
@@ -117,9 +114,13 @@ def _follow_fossils(layer: KasminaLayer, own: KasminaLayer, name: str) -> None:
         if seed in in_force or (kernel is None and own.state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED):
             continue
         if kernel is not None and is_affine(kernel.graph, constant=own.bias is not None):
-            own.absorb(*folded(own.weight, own.bias, kernel, layer.state.alpha(seed)))
+            with torch.no_grad():
+                fold(own.weight, own.bias, kernel, layer.state.alpha(seed))
         else:
-            own.absorb(layer.weight, layer.bias)
+            with torch.no_grad():
+                own.weight.copy_(layer.weight)
+                if own.bias is not None and layer.bias is not None:
+                    own.bias.copy_(layer.bias)
             _LOG.warning(
                 "the average of layer %s begins anew with the model's own weights: a kernel became part of them that "
                 "the average never had",

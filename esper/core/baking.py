@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
@@ -25,9 +26,8 @@ def bake(morphable: MorphableModel) -> nn.Module:
 
     It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included. In
     the place of each layer with kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
-    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported, scripted
-    and loaded where Esper is not installed. The wrapped model stays as it is; what is staged is not in force, and left
-    out.
+    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported and
+    loaded where Esper is not installed. The wrapped model stays as it is; what is only staged is left out.
 
     Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
@@ -54,14 +54,27 @@ def _with_kernels(layer: KasminaLayer, plain: nn.Linear, seeds: Sequence[SeedPla
     for name, parameter in plain._parameters.items():
         root.register_parameter(name, parameter)
     x = graph.placeholder("input")
-    bias = graph.get_attr("bias") if plain.bias is not None else None
-    y = graph.call_function(torch.nn.functional.linear, (x, graph.get_attr("weight"), bias))
+    weight = _tensor(root, graph, plain, "weight")
+    bias = _tensor(root, graph, plain, "bias") if plain.bias is not None else None
+    y = graph.call_function(torch.nn.functional.linear, (x, weight, bias))
     for each in seeds:
         y = _blended(root, graph, each, _alpha(layer, each), x, y)
     graph.output(y)
     baked = fx.GraphModule(root, graph)
-    baked.in_features, baked.out_features = plain.in_features, plain.out_features
+    vars(baked).update(in_features=plain.in_features, out_features=plain.out_features)
+    for name in sorted({"weight", "bias"} & set(plain.__dict__)):  # a hook computes it from other parameters
+        del baked._buffers[name]
+        baked.__dict__[name] = plain.__dict__[name]
     return baked.train(plain.training)
+
+
+def _tensor(root: nn.Module, graph: fx.Graph, plain: nn.Linear, name: str) -> fx.Node:
+    if parametrize.is_parametrized(plain, name):
+        root.add_module("parametrizations", plain.get_submodule("parametrizations"))
+        return graph.call_module(f"parametrizations.{name}")
+    if name in plain.__dict__:
+        root.register_buffer(name, plain.__dict__[name].detach())
+    return graph.get_attr(name)
 
 
 def _alpha(layer: KasminaLayer, seed: SeedPlan) -> float:

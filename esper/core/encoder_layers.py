@@ -3,6 +3,9 @@
 The fast path is for inference. It computes the same with the host's weights alone, so it stays for as long as no seed
 in the layer is active. The shadow of such a layer leaves it, and the shadow of the nn.TransformerEncoder around it does
 not turn to nested tensors, while one is.
+
+For `backend="esper"` Dynamo never traces the fast path: that would be a graph without sites, and a swap would have to
+trace another. In eval() and without gradients such a layer then has the graph that it has with gradients.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 
 from esper.core.subclassing import subclass_in_disguise
+from esper.execution.site_marker import traced_by_esper
 
 __all__ = ["adapted_class"]
 
@@ -35,6 +40,8 @@ def adapted_class(kind: type) -> type:
 
 def _zero_while_active(attribute: str) -> property:
     def read(self: nn.Module) -> Any:
+        if torch.compiler.is_dynamo_compiling() and traced_by_esper():
+            return 0
         for module in self.modules():
             if module.__dict__.get("_seeds"):  # the seeds in force at a site
                 return 0

@@ -13,7 +13,6 @@ from torch import nn
 from esper import torch_internals
 from esper.compiler.attachment import attach_from
 from esper.core.eager import EagerExecutor
-from esper.core.eager_regions import EagerRegions
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.shadow import plant
@@ -110,14 +109,14 @@ def assemble(
 
     kind = wrapped_class(model, root_is_site="" in targets)
     wrapped: MorphableModel = object.__new__(kind) if into is None else into
-    plant(model, selection, replace, root=wrapped)
+    plant(model, selection, replace, root=wrapped, watched=options.mode == "fx")
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
     wrapping = Wrapping(model, KernelBank(runtime, stager, layers), selection, options)
     wrapped._become_wrapped(wrapping, runtime, layers)
-    regions = EagerRegions(wrapped, {layer: layer.site for layer in layers.values()}) if options.mode == "fx" else None
-    wrapped._run_by(EagerExecutor(hosts_forward(kind), runtime, layers, selection, regions))
+    wrapped._watch_sites()
+    wrapped._run_by(EagerExecutor(wrapped, runtime, layers, selection, options.mode, hosts_forward(wrapped)))
     return wrapped
 
 

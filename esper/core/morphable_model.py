@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
@@ -22,6 +23,7 @@ from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
 from esper.core.persistence import PackedModel
+from esper.core.site_watch import SiteWatch
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
@@ -33,6 +35,7 @@ from esper.execution.runtime import Runtime
 
 __all__ = ["MorphableModel", "Wrapping"]
 
+_LOG = logging.getLogger("esper.core")
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
@@ -60,6 +63,7 @@ class MorphableModel(nn.Module):
     _wrapping: Wrapping
     _eager: EagerExecutor
     _runtime_id: int
+    _runtime_tag: torch.Tensor
     _run: Callable[..., Any]
     _root_site: KasminaLayer | None
     runtime: Runtime
@@ -79,6 +83,7 @@ class MorphableModel(nn.Module):
             _wrapping=wrapping,
             _runtime_id=runtime.id,
             _root_site=layers.get(""),
+            _runtime_tag=runtime.tag,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
             layer_mappings={name: type(linear).__name__ for name, linear in wrapping.selection.targets.items()},
@@ -88,6 +93,13 @@ class MorphableModel(nn.Module):
         runtime.on_commit = wrapping.bank.sync
         runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
         runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
+
+    def _watch_sites(self) -> None:
+        """Have the sites follow layers that are exchanged, from the next forward on."""
+        runtime = self.runtime
+        watch = self.__dict__["_site_watch"] = SiteWatch(self, runtime.note_layers_changed)
+        this = weakref.ref(watch)
+        runtime.follow_layers = lambda: found.follow() if (found := this()) is not None else None
 
     def _run_by(self, eager: EagerExecutor) -> None:
         """Have uncompiled forwards run by `eager`."""
@@ -123,8 +135,6 @@ class MorphableModel(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
-        if requires_grad:
-            self._esper.own_memory()
         super().requires_grad_(requires_grad)
         self.runtime.refresh()  # what is compiled depends on it
         return self
@@ -148,9 +158,12 @@ class MorphableModel(nn.Module):
         What the kernels add are tensors: their parameters, their artifacts' bytes, and the state of their seeds. Alpha
         schedules and what is staged are not in it.
         """
+        self.runtime.look_for_layers()
         state = super().state_dict(*args, **kwargs)
-        if not self._esper.is_empty:
-            prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
+        prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
+        if self._esper.is_empty:
+            self._esper.mark(state, prefix)
+        else:
             self._esper.state_dict(destination=state, prefix=f"{prefix}{BANK_NAME}.", keep_vars=bool(keep_vars))
         return state
 
@@ -169,13 +182,28 @@ class MorphableModel(nn.Module):
         bank = self._esper
         kernels = bank.read(state_dict, f"{BANK_NAME}.")
         host = OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(f"{BANK_NAME}."))
-        if hasattr(state_dict, "_metadata"):
-            host._metadata = state_dict._metadata  # type: ignore[attr-defined]  # torch keeps versions there
+        versions = getattr(state_dict, "_metadata", None) or {}  # torch keeps them there
+        said = dict(versions.get("", {}))
+        dormant = bank.said_dormant(said)
+        host._metadata = {**versions, "": bank.unmarked(said)}  # type: ignore[attr-defined]  # as above
         result = super().load_state_dict(host, *args, **kwargs)
         bank.follow_model()
-        if kernels:
-            bank.restore(kernels)
+        bank.follow(kernels, dormant, state_dict)
+        if bank.is_empty and self._is_own(state_dict):
+            _LOG.warning(
+                "the state dict that was loaded is made of the model's own tensors. If torch.distributed.checkpoint "
+                "filled them from a checkpoint with kernels, these were not asked for: add entries for its keys with "
+                "%r to the state dict, as docs/checkpoints.md shows", f"{BANK_NAME}."
+            )  # fmt: skip
         return result
+
+    def _is_own(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether `state_dict` holds the very memory of the model's parameters, so that loading it changes nothing."""
+        name, mine = next(self.named_parameters(), ("", None))
+        given: Any = state_dict.get(name)
+        if mine is None or type(given) not in (torch.Tensor, nn.Parameter) or type(mine) is not nn.Parameter:
+            return False
+        return mine.device.type != "meta" and bool(given.is_set_to(mine))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str],
@@ -183,11 +211,12 @@ class MorphableModel(nn.Module):
     ) -> None:  # fmt: skip
         """As a part of a larger module, which may hold kernels for this one."""
         own = f"{prefix}{BANK_NAME}."
-        kernels = self._esper.read(state_dict, own)
+        bank = self._esper
+        kernels, dormant = bank.read(state_dict, own), bank.said_dormant(metadata)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
-        if kernels:
-            self._esper.restore(kernels)
+        if not bank.is_unmarked(metadata):
+            bank.follow(kernels, dormant, state_dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled with its kernels, without its platform: where it is loaded it has the default one.
@@ -223,6 +252,7 @@ class MorphableModel(nn.Module):
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.
         """
+        self.runtime.look_for_layers()
         return self._layer(layer_name).request_kernel(
             seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate
         )
@@ -280,6 +310,7 @@ class MorphableModel(nn.Module):
 
     def seed_parameters(self) -> Iterator[nn.Parameter]:
         """The kernels' parameters that learn, for an optimizer: those of kernels loaded with `trainable=True`."""
+        self.runtime.look_for_layers()
         return self._esper.trainable()
 
     def get_model_stats(self) -> dict[str, Any]:
@@ -294,6 +325,22 @@ class MorphableModel(nn.Module):
         """
         names = {layer.site: name for name, layer in self.kasmina_layers.items()}
         return report_on(self.runtime.executors(), names)
+
+    # -- traces, in mode="fx" --------------------------------------------------------------------------------------
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The traced graph of the present training state, in which each site is the call of a `KasminaLayer`.
+
+        To look at, and to run: it shares the model's modules and parameters, and a change of plan is a change of what
+        its sites compute. What it is traced for, and what it does not follow, is torch.fx's contract (`docs/modes.md`).
+        Raises :class:`~esper.eager.NotTracedError` with `mode="module"`, and for a model that is not traced whole.
+        """
+        return self._eager.graph_module
+
+    def retrace(self) -> None:
+        """Trace the model anew where its next calls need it: Python values that it reads may have changed."""
+        self._eager.retrace()
 
     def explain(self) -> Explanation:
         """What was traced, what was not, and why. `str()` of it is a table."""

@@ -14,12 +14,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from esper.core.averaging import Average, made_for_an_average
 from esper.core.shadow import plant
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
+from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
 from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedules
 
 if TYPE_CHECKING:
@@ -27,9 +29,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PackedModel", "as_host", "copy_model"]
 
-
 _OURS = frozenset(
-    {"_wrapping", "_eager", "_runtime_id", "_run", "_root_site", "runtime", "kasmina_layers", "layer_mappings"}
+    {
+        "_wrapping",
+        "_eager",
+        "_runtime_id",
+        "_runtime_tag",
+        "_run",
+        "_root_site",
+        "_site_watch",
+        "runtime",
+        "kasmina_layers",
+        "layer_mappings",
+    }
 )
 """What a wrapped model has besides what its host has."""
 
@@ -45,9 +57,9 @@ def as_host(model: MorphableModel) -> nn.Module:
 
     def plain(_: str, layer: nn.Linear) -> nn.Linear:
         host = hosts[names[id(layer)]]
-        linear: nn.Linear = object.__new__(type(host))
-        linear.__dict__.update({key: layer.__dict__.get(key, value) for key, value in host.__dict__.items()})
-        linear.__dict__["_modules"] = {}
+        linear = plain_linear(layer, parametrize.type_before_parametrizations(host))
+        linear.__dict__.update({key: value for key, value in host.__dict__.items() if key in OWN_ATTRIBUTES})
+        linear._modules.clear()  # it has a shadow of what these are
         return linear
 
     return plant(model, layers, plain, undisguised, without=_OURS, watched=False)

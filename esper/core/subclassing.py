@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,27 @@ __all__ = ["own_slots", "subclass_in_disguise", "undisguised"]
 
 
 class _Quiet:
-    """Keeps `__init_subclass__` of the classes that follow from hearing of a subclass that nobody wrote."""
+    """Keeps `__init_subclass__` of the classes that follow from hearing of a subclass that nobody wrote.
 
-    __slots__ = ()
+    It has no `__slots__`: an object of a class can become one of a subclass only if neither of its bases has.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as an object of the class that it passes for."""
+        made = super().__reduce_ex__(protocol)
+        if isinstance(made, str):
+            return made
+        kind, passes_for = type(self), undisguised(type(self))
+        create = _new_object if made[0] is copyreg.__newobj__ else made[0]  # type: ignore[attr-defined]  # not in typeshed
+        return create, tuple(passes_for if each is kind else each for each in made[1]), *made[2:]
+
+
+def _new_object(kind: type, *args: Any) -> Any:
+    """As `copyreg.__newobj__`, which pickle takes for objects of exactly the class of the original only."""
+    return kind.__new__(kind, *args)
 
 
 def subclass_in_disguise(kind: type, namespace: Mapping[str, Any], *before: type) -> type:

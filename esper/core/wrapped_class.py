@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -23,7 +24,7 @@ from esper.core.morphable_model import MorphableModel
 from esper.core.subclassing import subclass_in_disguise
 from esper.execution import site_marker
 from esper.execution.site_marker import commit_while_tracing, traced_by_esper
-from esper_passes import ENTER
+from esper_passes import TAGGED_ENTER
 
 __all__ = ["check_names", "hosts_forward", "wrapped_class"]
 
@@ -44,9 +45,14 @@ def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
     return cast("type[MorphableModel]", known)
 
 
-def hosts_forward(kind: type[MorphableModel]) -> _Forward:
-    """The forward of the host's class, to be called with a wrapped model of class `kind` as its first argument."""
-    forward: _Forward = kind.forward._hosts_forward  # type: ignore[attr-defined]  # set by `_entry`
+def hosts_forward(model: MorphableModel) -> _Forward:
+    """The forward of the host's class, on a wrapped model that it does not keep alive."""
+    hosts, this = type(model).forward._hosts_forward, weakref.ref(model)  # type: ignore[attr-defined]  # of `_entry`
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return hosts(this(), *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(types.MethodType(hosts, model))  # type: ignore[attr-defined]  # for traces
     return forward
 
 
@@ -67,8 +73,8 @@ def check_names(host: nn.Module) -> None:
         )
 
 
-def _forward_at_site(self: Any, x: torch.Tensor) -> Any:
-    return self._root_site(x)
+def _forward_at_site(self: Any, input: torch.Tensor) -> Any:
+    return self._root_site(input)
 
 
 def _entry(hosts: _Forward, kind: type) -> _Forward:
@@ -77,7 +83,7 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
-                ENTER(self._runtime_id)
+                TAGGED_ENTER(self._runtime_tag)
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward

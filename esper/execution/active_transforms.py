@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-__all__ = ["transforms_active", "write_count"]
+__all__ = ["held_elsewhere", "transforms_active"]
 
 
 def transforms_active() -> bool:
@@ -34,3 +34,13 @@ def _function_modes_active() -> bool:
 def write_count(tensor: torch.Tensor) -> int:
     """How often `tensor`, or an alias of it that autograd knows, has been written in place."""
     return tensor._version
+
+
+def held_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether anything but `tensor`'s Python object may hold its memory: a view, an alias, a graph for a backward.
+
+    Autograd holds a tensor that it saved, or a view of it, and what accumulates the gradient of a leaf holds that leaf.
+    """
+    holders: int = tensor._use_count()  # type: ignore[attr-defined]  # torch's stubs leave it out
+    of_memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # counts the storage just asked for, too
+    return holders > 1 or of_memory > 2

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from esper.execution.state_layout import AlphaError, checked_alpha
 
-__all__ = ["AlphaSchedule", "CosineRamp", "LinearRamp"]
+__all__ = ["AlphaSchedule", "CosineRamp", "LinearRamp", "SavedRamp", "Schedule"]
 
 AlphaSchedule = Callable[[int], float]
 """`step -> alpha`: `step` counts the training forwards since the schedule was set, from 0; the result is in [0, 1].
@@ -47,3 +50,40 @@ class CosineRamp(_Ramp):
 
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * (1.0 - math.cos(math.pi * self._fraction(step))) / 2.0
+
+
+@dataclass(slots=True)
+class Schedule:
+    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
+
+    alpha: AlphaSchedule
+    step: int = 0
+
+
+_RAMPS: dict[str, type[LinearRamp] | type[CosineRamp]] = {"linear": LinearRamp, "cosine": CosineRamp}
+
+
+class SavedRamp(BaseModel):
+    """A ramp as data, and the step at which it is; what a checkpoint or a pickle keeps of a schedule."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["linear", "cosine"]
+    start: float = Field(ge=0, le=1)
+    end: float = Field(ge=0, le=1)
+    steps: int = Field(ge=1, le=2**62)
+    step: int = Field(ge=0, le=2**62)
+
+    @classmethod
+    def of(cls, schedule: Schedule | None) -> SavedRamp | None:
+        """`schedule` as data; None for code, which is not saved."""
+        alpha: Any = schedule and schedule.alpha
+        kind = next((kind for kind, ramp in _RAMPS.items() if type(alpha) is ramp), None)
+        if schedule is None or kind is None:
+            return None
+        values = {"start": float(alpha.start), "end": float(alpha.end), "steps": alpha.steps, "step": schedule.step}
+        return cls.model_validate({"kind": kind, **values})
+
+    def schedule(self) -> Schedule:
+        """The schedule, where it was."""
+        return Schedule(_RAMPS[self.kind](self.start, self.end, self.steps), self.step)

@@ -1,61 +1,208 @@
-"""A thread for work that must not happen on the thread that trains."""
+"""Threads for work that must not happen on the thread that trains, shared by all models of a process.
+
+They end in order with the process. A daemon thread that wants the interpreter back once that is ending is unwound where
+it stands, and in the middle of one of torch's operations, C++ takes that for a reason to abort. So at the exit no job
+begins, and those that run are waited for, but for those that wait for something themselves: see :func:`waiting`.
+"""
 
 from __future__ import annotations
 
-import queue
+import atexit
+import contextlib
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from esper.forking import reset_after_fork
 
-__all__ = ["BackgroundThread"]
+__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "waiting"]
 
 _Result = TypeVar("_Result")
-_Job = tuple[Callable[[], object], "Future[object]"]
+_Job = tuple[Callable[[], Any], "Future[Any]"]
+
+_SLOW_SECONDS = 0.2
+_IDLE_SECONDS = 5.0
+_MOST_THREADS = 64
+_LONGEST_EXIT = 10.0
 
 
-class BackgroundThread:
-    """Runs jobs one after the other on one daemon thread, started with the first job.
+class _Exit:
+    """Whether the process ends, and which threads it need not wait for."""
 
-    A daemon, so that a process may end while a download hangs. After a fork the child starts a thread of its own with
-    its first job; jobs that were waiting in the parent stay the parent's.
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.waiting: set[int] = set()
+
+
+_exit = _Exit()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """In this block a job does nothing but wait for something outside of the process, which may end meanwhile.
+
+    Then the block is never left.
+    """
+    thread = threading.get_ident()
+    _exit.waiting.add(thread)
+    try:
+        yield
+    finally:
+        if _exit.has_begun and threading.current_thread().daemon:
+            threading.Event().wait()  # the thread's end is the process's
+        _exit.waiting.discard(thread)
+
+
+class BackgroundThreads:
+    """Runs jobs on daemon threads, `at_once` of them side by side.
+
+    A job that takes longer than a fifth of a second waits for something, and does not count any more: others begin
+    beside it, on as many as `most` threads. Threads start when they are needed and end when they have had nothing to
+    do for a while. They are daemons, so that a process may end while a download hangs. After a fork the child has
+    threads of its own; jobs that were waiting in the parent stay the parent's.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+    def __init__(self, name: str, at_once: int, most: int = _MOST_THREADS) -> None:
+        self._name, self._at_once, self._most = name, at_once, most
+        self.after_fork()
+        reset_after_fork(self)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        _exit.has_begun = True
+        end = time.monotonic() + _LONGEST_EXIT
+        with self._changed:
+            self._jobs.clear()
+            while not self._running.keys() <= _exit.waiting and (left := end - time.monotonic()) > 0:
+                self._changed.wait(min(left, 0.05))  # nobody says that it began to wait for something
+
+    def after_fork(self) -> None:
+        """Leave threads and jobs to the parent; see `esper.forking`."""
+        _exit.waiting.clear()
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._threads = 0
+        self._running: dict[int, float] = {}  # since when, by thread
+
+    def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
+        """Run `job`; the future has its result or its exception. Raises `RuntimeError` if there is no thread for it."""
+        future: Future[_Result] = Future()
+        with self._changed:
+            if _exit.has_begun:
+                return future  # which nobody waits for any more
+            self._jobs.append((job, future))
+            try:
+                self._staff()
+            except RuntimeError:
+                if self._threads == 0:
+                    self._jobs.remove((job, future))
+                    raise
+            self._changed.notify()
+        return future
+
+    def _staff(self) -> None:
+        """Have a thread wait for every job that may begin, and at least one for those that may not yet."""
+        idle = self._threads - len(self._running)
+        room = max(self._at_once - self._fresh(), 1)
+        if idle < min(len(self._jobs), room) and self._threads < self._most:
+            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
+            self._threads += 1
+
+    def _fresh(self) -> int:
+        limit = time.monotonic() - _SLOW_SECONDS
+        return sum(since > limit for since in self._running.values())
+
+    def _serve(self) -> None:
+        while (taken := self._next()) is not None:
+            job, future = taken
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = job()
+                except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
+                    future.set_exception(error)
+                else:
+                    future.set_result(result)
+                    del result
+            del job, future, taken  # what they refer to need not live until the next job
+
+    def _next(self) -> _Job | None:
+        """A job, once it may begin; None after a while without any."""
+        thread = threading.get_ident()
+        with self._changed:
+            self._running.pop(thread, None)
+            end = time.monotonic() + _IDLE_SECONDS
+            while True:
+                now = time.monotonic()
+                has_jobs = bool(self._jobs) and not _exit.has_begun
+                if has_jobs and self._fresh() < self._at_once:
+                    self._running[thread] = now
+                    job = self._jobs.popleft()
+                    self._staff_if_possible()
+                    return job
+                if has_jobs:
+                    fresh = sorted(self._running.values())[-self._at_once :]
+                    self._changed.wait(max(fresh[0] + _SLOW_SECONDS - now, 0.001))
+                elif now < end:
+                    self._changed.wait(end - now)
+                else:
+                    self._threads -= 1
+                    return None
+
+    def _staff_if_possible(self) -> None:
+        with contextlib.suppress(RuntimeError):  # no more threads: this one will come back
+            self._staff()
+
+
+class JobQueue:
+    """Jobs that run one after the other, on `threads` that others use as well."""
+
+    def __init__(self, threads: BackgroundThreads) -> None:
+        self._threads = threads
+        self.after_fork()
         reset_after_fork(self)
 
     def after_fork(self) -> None:
-        """Leave thread and jobs to the parent; see `esper.forking`."""
+        """Leave the jobs to the parent; see `esper.forking`."""
         self._lock = threading.Lock()
-        self._thread = None
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._is_running = False
 
-    def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
-        """Run `job` after those submitted before it; the future has its result or its exception."""
-        future: Future[_Result] = Future()
+    def submit(self, job: Callable[[], object]) -> None:
+        """Run `job` after those submitted before it. What it raises is for nobody."""
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._jobs = queue.SimpleQueue()
-                self._thread = threading.Thread(target=_work, args=(self._jobs,), name=self._name, daemon=True)
-                self._thread.start()
-            self._jobs.put((job, future))  # type: ignore[arg-type]  # a future of its own job's result
-        return future
-
-
-def _work(jobs: queue.SimpleQueue[_Job]) -> None:
-    while True:
-        job, future = jobs.get()
-        if not future.set_running_or_notify_cancel():
-            continue
+            self._jobs.append(job)
+            if self._is_running:
+                return
+            self._is_running = True
         try:
-            result = job()
-        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        del job, future
+            self._threads.submit(self._run)
+        except BaseException:
+            with self._lock:
+                self._is_running = False
+            raise
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._is_running = False
+                    return
+                job = self._jobs.popleft()
+            try:
+                job()
+            except BaseException:
+                with self._lock:
+                    self._is_running = False
+                    again = bool(self._jobs)
+                if again:
+                    self.submit(lambda: None)
+                raise
+
+
+FETCHING = BackgroundThreads("esper-fetching", at_once=4)
+"""For what asks kernel sources, which may be slow or hang, and makes kernels of what they answer."""
+STAGING = BackgroundThreads("esper-staging", at_once=1)
+"""For what makes models ready for new plans, and waits for compile workers."""

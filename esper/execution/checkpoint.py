@@ -3,7 +3,8 @@
 Every value is a tensor, so that whatever handles state dicts handles these, and `torch.load(weights_only=True)` reads
 them. Below the prefix under which a model registers its `KernelBank` there are
 
-- `seeds`: uint8, JSON that names each seed with its artifact, flags and state (:class:`SavedSeed`);
+- `seeds`: uint8, JSON that names each seed with its artifact, flags and state (:class:`SavedSeed`), and spaces up to a
+  size that depends on the seeds' layers alone, so that a planner of distributed checkpoints can read it in place;
 - `artifact.<id>`: uint8, the artifact's bytes, once for all seeds that have it;
 - `<layer>:<seed>.<parameter>`: the kernel's parameters as they are.
 
@@ -23,14 +24,16 @@ from torch import Tensor
 from esper.artifacts.errors import ArtifactError
 from esper.artifacts.loading import load_artifact
 from esper.errors import EsperError
+from esper.execution.alpha import SavedRamp
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import KernelTemplate
 from esper.execution.state_layout import FIELDS, kernel_number
 
-__all__ = ["CheckpointError", "SavedKernel", "SavedSeed", "decode", "encode", "seed_key"]
+__all__ = ["ARTIFACT", "INDEX", "CheckpointError", "SavedKernel", "SavedSeed", "decode", "encode", "seed_key"]
 
-_INDEX = "seeds"
-_ARTIFACT = "artifact."
+INDEX = "seeds"
+ARTIFACT = "artifact."
+_HEAD_SIZE, _SEED_SIZE = 64, 1024  # bytes: more than the JSON takes without and for a seed, its layer's name aside
 
 _Count = Annotated[int, Field(ge=0, le=2**15 - 1)]
 
@@ -54,7 +57,9 @@ class SavedSeed(BaseModel):
     isolate: bool
     fossilized: bool
     scheduled: bool
-    """Whether alpha was moving on a schedule. A schedule is code, which a checkpoint does not hold."""
+    """Whether alpha was moving on a schedule."""
+    ramp: SavedRamp | None = None
+    """That schedule, if it is a ramp. Any other is code, which a checkpoint does not hold."""
     alpha: float = Field(ge=0, le=1)
     health: float = Field(allow_inf_nan=False)
     epoch: int = Field(ge=0, le=2**31 - 1)
@@ -105,9 +110,11 @@ def encode(seeds: Iterable[tuple[SavedSeed, KernelTemplate]]) -> dict[str, Tenso
     """The index and the artifacts, by name. The parameters are written by the kernels' own modules."""
     seeds = list(seeds)
     index = _Index(seeds=[saved for saved, _ in seeds])
-    entries = {_INDEX: _to_tensor(index.model_dump_json().encode())}
+    text = index.model_dump_json(exclude_none=True).encode()  # without `ramp`, versions before it read this too
+    size = _HEAD_SIZE + sum(_SEED_SIZE + len(saved.layer.encode("unicode_escape")) for saved, _ in seeds)
+    entries = {INDEX: _to_tensor(text.ljust(size))}
     for _, template in seeds:
-        name = _ARTIFACT + template.artifact_id
+        name = ARTIFACT + template.artifact_id
         if name not in entries:
             entries[name] = _to_tensor(template.data)
     return entries
@@ -122,13 +129,13 @@ def decode(
     same. Raises :class:`CheckpointError`.
     """
     left = dict(entries)
-    index = _read_index(left.pop(_INDEX, None))
+    index = _read_index(left.pop(INDEX, None))
     templates: dict[str, KernelTemplate] = {}
     kernels = []
     for saved in index.seeds:
         where, identity = f"seed {saved.seed} of layer {saved.layer!r}", saved.artifact
         if identity not in templates:
-            templates[identity] = _read_artifact(left.pop(_ARTIFACT + identity, None), identity, where, known)
+            templates[identity] = _read_artifact(left.pop(ARTIFACT + identity, None), identity, where, known)
         template = templates[identity]
         tensors = []
         for spec, name in zip(template.graph.tensors, template.graph.parameter_names, strict=True):
@@ -148,9 +155,9 @@ def decode(
 
 def _read_index(tensor: object) -> _Index:
     if tensor is None:
-        raise CheckpointError(f"the checkpoint has entries of Esper's, but not the one that explains them, {_INDEX!r}")
+        raise CheckpointError(f"the checkpoint has entries of Esper's, but not the one that explains them, {INDEX!r}")
     try:
-        index = _Index.model_validate_json(_to_bytes(tensor, _INDEX))
+        index = _Index.model_validate_json(_to_bytes(tensor, INDEX))
     except ValidationError as error:
         raise CheckpointError(f"the checkpoint's list of seeds is damaged, or of another version: {error}") from error
     names = [(saved.layer, saved.seed) for saved in index.seeds]
@@ -166,7 +173,7 @@ def _read_artifact(
         raise CheckpointError(f"the checkpoint lacks artifact {identity[:12]}, the kernel of {where}")
     try:
         with torch.inference_mode(False):
-            artifact = load_artifact(_to_bytes(tensor, _ARTIFACT + identity), expected_id=identity)
+            artifact = load_artifact(_to_bytes(tensor, ARTIFACT + identity), expected_id=identity)
             return known(identity) or KernelTemplate.from_artifact(artifact)
     except ArtifactError as error:
         raise CheckpointError(f"the checkpoint's artifact {identity[:12]}, the kernel of {where}: {error}") from error

@@ -37,7 +37,7 @@ class Entries:
         self._ids: frozenset[int] = frozenset()
         self._codes: frozenset[_Code] = frozenset()
         self._begun: dict[int, tuple[FrameType, Any]] = {}
-        self._watching = False
+        self._prepared = self._watching = False
 
     def of_modules(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
         """The modules of the model, asked for whenever there is something to commit."""
@@ -47,22 +47,32 @@ class Entries:
         """Those of the model, kernels' included; one that is used in several places comes several times."""
         return (each for module in self._modules() for each in module._parameters.values() if each is not None)
 
+    def prepare(self) -> None:
+        """There is something to commit: learn which calls are the model's own, before anybody is told to look for them.
+
+        Until :meth:`watch`, no forward begins: one that is under way may not be known yet.
+        """
+        if not self._prepared:
+            modules = list(self._modules())
+            self._ids = frozenset(map(id, modules))
+            self._codes = frozenset(
+                {torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules}))
+            )
+            self._prepared = True
+
     def watch(self) -> None:
-        """There is something to commit from now on: the forwards that are under way on any thread have begun."""
+        """Everybody looks for calls now: the forwards that are under way on any thread have begun."""
         if self._watching:
             return
-        modules = list(self._modules())
-        self._ids = frozenset(map(id, modules))
-        self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
-        self._watching = True
         for thread, frame in sys._current_frames().items():
             outermost = self._outermost(frame)
             if outermost is not None:
-                self._begun[thread] = outermost, None
+                self._begun.setdefault(thread, (outermost, None))
+        self._watching = True
 
     def forget(self) -> None:
         """There is nothing to commit any more."""
-        self._watching = False
+        self._prepared = self._watching = False
         self._begun.clear()
 
     def begins(self, whole: bool, steps: Callable[[], Any]) -> bool:
@@ -71,15 +81,16 @@ class Entries:
         `whole` says that the model as a whole was entered. A method that trains in itself is a forward for each of its
         steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
         """
-        outermost = self._outermost(sys._getframe(1))
+        frame = sys._getframe(1)
+        outermost = self._outermost(frame)
         thread = threading.get_ident()
         if outermost is None:
             self._begun.pop(thread, None)
-            return True
+            return whole or not _goes_on(frame)
         begun, before = self._begun.get(thread, (None, None))
         if begun is not outermost:
             self._begun[thread] = outermost, None
-            return True
+            return self._watching or not self._prepared
         if not whole:
             return False
         now = steps()
@@ -94,6 +105,15 @@ class Entries:
                 found = frame
             frame = frame.f_back
         return found
+
+
+def _goes_on(frame: FrameType | None) -> bool:
+    """Whether compiled code on the stack goes on after a graph break: what is called there began before."""
+    while frame is not None:
+        if torch_internals.goes_on_after_break(frame.f_code):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _key(code: CodeType) -> _Code:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.execution import site_marker
+from esper.execution import registry, site_marker
 from esper.execution.alpha import AlphaSchedule
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.layer_stats import layer_stats
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.site_marker import commit_while_tracing, marked_by_esper
@@ -26,7 +28,7 @@ from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, 
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
-from esper_passes import ENTER, SITE
+from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
 __all__ = ["KasminaLayer"]
 
@@ -41,7 +43,7 @@ class KasminaLayer(nn.Linear):
     checkpoints go by name. In a wrapped model they are the site's number and the host's dotted name.
 
     With seeds `s` active in index order the output is `y = host(x)`, then for each
-    `y = alpha_s * K_s(x) + (1 - alpha_s) * y`.
+    `y = alpha_s * K_s(x, y) + (1 - alpha_s) * y`: a kernel that reads the output is given what those before it made.
     """
 
     layer_id: int
@@ -80,6 +82,7 @@ class KasminaLayer(nn.Linear):
     def at_site(cls, linear: nn.Linear, **parts: Any) -> KasminaLayer:
         """The layer that takes `linear`'s place, sharing its parameters; `parts` are those of :meth:`_join`."""
         layer = cls._sharing(linear)
+        layer._modules.clear()  # it gets a shadow of what these are
         layer._join(**parts)
         return layer
 
@@ -98,6 +101,7 @@ class KasminaLayer(nn.Linear):
             {name: value for name, value in linear.__dict__.items() if name not in ("_modules", "forward")}
         )
         layer.__dict__["_modules"] = {}
+        parametrize_alike(linear, layer)
         return layer
 
     def _join(
@@ -123,11 +127,14 @@ class KasminaLayer(nn.Linear):
         self.kernel_cache = cache
         self.state = state
         self.seed_errors = {}
+        self.absence: str | None = None
         self._runtime_id = runtime.id
+        self._runtime_tag = runtime.tag
+        self._site_tag = registry.make_tag(site)
         self._stands_alone = stands_alone
         self._meter = meter
         self._armed = False
-        self._pinned: dict[int, str] = {}
+        self._pinned: dict[int, tuple[str, object]] = {}
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
         self._current = dormant_path(self)
@@ -138,10 +145,10 @@ class KasminaLayer(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
-            if marked_by_esper(self.site):
+            if marked_by_esper():
                 if self._stands_alone:
-                    ENTER(self._runtime_id)
-                marked: torch.Tensor = SITE(x, self.weight, self.bias, self.site)
+                    TAGGED_ENTER(self._runtime_tag)
+                marked: torch.Tensor = TAGGED_SITE(x, self.weight, self.bias, self._site_tag)
                 return marked
             if self._stands_alone:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
@@ -152,9 +159,9 @@ class KasminaLayer(nn.Linear):
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
-        y = host = torch.nn.functional.linear(x, self.weight, self.bias)
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
         for seed in self._seeds:
-            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x, host)
+            y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
 
     # -- Executor --------------------------------------------------------------------------------------------------
@@ -169,24 +176,26 @@ class KasminaLayer(nn.Linear):
         del plan, runtime
 
     def follow(self, plan: Plan) -> None:
-        """Switch to `plan`."""
+        """Switch to `plan`. The seeds come last, so that what was interrupted is done when it is asked for again."""
         seeds, before = plan.sites.get(self.site, ()), self._current
         if not seeds and not self._seeds:
             return
         if seeds:
-            self._current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
-        elif self._seeds:
-            self._current = dormant_path(self)
-        if self.runtime.in_parts and self._current is not before:
-            self._current = Transition([self.runtime], before, self._current, self._settle)
+            current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
+        else:
+            current = dormant_path(self)
+        if self.runtime.in_parts:
+            current = Transition([self.runtime], before, current, self._settle)
+        self._current = current
         self._alphas = self.state.alpha_blend
-        self._seeds = seeds
         self._run = self._at_rest()
+        self._seeds = seeds
 
     def _settle(self, transition: Transition) -> None:
-        if self._current is transition:
-            self._current = transition.new
-            self._run = self._at_rest()
+        with self.runtime.lock:  # another thread may be committing
+            if self._current is transition:
+                self._current = transition.new
+                self._run = self._at_rest()
 
     def arm(self) -> None:
         self._armed = True
@@ -213,22 +222,26 @@ class KasminaLayer(nn.Linear):
         return self._current(x)
 
     def sample(self, telemetry: Telemetry, calls: list[int]) -> None:
-        """Time every call until :meth:`end_sample`, and note each in `calls` by this layer's site."""
-        current = self._current
+        """Time every call of this thread until :meth:`end_sample`, and note each in `calls` by this layer's site."""
+        thread = threading.get_ident()
 
         def timed(x: torch.Tensor) -> torch.Tensor:
+            if threading.get_ident() != thread:
+                return self._current(x)
             calls.append(self.site)
             watch = telemetry.stopwatch()
-            y = current(x)
+            y = self._current(x)
             watch.stop()
             telemetry.record(self.site, watch)
             return y
 
-        self._run = timed
+        with self.runtime.lock:
+            self._run = timed
 
     def end_sample(self) -> None:
         """Stop timing."""
-        self._run = self._at_rest()
+        with self.runtime.lock:
+            self._run = self._at_rest()
         telemetry = self.runtime.telemetry
         if telemetry is not None:
             for seed in self._seeds:
@@ -238,7 +251,8 @@ class KasminaLayer(nn.Linear):
         """Time the next call of a layer that stands alone."""
 
         def timed(x: torch.Tensor) -> torch.Tensor:
-            self._run = self._at_rest()
+            with self.runtime.lock:
+                self._run = self._at_rest()
             watch = telemetry.stopwatch()
             y = self._run(x)
             watch.stop()
@@ -246,16 +260,15 @@ class KasminaLayer(nn.Linear):
             self.end_sample()
             return y
 
-        if not self._armed:
-            self._run = timed
+        with self.runtime.lock:
+            if not self._armed:
+                self._run = timed
 
     # -- copies and checkpoints ------------------------------------------------------------------------------------
 
     def as_linear(self) -> nn.Linear:
         """A linear layer with this one's parameters, hooks and training flag, and nothing of Esper."""
-        linear = self.default_transform
-        linear.__dict__.update({name: dict_ for name, dict_ in self.__dict__.items() if name.endswith("_hooks")})
-        return linear
+        return plain_linear(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
         """A copy that stands alone, with copies of the kernels in force."""
@@ -289,11 +302,9 @@ class KasminaLayer(nn.Linear):
     @property
     def default_transform(self) -> nn.Linear:
         """The host's path: a linear layer that shares this one's parameters."""
-        linear = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(linear)
-        linear.in_features, linear.out_features = self.in_features, self.out_features
-        linear.__dict__["_parameters"] = self._parameters
-        return linear.train(self.training)
+        linear, bare = plain_linear(self), nn.Module()
+        linear.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
+        return linear
 
     def request_kernel(
         self,
@@ -328,10 +339,15 @@ class KasminaLayer(nn.Linear):
 
         Returns whether the kernel is staged; awaited on the thread that runs the model (and with `commit="auto"`) it
         is in force then. False leaves the layer as it was, with the reason in `seed_errors`. Raises `IndexError` for
-        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
+        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A task that is cancelled
+        here calls the load off.
         """
         future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
-        staged: bool = await asyncio.wrap_future(future)
+        try:
+            staged: bool = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self.stager.call_off(self, seed_idx, future)
+            raise
         if staged:
             self.runtime.commit_if_idle()
         return staged
@@ -356,19 +372,34 @@ class KasminaLayer(nn.Linear):
         self.stager.set_alpha(self, seed_idx, value)
 
     def pin(self, seed_idx: int, kernel_artifact_id: str | None) -> None:
-        """Keep the kernel of a seed in the cache, and let go of the one it replaces."""
-        before = self._pinned.pop(seed_idx, None)
+        """Keep the kernel of a seed in the cache, and let go of the one it replaces; once for each change committed."""
+        change, before = self.runtime.applying, self._pinned.get(seed_idx)
+        if before is not None and before[1] is change is not None:
+            return  # an interrupt came after this
         if kernel_artifact_id is not None:
-            self._pinned[seed_idx] = kernel_artifact_id
+            self._pinned[seed_idx] = kernel_artifact_id, change
+        else:
+            self._pinned.pop(seed_idx, None)
         if before is not None:
-            self.kernel_cache.unpin(before)
+            self.kernel_cache.unpin(before[0])
 
-    def absorb(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Write `weight` and `bias` over the host's own. A backward that still needs the old values raises then."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
-            if self.bias is not None and bias is not None:
-                self.bias.copy_(bias)
+    def take_in(self, linear: nn.Linear) -> None:
+        """Stand in the place of `linear` from now on, with its parameters, features, hooks and training flag."""
+        kept = ("_modules", "forward")
+        self.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in kept})
+        self.absence = None
+        for seed in self._seeds:
+            seed.kernel.module.to(linear.weight.device, linear.weight.dtype)
+        self._current = dormant_path(self)  # which reads the parameters from where they are now
+        self.follow(self.runtime.following)
+        self._run = self._at_rest()
+
+    def drop_kernels(self) -> list[int]:
+        """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""
+        held = [seed for seed in range(self.num_seeds) if self.state.lifecycle(seed) is not SeedLifecycleState.DORMANT]
+        if held:
+            self.stager.replace_all([self], [])
+        return held
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
         """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""

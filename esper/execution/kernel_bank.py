@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from esper.artifacts.graph import DTYPES
-from esper.execution.checkpoint import CheckpointError, SavedKernel, SavedSeed, decode, encode, seed_key
+from esper.execution.alpha import SavedRamp
+from esper.execution.checkpoint import (
+    ARTIFACT,
+    INDEX,
+    CheckpointError,
+    SavedKernel,
+    SavedSeed,
+    decode,
+    encode,
+    seed_key,
+)
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.optimizers import KernelParameter, kernels_changed
@@ -23,6 +35,9 @@ if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
 
 __all__ = ["BANK_NAME", "KernelBank"]
+
+_LOG = logging.getLogger("esper.execution")
+_DORMANT = "esper_dormant"  # beside "version" in a state dict's metadata
 
 BANK_NAME = "_esper"
 """The name under which a bank is registered: every state-dict key of Esper's starts with it."""
@@ -45,18 +60,17 @@ class KernelBank(nn.Module):
     @property
     def is_empty(self) -> bool:
         """Whether no kernel is in force."""
-        return self._plan.is_dormant
+        return not self._modules
 
     def sync(self, plan: Plan) -> None:
         """Hold the kernels of `plan` and no others."""
-        self._plan = plan
         wanted = {
             seed_key(self._names[site], seed.seed): seed.kernel.module
             for site, seeds in plan.sites.items()
             for seed in seeds
         }
-        self._modules.clear()
-        self._modules.update(wanted)
+        self.__dict__["_modules"] = wanted  # at once, whoever walks over them just now
+        self._plan = plan
         kernels_changed(self)
 
     def kernel_parameters_in_force(self) -> Iterator[KernelParameter]:
@@ -76,11 +90,6 @@ class KernelBank(nn.Module):
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
-    def own_memory(self) -> None:
-        """Give every kernel in force memory of its own: someone may write to its parameters."""
-        for seed in self._plan.seeds():
-            seed.kernel.module.own_memory()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move kernels, staged ones too, as any module's parameters; the state changes device but never dtype."""
@@ -103,6 +112,23 @@ class KernelBank(nn.Module):
         del keep_vars  # nothing here has a gradient
         for name, tensor in encode(self._saved()).items() if not self.is_empty else ():
             destination[prefix + name] = tensor
+        self.mark(destination, prefix)
+
+    def mark(self, state_dict: Any, prefix: str) -> None:
+        """Say, beside the versions of the module at `prefix`, that no kernel was in force, if none is.
+
+        The keys are those of the host then, and its class loads them as ever; `torch.save` keeps what is said.
+        """
+        said = getattr(state_dict, "_metadata", {}).get(prefix[:-1])
+        if said is not None and self.is_empty:
+            said[_DORMANT] = True
+
+    def __getattr__(self, name: str) -> Any:
+        """What is saved is found by its name too: `torch.distributed.checkpoint` looks up every key of a state dict."""
+        if name in (INDEX, ARTIFACT[:-1]) and not self.is_empty:
+            artifacts = {seed.kernel.artifact_id: seed.kernel.template.data for seed in self._plan.seeds()}
+            return tuple(self._saved()) if name == INDEX else SimpleNamespace(**artifacts)
+        return super().__getattr__(name)
 
     def _saved(self) -> Iterator[tuple[SavedSeed, KernelTemplate]]:
         for site, seeds in self._plan.sites.items():
@@ -116,7 +142,8 @@ class KernelBank(nn.Module):
                     trainable=each.kernel.trainable,
                     isolate=each.isolate,
                     fossilized=state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED,
-                    scheduled=self._runtime.schedule(each.alpha_index) is not None,
+                    scheduled=(schedule := self._runtime.schedule(each.alpha_index)) is not None,
+                    ramp=SavedRamp.of(schedule),
                     alpha=state.alpha(seed),
                     health=state.health(seed),
                     epoch=state.last_epoch(seed),
@@ -164,6 +191,44 @@ class KernelBank(nn.Module):
                 f"features, but the layer maps {layer.input_dim} to {layer.output_dim}"
             )
 
+    def said_dormant(self, said: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint without kernels comes from a wrapped model, by what :meth:`mark` left in it.
+
+        Raises `CommitError` inside a backward, where kernels could not leave.
+        """
+        if not said.get(_DORMANT) or self._at_rest:
+            return bool(said.get(_DORMANT))
+        self._runtime.refuse_in_backward()
+        return True
+
+    @staticmethod
+    def unmarked(said: Mapping[str, Any]) -> dict[str, Any]:
+        """`said` for loading the host's part alone, which :meth:`is_unmarked` recognises."""
+        return {**said, _DORMANT: None}
+
+    @staticmethod
+    def is_unmarked(said: Mapping[str, Any]) -> bool:
+        """Whether somebody else sees to the kernels."""
+        return said.get(_DORMANT, "") is None
+
+    @property
+    def _at_rest(self) -> bool:
+        """Whether no kernel is in force, staged or under way."""
+        loading = SeedLifecycleState.LOADING
+        seeds = ((layer.state, seed) for layer in self._layers.values() for seed in range(layer.num_seeds))
+        dormant = self._plan.is_dormant and self._runtime.target.is_dormant
+        return dormant and all(state.lifecycle(seed) is not loading for state, seed in seeds)
+
+    def follow(self, kernels: tuple[SavedKernel, ...], dormant: bool, state_dict: Mapping[str, Any]) -> None:
+        """Be as a checkpoint says whose host's part has been loaded: with `kernels`, or `dormant`, or as before."""
+        if kernels or (dormant and not self._at_rest):
+            self.restore(kernels)
+        elif not dormant and not self.is_empty and state_dict:
+            _LOG.warning(
+                "the checkpoint that was loaded is of the host alone, so the kernels in force stay; "
+                "unload_kernel() takes them out"
+            )
+
     def restore(self, kernels: tuple[SavedKernel, ...]) -> None:
         """Put exactly `kernels`, from :meth:`read`, in force: at once, and whatever is staged or under way."""
         replacements = []
@@ -173,7 +238,7 @@ class KernelBank(nn.Module):
             index = layer.first_seed + saved.seed
             loaded = self._with_values(kernel, layer)
             planned = SeedPlan(saved.seed, loaded, saved.isolate, loaded.uses_host, index)
-            replacements.append(SeedReplacement(layer, planned, saved.state(), saved.scheduled))
+            replacements.append(SeedReplacement(layer, planned, saved.state(), saved.ramp, saved.scheduled))
         self._stager.replace_all(list(self._layers.values()), replacements)
 
     def _with_values(self, kernel: SavedKernel, layer: KasminaLayer) -> LoadedKernel:
@@ -203,15 +268,15 @@ class KernelBank(nn.Module):
                 self._runtime.refresh()
             return
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, said: Any, *_: Any) -> None:
         """The kernels come last, after the host's parameters."""
         kernels, self._expected = self._expected or self.read(state_dict, prefix), ()
+        dormant = self.said_dormant(said)
         self._prefix = prefix
         for key in [key for key in state_dict if key.startswith(prefix)]:
             del state_dict[key]  # torch made this dictionary for this module and those below it
         self.follow_model()
-        if kernels:
-            self.restore(kernels)
+        self.follow(kernels, dormant, state_dict)
 
 
 def _same(mine: Tensor, theirs: Tensor) -> bool:

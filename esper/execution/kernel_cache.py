@@ -8,24 +8,29 @@ from. What fails is not remembered: the next request fetches again.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
+from esper.execution.background import FETCHING, waiting
 from esper.execution.defaults import kernel_source
-from esper.execution.kernel_pool import MB, KernelCacheError, KernelCacheFullError, KernelPool, KernelTooLargeError
+from esper.execution.kernel_pool import (
+    MB,
+    Fetch,
+    KernelCacheError,
+    KernelCacheFullError,
+    KernelPool,
+    KernelTooLargeError,
+)
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.sources import KernelSource, UnknownKernelError
 
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
-_Result = TypeVar("_Result")
 _DEFAULT_SOURCE = kernel_source()
 
 
@@ -90,7 +95,7 @@ class KernelCache:
         try:
             identity = artifact_id
             if not _is_full_id(artifact_id):
-                identity = await asyncio.wrap_future(_in_thread(lambda: self._resolve(artifact_id)))
+                identity = await asyncio.wrap_future(FETCHING.submit(lambda: self._resolve(artifact_id)))
                 kernel = self._hit(identity, artifact_id, pin)
                 if kernel is not None:
                     return kernel
@@ -102,8 +107,11 @@ class KernelCache:
             self._note(artifact_id, error)
             raise
 
-    def fetch(self, artifact_id: str, *, pin: bool = False) -> LoadedKernel:
-        """`load_kernel` for background threads: waits for the source, and raises `UnknownKernelError` as well."""
+    def fetch(self, artifact_id: str, *, pin: bool = False, wanted: Callable[[], bool] = lambda: True) -> LoadedKernel:
+        """`load_kernel` for background threads: waits for the source, and raises `UnknownKernelError` as well.
+
+        While `wanted()`, others who ask for the same kernel wait for the same fetch, however long it takes.
+        """
         kernel = self._hit(artifact_id, artifact_id, pin)
         if kernel is not None:
             return kernel
@@ -114,7 +122,7 @@ class KernelCache:
                 kernel = self._hit(identity, artifact_id, pin)
                 if kernel is not None:
                     return kernel
-            return self._take(self._obtain(identity), artifact_id, pin)
+            return self._take(self._obtain(identity, wanted), artifact_id, pin)
         except Exception as error:
             self._note(artifact_id, error)
             raise
@@ -146,7 +154,8 @@ class KernelCache:
 
     def _resolve(self, reference: str) -> str:
         try:
-            return self._require_source(reference).resolve(reference)
+            with waiting():
+                return self._require_source(reference).resolve(reference)
         except BaseException:
             with self._pool.lock:
                 self._count(hit=False)
@@ -160,69 +169,78 @@ class KernelCache:
     # A failed future, its exception and the frames of the traceback refer to each other, and the frames hold the whole
     # artifact: whoever has the future in a frame lets go of it, so that all of it is freed with the exception.
 
-    def _obtain(self, artifact_id: str) -> LoadedKernel:
-        future, leads = self._join(artifact_id)
+    def _obtain(self, artifact_id: str, wanted: Callable[[], bool]) -> LoadedKernel:
+        fetch, leads = self._join(artifact_id)
+        fetch.waiting.append(wanted)
         try:
             if leads:
-                self._carry_out(artifact_id, future)
-            return future.result()
+                self._carry_out(artifact_id, fetch)
+            with waiting():
+                return fetch.future.result()
         finally:
-            del future
+            fetch.waiting.remove(wanted)
+            del fetch
 
     async def _obtain_async(self, artifact_id: str) -> LoadedKernel:
-        future, leads = self._join(artifact_id)
+        fetch, leads = self._join(artifact_id)
+        ours = asyncio.wrap_future(fetch.future)
+        fetch.waiting.append(_until_done(ours))
         try:
             if leads:
                 try:
-                    _in_thread(partial(self._carry_out, artifact_id, future))
+                    FETCHING.submit(partial(self._carry_out, artifact_id, fetch))
                 except RuntimeError as error:  # no thread to be had
-                    self._give_up(artifact_id, future, error)
-            return await asyncio.wrap_future(future)
+                    self._give_up(artifact_id, fetch, error)
+            return await ours
         finally:
-            del future
+            del fetch, ours
 
-    def _join(self, artifact_id: str) -> tuple[Future[LoadedKernel], bool]:
+    def _join(self, artifact_id: str) -> tuple[Fetch, bool]:
         """The fetch of this id that is under way, or a new one and True: then the caller has to carry it out."""
         pool = self._pool
         with pool.lock:
             self._count(hit=False)
-            future = pool.in_flight.get(artifact_id)
-            if future is not None:
-                return future, False
-            future = pool.in_flight[artifact_id] = Future()
-            future.set_running_or_notify_cancel()  # from here on, cancelling one waiter cannot cancel it for all
-        return future, True
+            fetch = pool.in_flight.get(artifact_id)
+            if fetch is not None and not fetch.is_abandoned:
+                return fetch, False
+            fetch = pool.in_flight[artifact_id] = Fetch()
+            fetch.future.set_running_or_notify_cancel()  # from here on, cancelling one waiter cannot cancel it for all
+        return fetch, True
 
-    def _carry_out(self, artifact_id: str, future: Future[LoadedKernel]) -> None:
+    def _carry_out(self, artifact_id: str, fetch: Fetch) -> None:
         """Fetch, verify and insert; the future gets the kernel or the exception."""
         pool = self._pool
         try:
-            with pool.fetch_slots:
-                kernel = self._fetch_and_verify(artifact_id)
+            kernel = self._fetch_and_verify(artifact_id)
             with pool.lock:
                 pool.insert(kernel)
-                del pool.in_flight[artifact_id]
-            future.set_result(kernel)
+                self._forget(artifact_id, fetch)
+            fetch.future.set_result(kernel)
         except Exception as error:  # noqa: BLE001  # the future carries it to whoever waits
-            self._give_up(artifact_id, future, error)
+            self._give_up(artifact_id, fetch, error)
         except BaseException:  # KeyboardInterrupt is for this thread alone
             interrupted = KernelCacheError(f"the fetch of kernel {artifact_id[:12]} was interrupted; ask again.")
-            self._give_up(artifact_id, future, interrupted)
+            self._give_up(artifact_id, fetch, interrupted)
             raise
         finally:
-            del future
+            del fetch
 
-    def _give_up(self, artifact_id: str, future: Future[LoadedKernel], error: Exception) -> None:
+    def _give_up(self, artifact_id: str, fetch: Fetch, error: Exception) -> None:
         try:
             with self._pool.lock:
-                self._pool.in_flight.pop(artifact_id, None)
-            future.set_exception(error)
+                self._forget(artifact_id, fetch)
+            fetch.future.set_exception(error)
         finally:
-            del future
+            del fetch
+
+    def _forget(self, artifact_id: str, fetch: Fetch) -> None:
+        if self._pool.in_flight.get(artifact_id) is fetch:
+            del self._pool.in_flight[artifact_id]
 
     def _fetch_and_verify(self, artifact_id: str) -> LoadedKernel:
         source = self._require_source(artifact_id)
-        fetched = source.fetch(artifact_id)
+        with waiting():
+            fetched = source.fetch(artifact_id)
         size, allowed = len(fetched.data), self._pool.max_bytes
         if size > allowed:
             raise KernelTooLargeError(
@@ -355,18 +373,5 @@ def _is_full_id(reference: str) -> bool:
     return len(reference) == 64 and all(letter in "0123456789abcdef" for letter in reference)
 
 
-def _in_thread(work: Callable[[], _Result]) -> Future[_Result]:
-    """Run `work` on a daemon thread of its own: a process may end while a download hangs."""
-    future: Future[_Result] = Future()
-    future.set_running_or_notify_cancel()
-    pending = [work]
-    del work  # or this frame, which every traceback from within refers to, would keep what the work refers to
-
-    def run() -> None:
-        try:
-            future.set_result(pending.pop()())
-        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="esper-kernel-cache", daemon=True).start()
-    return future
+def _until_done(future: asyncio.Future[LoadedKernel]) -> Callable[[], bool]:
+    return lambda: not future.done()

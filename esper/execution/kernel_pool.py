@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from esper.errors import EsperError
 from esper.execution.loaded_kernel import LoadedKernel
 from esper.forking import reset_after_fork
 
-__all__ = ["MB", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
+__all__ = ["MB", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
 
 MB = 1024 * 1024
-_CONCURRENT_FETCHES = 4
 _FAILURES_KEPT = 128
+_SLOW_SECONDS = 1.0
 
 
 class KernelCacheError(EsperError, RuntimeError):
@@ -27,6 +29,21 @@ class KernelTooLargeError(KernelCacheError):
 
 class KernelCacheFullError(KernelCacheError):
     """A kernel for which there is no room beside those in use. Nothing was evicted for it."""
+
+
+class Fetch:
+    """A fetch under way: what it leads to, and whether somebody still waits for it."""
+
+    def __init__(self) -> None:
+        self.future: Future[LoadedKernel] = Future()
+        self.waiting: list[Callable[[], bool]] = []
+        self._began = time.monotonic()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody waits any more for what has taken long already: it may hang, so the next one asks anew."""
+        late = time.monotonic() - self._began > _SLOW_SECONDS
+        return late and not any(still() for still in self.waiting)
 
 
 class KernelPool:
@@ -48,8 +65,7 @@ class KernelPool:
 
     def _begin(self) -> None:
         self.lock = threading.Lock()
-        self.in_flight: dict[str, Future[LoadedKernel]] = {}
-        self.fetch_slots = threading.BoundedSemaphore(_CONCURRENT_FETCHES)
+        self.in_flight: dict[str, Fetch] = {}
 
     def after_fork(self) -> None:
         """Leave to the parent the fetches that its threads carry out; see `esper.forking`."""
@@ -58,14 +74,10 @@ class KernelPool:
         self.bytes = sum(kernel.size_bytes for kernel in self.kernels.values())
 
     def find(self, artifact_id: str) -> LoadedKernel | None:
-        """The cached kernel, now the most recently used; None if there is none or somebody wrote to its weights."""
+        """The cached kernel, now the most recently used; None if there is none."""
         kernel = self.kernels.get(artifact_id)
-        if kernel is None:
-            return None
-        if not kernel.template.intact:
-            self.remove(artifact_id)
-            return None
-        self.kernels.move_to_end(artifact_id)
+        if kernel is not None:
+            self.kernels.move_to_end(artifact_id)
         return kernel
 
     def remove(self, artifact_id: str) -> None:

@@ -1,24 +1,25 @@
 """A validated artifact made ready to execute: what many seeds share of it, and what each seed has to itself.
 
-`KernelTemplate` is the shared, immutable part: graph, weights as they were in the artifact, compiled attachments.
-`LoadedKernel` is one use of it on one device, with parameters of its own: a copy where they are to be trained, the
-shared weights where they are frozen. Making either is work for a background thread; executing one is not.
+`KernelTemplate` is the shared, immutable part: graph, bytes of the artifact, compiled attachments. `LoadedKernel` is
+one use of it on one device, with parameters in memory of its own. Making either is work for a background thread;
+executing one is not.
 """
 
 from __future__ import annotations
 
-import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from esper.artifacts import safetensors_file
 from esper.artifacts.container import Artifact
 from esper.artifacts.graph import DTYPES, KernelGraph
 from esper.artifacts.loading import load_artifact
 from esper.errors import EsperError
-from esper.execution.active_transforms import transforms_active, write_count
+from esper.execution.active_transforms import transforms_active
 from esper_passes import SeedGraph
 
 __all__ = [
@@ -30,31 +31,55 @@ __all__ = [
     "LoadedKernel",
 ]
 
-CompiledAttachment = Callable[..., Tensor]
-"""Compiled code for one kernel: `attachment(x, *parameters)`, or `attachment(x, host, *parameters)` if it reads `host`.
-
-`x` is contiguous `[n, in_features]` and `host` contiguous `[n, out_features]` with n >= 2, `parameters` are in the
-order of the graph's tensors, and the result is `[n, out_features]`.
-"""
-
 
 class KernelMismatchError(EsperError, ValueError):
     """A kernel that does not fit the site it was asked for."""
 
 
-class _SharedTensors:
-    """An artifact's weights on one device, read-only by agreement; `intact` says whether the agreement was kept."""
+class CompiledAttachment:
+    """A kernel's compiled code, and for how many rows it was measured to be faster than the kernel's graph.
 
-    __slots__ = ("__weakref__", "_writes", "device", "tensors")
+    `measured` has, for ascending numbers of rows, whether it was. Between two of them it counts as faster if it was at
+    both, above the last if it was there, below the first never. `call` is the code, or None until it is unpacked: the
+    first who could use it has `unpack` called, which returns at once and sets `call` when it can.
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
-        self.tensors = tuple(tensors)
-        self.device = device
-        self._writes = tuple(write_count(tensor) for tensor in self.tensors)
+    `call(x, *parameters)`, or `call(x, host, *parameters)` if the kernel reads `host`: `x` is contiguous
+    `[n, in_features]` and `host` contiguous `[n, out_features]` with n >= 2, `parameters` are in the order of the
+    graph's tensors, and the result is `[n, out_features]`. Nothing that it is given may be differentiated.
+    """
+
+    __slots__ = ("_faster", "_rows", "_unpack", "call")
+
+    def __init__(
+        self,
+        measured: Sequence[tuple[int, bool]],
+        call: Callable[..., Tensor] | None = None,
+        unpack: Callable[[CompiledAttachment], None] | None = None,
+    ) -> None:
+        self._rows = [rows for rows, _ in measured]
+        self._faster = [faster for _, faster in measured]
+        self._unpack = unpack
+        self.call = call
 
     @property
-    def intact(self) -> bool:
-        return all(write_count(tensor) == writes for tensor, writes in zip(self.tensors, self._writes, strict=True))
+    def gains(self) -> bool:
+        """Whether there is any number of rows for which it counts as faster."""
+        return any(self.is_faster(rows) for rows in self._rows)
+
+    def is_faster(self, rows: int) -> bool:
+        """Whether it counts as faster than the graph for `rows`."""
+        above = bisect_right(self._rows, rows)
+        return above > 0 and all(self._faster[above - 1 : above + 1])
+
+    def for_rows(self, rows: int) -> Callable[..., Tensor] | None:
+        """The code where it is there and counts as faster."""
+        if not self.is_faster(rows):
+            return None
+        if self.call is None:
+            unpack, self._unpack = self._unpack, None
+            if unpack is not None:
+                unpack(self)
+        return self.call
 
 
 class KernelTemplate:
@@ -71,11 +96,6 @@ class KernelTemplate:
         """Placeholders `x`, `host` if `graph.uses_host`, then `graph.parameter_names`. Copied from, never changed."""
         self.function: Callable[..., Tensor] = type(fx.GraphModule(nn.Module(), self.fx_graph)).forward
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
-        with torch.inference_mode(False):  # an inference tensor could never take part in a backward
-            values = [artifact.tensors[spec.name].detach() for spec in graph.tensors]
-            values = [value.clone() if value.is_inference() else value for value in values]
-        self._host_tensors = _SharedTensors(values, torch.device("cpu"))
-        self._placed: weakref.WeakValueDictionary[torch.device, _SharedTensors] = weakref.WeakValueDictionary()
         self._attachments: dict[torch.device, CompiledAttachment] = {}
 
     @classmethod
@@ -87,25 +107,13 @@ class KernelTemplate:
         """Size of the artifact file, which is within a few KB of the memory that the weights take."""
         return len(self.data)
 
-    @property
-    def intact(self) -> bool:
-        """Whether nobody has written to the shared weights, for instance by making a frozen parameter trainable."""
-        return self._host_tensors.intact
-
     def place(self, device: torch.device | str = "cpu", *, trainable: bool = False) -> LoadedKernel:
-        """This kernel for one seed: with its own copy of the weights if `trainable`, else sharing the device's."""
-        with torch.inference_mode(False):
-            shared = self._on(torch.empty(0, device=device).device)
-            return LoadedKernel(self, shared, trainable)
-
-    def _on(self, device: torch.device) -> _SharedTensors:
-        if device == torch.device("cpu"):
-            return self._host_tensors
-        shared = self._placed.get(device)
-        if shared is None or not shared.intact:  # a race makes a second copy, which is harmless
-            shared = _SharedTensors([tensor.to(device) for tensor in self._host_tensors.tensors], device)
-            self._placed[device] = shared
-        return shared
+        """This kernel for one seed, with the artifact's weights in memory of its own: nothing else writes to it."""
+        with torch.inference_mode(False):  # an inference tensor could never take part in a backward
+            target = torch.empty(0, device=device).device
+            weights = safetensors_file.read_tensors(self.data)
+            tensors = [weights[name].to(target) for name in self.graph.tensor_names]
+            return LoadedKernel(self, KernelModule(self, tensors, trainable), trainable, target)
 
     def attachment(self, device: torch.device) -> CompiledAttachment | None:
         """The compiled code for this device, if some was attached."""
@@ -135,10 +143,8 @@ class KernelModule(nn.Module):
         self._template = template
         self._function = template.function
         self._uses_host = template.graph.uses_host
-        self._shares_memory = not trainable
         for name, tensor in zip(template.graph.parameter_names, tensors, strict=True):
-            value = tensor.clone() if trainable else tensor
-            self.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
 
     def forward(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`; `host`, `[*, out_features]`, only matters if the graph reads it."""
@@ -147,17 +153,6 @@ class KernelModule(nn.Module):
                 raise TypeError("this kernel reads the site's linear output; call it as kernel(x, host).")
             return self._function(None, x, host, *self._parameters.values())
         return self._function(None, x, *self._parameters.values())
-
-    def own_memory(self) -> None:
-        """Stop sharing memory with the cache and with other seeds, before somebody writes to the parameters."""
-        if self._shares_memory:
-            self._shares_memory = False
-            for parameter in self.parameters(recurse=False):
-                parameter.data = parameter.data.clone()  # whoever holds the parameter still holds this kernel's
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.own_memory()  # loading copies in place
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}  # generated code is not importable; the template makes it again
@@ -172,7 +167,11 @@ class KernelModule(nn.Module):
 
 
 class AttachedKernel:
-    """What an eager host calls: the compiled attachment where it applies, and the kernel's graph everywhere else."""
+    """What an eager host calls: the kernel's graph, and its compiled attachment where that is as good and faster.
+
+    Compiled code has no second derivative and frees what a second backward needs: where anything is differentiated, or
+    torch would do more with the operations than execute them, the graph runs.
+    """
 
     __slots__ = ("_dtype", "_in", "_module", "_out", "_uses_host", "attachment", "device")
 
@@ -185,49 +184,70 @@ class AttachedKernel:
 
     def __call__(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`, as the kernel's module would have it."""
-        if torch.compiler.is_compiling() or not self._applies(x, host):
+        compiled = None if torch.compiler.is_compiling() else self._compiled(x, host)
+        if compiled is None:
             result: Tensor = self._module(x, host)
             return result
         parameters = self._module._parameters.values()
         if self._uses_host and host is not None:
-            flat = self.attachment(_rows(x), _rows(host), *parameters)
+            flat = compiled(_rows(x), _rows(host), *parameters)
         else:
-            flat = self.attachment(_rows(x), *parameters)
+            flat = compiled(_rows(x), *parameters)
         return flat if x.dim() == 2 else flat.reshape(*x.shape[:-1], self._out)
 
-    def _applies(self, x: Tensor, host: Tensor | None) -> bool:
-        if torch.is_autocast_enabled(self.device.type) or transforms_active():
-            return False
-        if not self._is_plain(x) or x.dim() < 1 or x.shape[-1] != self._in or x.numel() < 2 * self._in:
-            return False
-        if self._uses_host and (host is None or not self._is_plain(host) or host.shape != (*x.shape[:-1], self._out)):
-            return False
-        return all(  # unless `.to()` moved or cast the parameters
-            parameter is not None and parameter.dtype == self._dtype and parameter.device == self.device
-            for parameter in self._module._parameters.values()
-        )
+    def _compiled(self, x: Tensor, host: Tensor | None) -> Callable[..., Tensor] | None:
+        """The code to run on these inputs; None if the graph has to, or had better."""
+        given = [x, *([host] if self._uses_host else []), *self._module._parameters.values()]
+        if not all(self._is_plain(each) for each in given):
+            return None
+        if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given):
+            return None
+        if _torch_does_more(self.device.type) or _has_hooks(self._module):
+            return None
+        if x.dim() < 1 or x.shape[-1] != self._in or x.numel() < 2 * self._in:
+            return None
+        if self._uses_host and (host is None or host.shape != (*x.shape[:-1], self._out)):
+            return None
+        return self.attachment.for_rows(x.numel() // self._in)
 
-    def _is_plain(self, tensor: Tensor) -> bool:
+    def _is_plain(self, tensor: Tensor | None) -> bool:
+        """Whether it is what code was compiled for, parameters too: `.to()` may have moved or cast them."""
         return (
-            type(tensor) in (Tensor, nn.Parameter)
+            tensor is not None
+            and type(tensor) in (Tensor, nn.Parameter)
             and tensor.dtype == self._dtype
             and tensor.device == self.device
             and tensor.layout == torch.strided
             and not tensor.is_nested
+            and not tensor.is_inference()
         )
+
+
+def _torch_does_more(device_type: str) -> bool:
+    """Whether torch is in a mode that compiled code does not know."""
+    return (
+        torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(device_type)
+        or torch.are_deterministic_algorithms_enabled()
+        or transforms_active()
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class LoadedKernel:
     """One use of a kernel, on one device. Its parameters belong to the seed that uses it."""
 
-    def __init__(self, template: KernelTemplate, shared: _SharedTensors, trainable: bool) -> None:
+    def __init__(self, template: KernelTemplate, module: KernelModule, trainable: bool, device: torch.device) -> None:
         self.template = template
         self.trainable = trainable
         self.uses_host = template.graph.uses_host
-        """Whether the graph reads the site's own linear output."""
-        self.module = KernelModule(template, shared.tensors, trainable)
+        """Whether the graph reads what the site has computed so far."""
+        self.module = module
         """The graph with this use's parameters: `module(x)`, or `module(x, host)` where `uses_host`."""
-        self._shared = shared  # keeps the device's weights for the next seed that asks for them
+        self._device = device
         self._executor: AttachedKernel | None = None
 
     @classmethod
@@ -257,7 +277,7 @@ class LoadedKernel:
     @property
     def device(self) -> torch.device:
         """Where the parameters are now; where this use was placed, if the kernel has none."""
-        return next((parameter.device for parameter in self.module.parameters(recurse=False)), self._shared.device)
+        return next((parameter.device for parameter in self.module.parameters(recurse=False)), self._device)
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -309,31 +329,14 @@ class LoadedKernel:
                 f"compile its blueprint with dtype={wanted!r}."
             )
 
-    @property
-    def is_untouched(self) -> bool:
-        """Whether the parameters are still the shared weights themselves."""
-        return self._shared.intact and all(
-            mine.data_ptr() == shared.data_ptr() and mine.dtype == shared.dtype and not mine.requires_grad
-            for mine, shared in zip(self.parameters, self._shared.tensors, strict=True)
-        )
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copies and pickles: parameters of its own go along, shared weights are found in the template again."""
-        module = None if not self.trainable and self.is_untouched else self.module
-        return _use_of, (self.template, self.trainable, module)
+        return type(self), (self.template, self.module, self.trainable, self._device)
 
     def __repr__(self) -> str:
         graph, how = self.graph, "trainable" if self.trainable else "frozen"
         return (
             f"LoadedKernel({self.artifact_id[:12]}, {graph.in_features} -> {graph.out_features}, {how}, {self.device})"
         )
-
-
-def _use_of(template: KernelTemplate, trainable: bool, module: KernelModule | None) -> LoadedKernel:
-    kernel = template.place(trainable=trainable and module is None)
-    kernel.trainable = trainable
-    kernel.module = module if module is not None else kernel.module
-    return kernel
 
 
 def _rows(tensor: Tensor) -> Tensor:

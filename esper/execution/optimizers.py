@@ -71,8 +71,10 @@ class _Optimizers:
         self._numbers = itertools.count(1)
         self._version = 0
         self._seen: weakref.WeakKeyDictionary[Optimizer, _Seen] = weakref.WeakKeyDictionary()
-        self._held: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # kernel parameters that an optimizer holds or has held
-        self._steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # others: with how many steps of the host they had a gradient
+        self._held: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        """Kernels' parameters that an optimizer holds or has held."""
+        self._steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        """Others: at how many steps of the host they had a gradient."""
         self._hooked = False
 
     def changed(self, model: Kernels) -> None:

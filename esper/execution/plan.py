@@ -17,8 +17,8 @@ __all__ = ["DORMANT", "Plan", "SeedPlan"]
 
 @dataclass(frozen=True, slots=True)
 class SeedPlan:
-    """One active seed: `seed` is its index at the site, `alpha_index` its index in the
-    model's state tensors; `uses_host` says whether the kernel reads the site's own output besides its input."""
+    """One active seed: `seed` is its index at the site, `alpha_index` its index in the model's state tensors;
+    `uses_host` says whether the kernel reads what the site has computed so far, beside its input."""
 
     seed: int
     kernel: LoadedKernel

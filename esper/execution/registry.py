@@ -1,6 +1,9 @@
-"""Site and runtime numbers, process-wide: a graph carries numbers, and this says whose they are.
+"""Site and runtime numbers, process-wide: a graph carries tags with numbers, and this says whose they are.
 
-Written at `wrap()`, read when a graph is compiled. Entries live as long as what they name.
+A tag is a tensor of no elements that stands for one site or one runtime, by being that very tensor. Dynamo takes it for
+an input like any other and guards on nothing but its type, so that sites and models of one structure share a graph.
+
+Written at `wrap()`, read when a graph meets tags that it has not seen. Entries live as long as what they name.
 """
 
 from __future__ import annotations
@@ -9,12 +12,24 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
+
 from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
     from esper.execution.runtime import Runtime
 
-__all__ = ["register_runtime", "reserve_sites", "runtime_by_id", "runtime_of_site"]
+__all__ = [
+    "make_tag",
+    "register_runtime",
+    "reserve_sites",
+    "runtime_by_id",
+    "runtime_of_site",
+    "runtimes",
+    "tag_number",
+]
+
+_NUMBER = "esper_number"
 
 
 class _Numbers:
@@ -52,9 +67,27 @@ def reserve_sites(runtime: Runtime, count: int) -> range:
     return sites
 
 
+def make_tag(number: int) -> torch.Tensor:
+    """A tag for the site or the runtime of that number; each is to have one tag for good."""
+    with torch.inference_mode(False):
+        tag = torch.empty(0, dtype=torch.uint8, device="cpu")
+    setattr(tag, _NUMBER, number)
+    return tag
+
+
+def tag_number(tag: object) -> int | None:
+    """The number of a tag, None for anything else, such as the fake tensor that stands for a tag."""
+    return getattr(tag, _NUMBER, None)
+
+
 def runtime_by_id(number: int) -> Runtime:
     """The runtime that an `esper::enter` marker names."""
     return _runtimes[number]
+
+
+def runtimes() -> list[Runtime]:
+    """All that there are."""
+    return list(_runtimes.values())
 
 
 def runtime_of_site(site: int) -> Runtime:

@@ -7,6 +7,7 @@ traced or compiled. A forked child has a lock of its own.
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import weakref
@@ -18,14 +19,15 @@ import torch
 
 from esper import torch_internals
 from esper.errors import EsperError
-from esper.execution import registry
-from esper.execution.alpha import AlphaSchedule
+from esper.execution import background, registry
+from esper.execution.alpha import AlphaSchedule, Schedule
 from esper.execution.change import Change
+from esper.execution.commit import Commit
 from esper.execution.entries import Entries
 from esper.execution.executor import CalledOffError, Executor, Preparation
 from esper.execution.lifecycle import Transition
 from esper.execution.plan import DORMANT, Plan
-from esper.execution.seed_alphas import Schedule, SeedAlphas
+from esper.execution.seed_alphas import SeedAlphas
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import ForwardStarts
@@ -49,6 +51,7 @@ class Runtime:
         if commit not in ("auto", "manual"):
             raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
         self.id = registry.register_runtime(self)
+        self.tag = registry.make_tag(self.id)
         self.state = state
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
@@ -60,7 +63,12 @@ class Runtime:
         self.telemetry: Telemetry | None = None
         self.version = 0
         self.starts = ForwardStarts()
+        self.follow_layers: Callable[[], None] = lambda: None
+        """Looks where the layers with seeds are, after some were exchanged."""
+        self._layers_changed = False
         self.entries = Entries()
+        self.armed = True
+        """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False
@@ -71,6 +79,8 @@ class Runtime:
         self._plan = DORMANT
         self._target = DORMANT
         self._staged: list[Change] = []
+        self._commit: Commit | None = None  # the one under way, or cut short by an interrupt: then it is completed
+        self._committing = threading.RLock()  # held by whoever carries it out
         self._alphas = SeedAlphas(state)
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
         self._renewed: weakref.WeakSet[Executor] = weakref.WeakSet()
@@ -79,6 +89,8 @@ class Runtime:
         self.lock = threading.RLock()
         """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
+        self.settings = contextvars.copy_context()
+        """The context, and in it the settings of torch's compilers, that the thread that runs the model was seen in."""
         self._has_run = False  # the first forward says which thread that is
         self._sites: frozenset[int] = frozenset()
         reset_after_fork(self)
@@ -86,10 +98,8 @@ class Runtime:
     def after_fork(self) -> None:
         """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
         self.lock = threading.RLock()
-        target = self._plan
-        for change in self._staged:  # the fork may have come between a change and the target that it leads to
-            target = change.edit(target)
-        self._target = target
+        self._committing = threading.RLock()
+        self._target = self._edited(self._plan, self._staged)  # the fork may have come between the two
 
     def reserve_sites(self, count: int) -> range:
         """Numbers for this model's sites."""
@@ -101,6 +111,23 @@ class Runtime:
     def plan(self) -> Plan:
         """The plan in force."""
         return self._plan
+
+    @property
+    def following(self) -> Plan:
+        """The plan that executors are to follow: that in force, or during a commit the one that it leads to."""
+        commit = self._commit
+        return self._plan if commit is None or commit.plan is None else commit.plan
+
+    @property
+    def upcoming(self) -> int:
+        """The version of :attr:`following`."""
+        commit = self._commit
+        return self.version if commit is None or commit.plan is None else commit.version
+
+    @property
+    def applying(self) -> object:
+        """The staged change that a commit is carrying out just now, or None."""
+        return None if self._commit is None else self._commit.at
 
     @property
     def target(self) -> Plan:
@@ -131,6 +158,11 @@ class Runtime:
         with self.lock:
             return list(self._executors)
 
+    def note_settings(self) -> None:
+        """A change is asked for, or a forward begins: take the settings under which to compile, if on its thread."""
+        if threading.get_ident() == self._thread:
+            self.settings = contextvars.copy_context()
+
     # -- staging ---------------------------------------------------------------------------------------------------
 
     def ready(self, plan: Plan) -> bool:
@@ -149,7 +181,9 @@ class Runtime:
                 if preparation is not None:
                     preparations.append(preparation)
             while preparations:
-                wait([preparations[0].future, *([called_off] if called_off else [])], return_when=FIRST_COMPLETED)
+                futures = [preparations[0].future, *([called_off] if called_off else [])]
+                with background.waiting():
+                    wait(futures, return_when=FIRST_COMPLETED)
                 if called_off is not None and called_off.done():
                     raise CalledOffError("the kernel is not wanted any more")
                 preparations.pop(0).finish()
@@ -182,6 +216,18 @@ class Runtime:
                 self._arm()
         return True
 
+    def withdraw(self, change: Change) -> bool:
+        """Take a staged change back; False, and nothing done, if it is committed, or others could not go without it."""
+        with self.lock:
+            others = [each for each in self._staged if each is not change]
+            target = self._edited(self._plan, others)
+            is_staged = len(others) < len(self._staged) and not (self._commit and self._commit.contains(change))
+            if not is_staged or not self.ready(target):
+                return False
+            self._staged, self._target = others, target
+            self.pending = self.pending and bool(others)
+            return True
+
     # -- committing ------------------------------------------------------------------------------------------------
 
     def enter(self, whole: bool = False) -> None:
@@ -206,6 +252,18 @@ class Runtime:
         """How often the model's parameters were written to."""
         return sum(0 if each.is_inference() else each._version for each in self.entries.parameters())
 
+    def note_layers_changed(self) -> None:
+        """A module of the model was exchanged: look, before the next forward, whether it was a layer with seeds."""
+        with self.lock:
+            self._layers_changed = True
+            self._arm()
+
+    def look_for_layers(self) -> None:
+        """Have the sites follow layers that were exchanged, if any may have been; between two forwards."""
+        if self._layers_changed and not torch_internals.inside_backward():
+            self._layers_changed = False
+            self.follow_layers()
+
     def boundary(self) -> None:
         """A forward begins on this thread: commit what is staged, move the scheduled alphas.
 
@@ -215,8 +273,10 @@ class Runtime:
         if torch_internals.inside_backward():
             return
         self._thread, self._has_run = threading.get_ident(), True
-        if self._staged and self.commit_mode == "auto":
-            self._flip(lambda change: change.safe())
+        self.note_settings()
+        self.look_for_layers()
+        if self._commit is not None or (self._staged and self.commit_mode == "auto"):
+            self._flip(lambda change: self.commit_mode == "auto" and change.safe(), wait=False)
         if self._renewed:
             self._follow_renewed()
         if self._alphas.moving and torch.is_grad_enabled() and self.is_training():
@@ -251,80 +311,112 @@ class Runtime:
 
     def refresh(self) -> None:
         """Have every executor follow the plan anew: its tensors have moved."""
-        for executor in self.executors():
-            executor.follow(self._plan)
+        with self.lock:
+            for executor in list(self._executors):
+                executor.follow(self.following)
 
-    def _flip(self, now: Callable[[Change], bool] = lambda _: True) -> list[Transition]:
-        """Put what is staged in force, or the part of it that is to come `now`."""
-        with self.lock:
-            changes, self._staged = self._staged, []
-            target = self._target
-            later = [change for change in changes if not now(change)]
-            if later:
-                self._staged, target = later, self._plan
-                changes = [change for change in changes if change not in later]
-                for change in changes:
-                    target = change.edit(target)
-            self.pending = bool(later)
-        if any(change.first is not None for change in changes):
-            changes, target = self._after_first(changes, target)
-        if not changes:
-            return []
-        with self.lock:
-            self._plan = target
-            self.version += 1
-            executors = list(self._executors)
-            applied = [change.applied() for change in changes]
-        for executor in executors:
-            executor.follow(self._plan)
-        self.on_commit(self._plan)
-        transitions = [transition for transition in applied if transition is not None]
-        for transition in transitions:
-            _LOG.info("%s", transition)
+    def _flip(self, now: Callable[[Change], bool] = lambda _: True, *, wait: bool = True) -> list[Transition]:
+        """Put what is staged in force, or the part of it that is to come `now`; what an interrupt cut short, first.
+
+        An interrupt (Ctrl-C) on the way is raised once everything is in force. Another thread that is committing is
+        waited for, without `wait` only if it changes no more than pointers.
+        """
+        if not self._committing.acquire(blocking=False):
+            commit = self._commit
+            if not wait and commit is not None and commit.plan is None and commit.has_first:
+                return []
+            self._committing.acquire()
+        transitions: list[Transition] = []
+        try:
+            while self._commit is not None or self._begin_commit(now):
+                transitions += self._carried_out()
+        finally:
+            self._committing.release()
         return transitions
 
-    def _after_first(self, changes: list[Change], target: Plan) -> tuple[list[Change], Plan]:
-        """Do what the changes want done first: those that go on, and the plan that they lead to."""
-        going_on = []
-        for change in changes:
-            try:
-                if change.first is not None:
-                    change.first()
-            except Exception as error:  # noqa: BLE001  # law 4: a change that fails must not fail the forward
-                change.refused(error)
-            else:
-                going_on.append(change)
-        if len(going_on) == len(changes):
-            return changes, target
+    def _begin_commit(self, now: Callable[[Change], bool]) -> bool:
         with self.lock:
-            plan = self._plan
-            for change in going_on:
-                plan = change.edit(plan)
-            self._target = plan
-            for change in self._staged:
-                self._target = change.edit(self._target)
-        return going_on, plan
+            changes = [change for change in self._staged if now(change)]
+            if changes:
+                self._commit = Commit(changes, self.version + 1)
+            return bool(changes)
+
+    def _carried_out(self) -> list[Transition]:
+        commit = self._commit
+        if commit is None:
+            return []
+        try:
+            self._carry_out(commit)
+        except Exception:
+            self._conclude(commit)
+            raise
+        except BaseException:
+            self._carry_out(commit)
+            raise
+        for transition in commit.transitions:
+            _LOG.info("%s", transition)
+        return commit.transitions
+
+    def _carry_out(self, commit: Commit) -> None:
+        """Every step here does nothing that a repetition from the beginning would spoil."""
+        commit.do_first()
+        with self.lock:
+            self.state.catch_up()
+            commit.plan = self._edited(self._plan, commit.changes)
+            with self.state.together():
+                commit.apply()
+            if commit.changes:
+                for executor in list(self._executors):
+                    executor.follow(commit.plan)
+                self.on_commit(commit.plan)
+            self._conclude(commit)
+
+    def _conclude(self, commit: Commit) -> None:
+        with self.lock:
+            if commit.plan is not None and commit.changes:
+                self._plan = commit.plan
+                self.version = commit.version  # from here on forwards that consist of parts run the new plan
+            self._staged = [change for change in self._staged if not commit.contains(change)]
+            self.pending = bool(self._staged) and self.commit_mode == "auto"
+            self._target = self._edited(self._plan, self._staged)
+            self._commit = None
+
+    @staticmethod
+    def _edited(plan: Plan, changes: Iterable[Change]) -> Plan:
+        for change in changes:
+            plan = change.edit(plan)
+        return plan
 
     def _follow_renewed(self) -> None:
         with self.lock:
-            renewed = list(self._renewed)
-            self._renewed.clear()
-        for executor in renewed:
-            executor.follow(self._plan)
+            for executor in list(self._renewed):
+                executor.follow(self.following)
+                self._renewed.discard(executor)
 
     def _needs_boundary(self) -> bool:
         staged = bool(self._staged) and self.commit_mode == "auto"
-        return not self._has_run or staged or self._alphas.moving or bool(self._renewed)
+        unfinished = self._commit is not None
+        return (
+            not self._has_run
+            or self._layers_changed
+            or staged
+            or unfinished
+            or self._alphas.moving
+            or bool(self._renewed)
+        )
 
     def _arm(self) -> None:
-        self.entries.watch()
+        self.entries.prepare()
+        self.armed = True
         for executor in self._executors:
             executor.arm()
+        self.entries.watch()
 
     def _disarm_if_settled(self) -> None:
         with self.lock:
             if not self._needs_boundary():
                 self.entries.forget()
+                self.armed = False
                 for executor in self._executors:
                     executor.disarm()
 
@@ -342,10 +434,11 @@ class Runtime:
         """Set a seed's alpha to `first`, already checked; a schedule moves it at every training forward from the next
         one on, where it is called with `step`."""
         with self.lock:
+            if callable(alpha):  # before there is a schedule: an interrupt must not leave one that nobody moves
+                self.scheduled = True
+                self._arm()
             self._alphas.start(alpha_index, alpha, first, step)
             self.scheduled = self._alphas.moving
-            if self.scheduled:
-                self._arm()
 
     def schedule(self, alpha_index: int) -> Schedule | None:
         """What moves this alpha, if anything does."""

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from esper.execution.alpha import AlphaSchedule
+from esper.execution.active_transforms import transforms_active
+from esper.execution.alpha import AlphaSchedule, Schedule
 from esper.execution.state_layout import KasminaStateLayout
 
-__all__ = ["Schedule", "SeedAlphas"]
+__all__ = ["SeedAlphas"]
 
 _LOG = logging.getLogger("esper.execution")
-
-
-@dataclass(slots=True)
-class Schedule:
-    """An alpha that moves: at the next training forward it becomes `alpha(step)`."""
-
-    alpha: AlphaSchedule
-    step: int = 0
 
 
 class SeedAlphas:
     """The alphas in `state`, which holds all of a model's seeds, and their schedules.
 
-    They are changed under the runtime's lock; :meth:`advance` and readers belong to the thread that runs the model.
+    They are changed under the runtime's lock; :meth:`advance` is for the thread that runs the model, readers for any.
     """
 
     def __init__(self, state: KasminaStateLayout) -> None:
@@ -81,20 +73,20 @@ class SeedAlphas:
         an alpha it returns another, so that the change does not reach into a backward that still needs the old value.
         """
         state = self._state
-        index = torch.tensor(indices, dtype=torch.int64, device=state.device)
-        read_from: torch.Tensor | None = None
-        version = -1
-        values = torch.empty(0)
+        start = torch.tensor(indices, dtype=torch.int64, device=state.device)
+        latest: tuple[torch.Tensor | None, int, torch.Tensor, torch.Tensor] = (None, -1, start, torch.empty(0))
 
         def read() -> torch.Tensor:
-            nonlocal index, read_from, version, values
+            nonlocal latest
             alphas = state.alpha_blend
-            if alphas is not read_from or alphas._version != version:
-                if index.device != alphas.device:  # the model has moved since
-                    index = index.to(alphas.device)
-                read_from, version = alphas, alphas._version
+            version = alphas._version  # before the values: what is written meanwhile is read by whoever comes next
+            read_from, known, index, values = latest  # whole, whichever thread replaces it
+            if alphas is not read_from or version != known:
+                index = index.to(alphas.device)  # the model may have moved since
                 with torch.inference_mode(False):  # a later forward may be one that trains
                     values = alphas.index_select(0, index).float()
+                if not transforms_active():  # what a tracer makes of it is not for others
+                    latest = alphas, version, index, values
             return values
 
         return read

@@ -36,14 +36,18 @@ class SeedRecords:
     def enter(
         self, layer: KasminaLayer, seed: int, new: SeedLifecycleState, reason: str, kernel_id: str | None
     ) -> Transition:
-        """A change has come into force. A seed for which a load is under way is `LOADING` all the same."""
+        """A change comes into force. A seed for which a load is under way is `LOADING` all the same.
+
+        Harmless where an interrupt cut it short the first time.
+        """
         old = layer.state.lifecycle(seed)
         if new is _State.ACTIVE and old is not _State.LOADING:
             layer.state.set_lifecycle(seed, _State.LOADING)  # an earlier change to the same seed was committed first
-        layer.state.set_lifecycle(seed, new, kernel_id if new is _State.ACTIVE else None)
+        if new is _State.ACTIVE or old is not new:
+            layer.state.set_lifecycle(seed, new, kernel_id if new is _State.ACTIVE else None)
         if self._requests.is_loading(layer, seed):
             layer.state.set_lifecycle(seed, _State.LOADING)
-        layer.state.touch_epoch(seed, self._runtime.version)
+        layer.state.touch_epoch(seed, self._runtime.upcoming)
         if new is not _State.FOSSILIZED:
             layer.pin(seed, kernel_id)
         self.report(layer, seed, reason)

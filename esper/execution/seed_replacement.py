@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.execution.background import BackgroundThread
+from esper.execution.alpha import SavedRamp
+from esper.execution.background import FETCHING
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, is_default
 from esper.execution.lifecycle import Transition
@@ -19,6 +20,7 @@ from esper.execution.runtime import Runtime
 from esper.execution.seed_records import SeedRecords
 from esper.execution.seed_requests import SeedRequests
 from esper.execution.sources import KernelSource
+from esper.execution.staging_queue import StagingQueue
 from esper.execution.state_layout import FIELDS
 
 if TYPE_CHECKING:
@@ -37,19 +39,20 @@ class SeedReplacement:
     planned: SeedPlan
     state: Mapping[str, Tensor]
     """The fields of a `KasminaStateLayout` of one seed."""
-    was_scheduled: bool = False
+    ramp: SavedRamp | None = None
+    """What moves its alpha on from where it was."""
+    lost_schedule: bool = False
+    """Whether something else moved it."""
 
 
 class SeedReplacer:
-    """Replaces the seeds of one model. What has to be fetched is fetched afterwards, on `thread`."""
+    """Replaces the seeds of one model. What has to be fetched is fetched afterwards, and then goes through `queue`."""
 
-    def __init__(
-        self, runtime: Runtime, requests: SeedRequests, records: SeedRecords, thread: BackgroundThread
-    ) -> None:
+    def __init__(self, runtime: Runtime, requests: SeedRequests, records: SeedRecords, queue: StagingQueue) -> None:
         self._runtime = runtime
         self._requests = requests
         self._records = records
-        self._thread = thread
+        self._queue = queue
 
     def replace_all(self, layers: Sequence[KasminaLayer], seeds: Sequence[SeedReplacement]) -> None:
         """Put exactly `seeds` in force at `layers`, all at once, before this returns; also with `commit="manual"`.
@@ -74,16 +77,21 @@ class SeedReplacer:
                 if load is not None:
                     called_off.append(load)
                     layer.state.cancel_load(seed)
-                if (layer.site, seed) not in wanted and self._runtime.target.seed(layer.site, seed) is not None:
+                in_force = any(plan.seed(layer.site, seed) for plan in (self._runtime.plan, self._runtime.target))
+                if (layer.site, seed) not in wanted and in_force:
                     changes.append(self._removal(layer, seed))
             self._runtime.publish(*changes)
         for load in called_off:
-            load.staged.set_result(False)
+            load.answer(False)
         self._runtime.commit()
         for each in seeds:
-            if each.was_scheduled:
+            if each.ramp is not None:
+                schedule, alpha = each.ramp.schedule(), float(each.state["alpha_blend"])
+                self._runtime.start_alpha(each.planned.alpha_index, schedule.alpha, alpha, schedule.step)
+            elif each.lost_schedule:
                 _LOG.warning(
-                    "seed %d of %s had an alpha schedule, which is not saved: its alpha stays at %g until set_alpha()",
+                    "seed %d of %s had an alpha schedule that is no ramp of Esper's, which is not saved: "
+                    "its alpha stays at %g until set_alpha()",
                     each.planned.seed, each.layer.layer_name, float(each.state["alpha_blend"]),
                 )  # fmt: skip
 
@@ -108,7 +116,7 @@ class SeedReplacer:
     def attach(self, seeds: Sequence[SeedReplacement], attach: AttachKernel, source: KernelSource) -> None:
         """Give kernels that came without their attachments these, soon, and stage that they are used."""
         if not is_default(source):  # which would be opened for this
-            self._thread.submit(lambda: self._attach(seeds, attach, source))
+            FETCHING.submit(lambda: self._attach(seeds, attach, source))
 
     def _attach(self, seeds: Sequence[SeedReplacement], attach: AttachKernel, source: KernelSource) -> None:
         attached: list[tuple[int, SeedPlan, SeedPlan]] = []  # the new values have code made for them anew
@@ -126,6 +134,9 @@ class SeedReplacer:
                 plan = plan.with_seed(site, new) if plan.seed(site, old.seed) == old else plan
             return plan
 
-        if attached:
+        def stage() -> None:
             self._runtime.prepare(edit(self._runtime.target))
             self._runtime.publish(Change(edit, lambda: None))
+
+        if attached:
+            self._queue.later(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ __all__ = ["LoadRequest", "SeedRequest", "SeedRequests"]
 _Key = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SeedRequest:
     """What is asked of one seed. `ticket` tells whether it is still the latest request for it."""
 
@@ -33,8 +33,13 @@ class SeedRequest:
     def key(self) -> tuple[int, int]:
         return self.layer.site, self.seed
 
+    def answer(self, staged: bool) -> None:
+        """Say whether it is staged, unless that was said before."""
+        with contextlib.suppress(InvalidStateError):
+            self.staged.set_result(staged)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LoadRequest(SeedRequest):
     """A kernel, by `reference`, and how it is to be attached; `first_alpha` is `alpha`'s first value, checked."""
 
@@ -66,6 +71,10 @@ class SeedRequests:
         if under_way:
             del self._loads[request.key]
         return under_way
+
+    def under_way(self, layer: KasminaLayer, seed: int) -> LoadRequest | None:
+        """The load of this seed that is under way."""
+        return self._loads.get((layer.site, seed))
 
     def is_loading(self, layer: KasminaLayer, seed: int) -> bool:
         """Whether a load of this seed is under way."""

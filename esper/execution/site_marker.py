@@ -14,6 +14,13 @@ __all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "marke
 
 _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 _MARK = "__esper_backend__"
+_TRANSPARENT = frozenset(
+    (
+        "tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph",
+        "cond", "while_loop", "map", "map_impl", "scan",
+    )
+)  # fmt: skip
+"""Operators whose operands, after their bodies, become the placeholders of each body in order."""
 
 
 def mark_as_backend(function: _Backend) -> _Backend:
@@ -37,16 +44,21 @@ def traced_by_esper() -> bool:
 
 
 @torch_internals.constant_while_tracing
-def marked_by_esper(site: int) -> bool:
-    """Whether the tracing in progress is for `backend="esper"`, and a marker can stand for `site`.
+def marked_by_esper() -> bool:
+    """Whether the tracing in progress is for `backend="esper"`, and markers can stand for sites.
 
-    It cannot where the traced code has replaced parameters of the site's kernels, as `torch.func.functional_call` does:
-    a variant takes the kernels' own. Such a site is traced as under any other backend.
+    They cannot where the traced code has replaced parameters of kernels, as `torch.func.functional_call` does: a
+    variant takes the kernels' own. Nor in the body of an operator of which the passes do not know what its operands
+    become. Such sites are traced as under any other backend.
+
+    It is not told which site asks: that would be a guard.
     """
     if not traced_by_esper():
         return False
-    seeds = registry.runtime_of_site(site).plan.sites.get(site, ())
-    return not any(torch_internals.changed_in_trace(seed.kernel.module._parameters) for seed in seeds)
+    if not _TRANSPARENT.issuperset(torch_internals.operators_being_traced()):
+        return False
+    kernels = (seed.kernel for runtime in registry.runtimes() for seed in runtime.plan.seeds())
+    return not torch_internals.changed_in_trace(kernel.module._parameters for kernel in kernels)
 
 
 @torch_internals.constant_while_tracing

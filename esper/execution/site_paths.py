@@ -37,17 +37,16 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        y = host = host_path(x)
+        y = host_path(x)
         for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
-            y = blended(y, seed, kernel, alpha, x, host)
+            y = blended(y, seed, kernel, alpha, x)
         return y
 
     return active
 
 
-def blended(y: Tensor, seed: SeedPlan, kernel: Callable[..., Tensor], alpha: Tensor, x: Tensor, host: Tensor) -> Tensor:
-    """`alpha * kernel(x) + (1 - alpha) * y` in the dtype of `y`; `host` is the site's own linear output."""
-    if seed.isolate:
-        x, host = x.detach(), host.detach()
-    output = kernel(x, host) if seed.uses_host else kernel(x)
+def blended(y: Tensor, seed: SeedPlan, kernel: Callable[..., Tensor], alpha: Tensor, x: Tensor) -> Tensor:
+    """`alpha * kernel(x[, y]) + (1 - alpha) * y` in the dtype of `y`, what the seeds before this one have made."""
+    given = (x.detach(), y.detach()) if seed.isolate else (x, y)
+    output = kernel(*given) if seed.uses_host else kernel(given[0])
     return torch.lerp(y, output.type_as(y), alpha.type_as(y))

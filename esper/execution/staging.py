@@ -8,26 +8,23 @@ thread, and end in a change published to the runtime. Whatever fails leaves the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from esper.execution.alpha import AlphaSchedule
-from esper.execution.background import BackgroundThread
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, TelemetrySink
-from esper.execution.fossils import folded, is_affine
+from esper.execution.folding import CannotFoldError, Fold
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.loaded_kernel import KernelMismatchError, LoadedKernel
 from esper.execution.plan import SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_records import SeedRecords
 from esper.execution.seed_replacement import SeedReplacement, SeedReplacer
-from esper.execution.seed_requests import LoadRequest, SeedRequests
+from esper.execution.seed_requests import LoadRequest, SeedRequest, SeedRequests
 from esper.execution.staging_queue import Edit, StagingQueue
 from esper.execution.state_layout import checked_alpha
 
@@ -38,21 +35,6 @@ __all__ = ["Stager"]
 
 _LOG = logging.getLogger("esper.execution")
 _State = SeedLifecycleState
-
-
-def _after_a_step(weight: Tensor) -> Callable[[], bool]:
-    """To be asked where a forward begins: whether `weight` was written to since it was asked before.
-
-    Then an optimizer has taken a step, and no backward is to come that needs the weight as an earlier forward saw it.
-    """
-    seen: int | None = None
-
-    def stepped() -> bool:
-        nonlocal seen
-        before, seen = seen, weight._version
-        return before is not None and before != seen
-
-    return stepped
 
 
 class Stager:
@@ -73,11 +55,11 @@ class Stager:
         self._cache = cache
         self._attach = attach
         self.sink = sink
-        thread = BackgroundThread("esper-staging")
         self._requests = SeedRequests(runtime)
         self._records = SeedRecords(runtime, self._requests, sink)
-        self._queue = StagingQueue(runtime, self._requests, thread)
-        self._replacer = SeedReplacer(runtime, self._requests, self._records, thread)
+        self._queue = StagingQueue(runtime, self._requests)
+        self._replacer = SeedReplacer(runtime, self._requests, self._records, self._queue)
+        self._published: dict[tuple[int, int], tuple[LoadRequest, Change, LoadedKernel]] = {}  # and not yet committed
         self._later_alphas: dict[tuple[int, int], tuple[float | AlphaSchedule, float]] = {}  # set during a load
 
     def load(
@@ -96,6 +78,7 @@ class Stager:
         `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        self._runtime.note_settings()
         with self._runtime.lock:
             self._requests.refuse_fossil(layer, seed)
             if layer.state.lifecycle(seed) is not _State.LOADING:
@@ -106,8 +89,8 @@ class Stager:
             self._requests.begin(request)
             self._later_alphas.pop(request.key, None)
         if replaced is not None:
-            replaced.staged.set_result(False)
-        self._queue.put(lambda: self._fetched(request))
+            replaced.answer(False)
+        self._queue.fetch(request, lambda: self._fetched(request))
         return request.staged
 
     def unload(self, layer: KasminaLayer, seed: int) -> bool:
@@ -120,8 +103,29 @@ class Stager:
             load, _ = self._requests.call_off(layer, seed)
             unloads = self._unload(layer, seed, called_off=load is not None)
         if load is not None:
-            load.staged.set_result(False)
+            load.answer(False)
         return unloads
+
+    def call_off(self, layer: KasminaLayer, seed: int, staged: Future[bool]) -> None:
+        """Have the load whose future is `staged` never come into force, unless it has already."""
+        with self._runtime.lock:
+            load = self._requests.under_way(layer, seed)
+            published = self._published.get((layer.site, seed))
+            if load is not None and load.staged is staged:
+                self._requests.call_off(layer, seed)
+            elif published is not None and published[0].staged is staged:
+                load, change, kernel = published
+                if not self._runtime.withdraw(change):
+                    self._unload(layer, seed, called_off=False)
+                    return
+                del self._published[load.key]
+                layer.kernel_cache.unpin(kernel.artifact_id)
+            else:
+                return
+            if not self._requests.is_loading(layer, seed):
+                layer.state.cancel_load(seed)
+            self._records.report(layer, seed, "load called off")
+        load.answer(False)
 
     def _unload(self, layer: KasminaLayer, seed: int, called_off: bool) -> bool:
         state = layer.state.lifecycle(seed)
@@ -141,16 +145,23 @@ class Stager:
             return self._records.enter(layer, seed, _State.DORMANT, "unloaded", None)
 
         def refused(error: Exception) -> None:
+            if silenced:
+                self._runtime.start_alpha(index, *alpha)
             self._records.refuse(layer, seed, error)
 
         change = Change(lambda plan: plan.without_seed(layer.site, seed), applied, refused=refused)
+        index = layer.first_seed + seed
+        alpha = layer.state.alpha(seed), layer.state.alpha(seed)
+        silenced = self._runtime.commit_mode == "auto" and not self._runtime.ready(change.edit(self._runtime.target))
+        if silenced:  # its effect goes at once, and its place when what has to be compiled first is there
+            self._runtime.start_alpha(index, 0.0, 0.0)
         return self._queue.publish_when_ready(self._requests.latest(layer, seed), change)
 
     def fossilize(self, layer: KasminaLayer, seed: int) -> bool:
         """Stage making `seed`'s kernel permanent, at the alpha it has now. False unless it is active.
 
-        Where it can be, it becomes part of the host's weight and bias, see :meth:`_foldable`; else it stays a kernel,
-        of a share that is a constant.
+        Where that is the same, it becomes part of the host's weight and bias, see :class:`Fold`; else it stays a
+        kernel, of a share that is a constant.
         """
         key = layer.site, seed
         with self._runtime.lock:
@@ -161,45 +172,49 @@ class Stager:
             self._requests.fossilizing.add(key)
             self._requests.take_ticket(layer, seed)
             self._runtime.forget_schedules([layer.first_seed + seed])
-            alpha, kernel = layer.state.alpha(seed), planned.kernel
-            fossil = replace(planned, constant_alpha=alpha)
-            fold = self._foldable(layer, planned)
+            request = self._requests.latest(layer, seed)
+            fold = Fold(layer, planned, layer.state.alpha(seed), lambda: self._requests.wanted(request))
+            change = self._folded(fold, request) if fold.is_exact(self._runtime.target) else self._kept(fold)
+            return self._queue.publish_when_ready(request, change)
 
-            def applied() -> Transition:
-                self._requests.fossilizing.discard(key)
-                transition = self._records.enter(layer, seed, _State.FOSSILIZED, "fossilized", kernel.artifact_id)
-                if fold:
-                    layer.pin(seed, None)
-                return transition
+    def _folded(self, fold: Fold, request: SeedRequest) -> Change:
+        """The fossil becomes part of the host's weights, or a kernel for good where it turns out that it cannot."""
+        layer, seed = fold.layer, fold.seed.seed
 
-            def first() -> None:
-                layer.absorb(*folded(layer.weight, layer.bias, kernel, alpha))
+        def applied() -> Transition:
+            transition = self._fossilized(fold)
+            layer.pin(seed, None)
+            return transition
 
-            def refused(error: Exception) -> None:
-                self._requests.fossilizing.discard(key)
-                self._records.refuse(layer, seed, error)
-
-            if fold:
-                safe = _after_a_step(layer.weight)
-                change = Change(lambda plan: plan.without_seed(*key), applied, first, safe, refused)
+        def refused(error: Exception) -> None:
+            if isinstance(error, CannotFoldError):
+                _LOG.info("the fossil in seed %d of %s stays a kernel: %s", seed, layer.layer_name, error)
+                with self._runtime.lock:
+                    self._queue.publish_when_ready(request, self._kept(fold))
             else:
-                change = Change(lambda plan: plan.with_seed(layer.site, fossil), applied, refused=refused)
-            return self._queue.publish_when_ready(self._requests.latest(layer, seed), change)
+                self._fossil_refused(fold, error)
 
-    def _foldable(self, layer: KasminaLayer, planned: SeedPlan) -> bool:
-        """Whether the host's own weight and bias can take in a fossil without changing what anything else computes.
+        return Change(lambda plan: plan.without_seed(layer.site, seed), applied, fold, fold.is_safe, refused)
 
-        Its kernel is affine and gets the layer's input undetached; the weights stand nowhere else; no seed before it is
-        blended in, and none beside it reads the layer's own output.
-        """
-        others = [each for each in self._runtime.target.sites[layer.site] if each.seed != planned.seed]
-        own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-        return (
-            is_affine(planned.kernel.graph, constant=layer.bias is not None)
-            and not planned.isolate
-            and not any(each.seed < planned.seed or each.uses_host for each in others)
-            and all(type(each) is nn.Parameter and self._runtime.uses_of(each) == 1 for each in own)
+    def _kept(self, fold: Fold) -> Change:
+        """The fossil stays a kernel, of a constant share."""
+        fossil = replace(fold.seed, constant_alpha=fold.alpha)
+
+        def refused(error: Exception) -> None:
+            self._fossil_refused(fold, error)
+
+        return Change(
+            lambda plan: plan.with_seed(fold.layer.site, fossil), lambda: self._fossilized(fold), refused=refused
         )
+
+    def _fossilized(self, fold: Fold) -> Transition:
+        seed, kernel = fold.seed.seed, fold.seed.kernel.artifact_id
+        self._requests.fossilizing.discard((fold.layer.site, seed))
+        return self._records.enter(fold.layer, seed, _State.FOSSILIZED, "fossilized", kernel)
+
+    def _fossil_refused(self, fold: Fold, error: Exception) -> None:
+        self._requests.fossilizing.discard((fold.layer.site, fold.seed.seed))
+        self._records.refuse(fold.layer, fold.seed.seed, error)
 
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
@@ -219,7 +234,7 @@ class Stager:
         if self._attach is not None and self._cache.source is not None:
             self._replacer.attach(seeds, self._attach, self._cache.source)
 
-    # -- on the background thread ----------------------------------------------------------------------------------
+    # -- on background threads -----------------------------------------------------------------------------------
 
     def _fetched(self, request: LoadRequest) -> Edit | None:
         """Fetch the kernel of a load and check that it fits."""
@@ -235,6 +250,7 @@ class Stager:
         planned = SeedPlan(seed, kernel, request.isolate, kernel.graph.uses_host, index)
 
         def applied() -> Transition:
+            self._published.pop(request.key, None)
             asked = request.alpha, request.first_alpha
             self._runtime.start_alpha(index, *self._later_alphas.pop(request.key, asked))
             layer.seed_errors.pop(seed, None)
@@ -246,15 +262,18 @@ class Stager:
 
         def before_publishing() -> None:  # the model may have been moved or cast meanwhile
             kernel.module.to(layer.weight.device, layer.weight.dtype)
+            self._published[request.key] = request, change, kernel
 
         change = Change(lambda plan: plan.with_seed(layer.site, planned), applied)
         return Edit(request, change, failed, before_publishing)
 
     def _kernel(self, request: LoadRequest) -> LoadedKernel:
         layer = request.layer
-        cached = layer.kernel_cache.fetch(request.reference, pin=True)
+        cached = layer.kernel_cache.fetch(request.reference, pin=True, wanted=lambda: self._requests.wanted(request))
         try:
             weight = layer.weight
+            if layer.absence is not None:
+                raise KernelMismatchError(layer.absence)
             cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=request.trainable)
             source = layer.kernel_cache.source
@@ -270,7 +289,8 @@ class Stager:
         layer, seed = request.layer, request.seed
         with self._runtime.lock:
             if not self._requests.end(request):
-                return  # it was called off, and is answered
+                request.answer(False)  # if it is not answered: it was called off
+                return
             if error is not None:
                 self._records.keep_error(layer, seed, error)
                 layer.state.fail_load(seed)
@@ -280,4 +300,4 @@ class Stager:
                 "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_name, reason
             )
             self._records.report(layer, seed, reason)
-        request.staged.set_result(False)
+        request.answer(False)

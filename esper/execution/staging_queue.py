@@ -1,25 +1,32 @@
-"""Changes are made ready on a background thread and then staged; those that wait at the same time, together.
+"""Changes are made ready on a background thread and then staged; those that are asked for at the same time, together.
 
-What is compiled for them is compiled once.
+What is compiled for them is compiled once. Kernels are fetched side by side, on other threads, and one whose fetch
+takes long is not waited for.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from esper.execution.background import BackgroundThread
+from esper.execution.background import FETCHING, STAGING, JobQueue
 from esper.execution.change import Change
 from esper.execution.executor import CalledOffError, ShutDownError
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_requests import SeedRequest, SeedRequests
+from esper.forking import reset_after_fork
 
 __all__ = ["Edit", "StagingQueue"]
 
 _LOG = logging.getLogger("esper.execution")
+
+_SLOW_FETCH = 0.1  # seconds after which others do not wait for it
+_LONGEST_GATHERING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +43,61 @@ class Edit:
 
 
 class StagingQueue:
-    """The changes of one model that are to be staged. :meth:`put` from any thread, the rest happens on `thread`."""
+    """The changes of one model that are to be staged. From any thread; they are made ready on `STAGING`."""
 
-    def __init__(self, runtime: Runtime, requests: SeedRequests, thread: BackgroundThread) -> None:
+    def __init__(self, runtime: Runtime, requests: SeedRequests) -> None:
         self._runtime = runtime
         self._requests = requests
-        self._thread = thread
-        self._queue: deque[Callable[[], Edit | None]] = deque()
+        self._jobs = JobQueue(STAGING)
+        self._begin()
+        reset_after_fork(self)
 
-    def put(self, make: Callable[[], Edit | None]) -> None:
-        """Have the edit that `make` returns staged; `make` may be slow, and answers its request itself if it fails."""
-        self._queue.append(make)
-        self._thread.submit(self._work)
+    def _begin(self) -> None:
+        self._arrived = threading.Condition()  # guards the next two
+        self._edits: deque[Edit] = deque()
+        self._fetches: dict[SeedRequest, float | None] = {}  # when they began; None as long as they wait for a thread
+
+    def after_fork(self) -> None:
+        """Leave to the parent what its threads are at; see `esper.forking`."""
+        self._begin()
+
+    def fetch(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
+        """Have the edit staged that `make` returns, which may be slow or hang, and answers its request if it fails."""
+        with self._arrived:
+            self._fetches[request] = None
+        try:
+            FETCHING.submit(lambda: self._make(request, make))
+        except BaseException:
+            self._fetched(request, None)
+            raise
+
+    def _make(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
+        edit = None
+        with self._arrived:
+            self._fetches[request] = time.monotonic()
+        try:
+            edit = make()
+        finally:
+            self._fetched(request, edit)
+
+    def _fetched(self, request: SeedRequest, edit: Edit | None) -> None:
+        with self._arrived:
+            self._fetches.pop(request, None)
+            if edit is not None:
+                self._edits.append(edit)
+            self._arrived.notify()
+        if edit is not None:
+            self._jobs.submit(self._work)
+
+    def put(self, edit: Edit) -> None:
+        """Have an edit staged."""
+        with self._arrived:
+            self._edits.append(edit)
+        self._jobs.submit(self._work)
+
+    def later(self, job: Callable[[], object]) -> None:
+        """Have `job` done between the edits."""
+        self._jobs.submit(job)
 
     def publish_when_ready(self, request: SeedRequest, change: Change) -> bool:
         """Stage a change at once if every executor could follow it, else on the background thread. Lock held."""
@@ -58,17 +108,24 @@ class StagingQueue:
             if error is not None:
                 change.refused(error)
 
-        self.put(lambda: Edit(request, change, failed))
+        self.put(Edit(request, change, failed))
         return True
 
     def _work(self) -> None:
-        """Take what waits in the queue, and what comes meanwhile, and stage it together."""
-        edits: list[Edit] = []
-        while self._queue:
-            edit = self._queue.popleft()()
-            if edit is not None:
-                edits.append(edit)
+        """Stage what has come, and what comes soon after, together."""
+        with self._arrived:
+            end = time.monotonic() + _LONGEST_GATHERING
+            while self._edits and (seconds := min(self._until_slow(), end - time.monotonic())) > 0:
+                self._arrived.wait(seconds)
+            edits = list(self._edits)
+            self._edits.clear()
         self._stage(edits)
+
+    def _until_slow(self) -> float:
+        """Seconds until all fetches under way will have taken long; 0 if there are none."""
+        now = time.monotonic()
+        begun = [now if began is None else began for began in self._fetches.values()]
+        return max(begun) + _SLOW_FETCH - now if begun else 0.0
 
     def _stage(self, edits: Sequence[Edit]) -> None:
         while edits := self._still_wanted(edits):
@@ -112,7 +169,7 @@ class StagingQueue:
         published = self._runtime.publish(*(edit.change for edit in edits), valid=valid)
         if published:
             for edit in edits:
-                edit.request.staged.set_result(True)
+                edit.request.answer(True)
         return published
 
     def _still_wanted(self, edits: Sequence[Edit]) -> list[Edit]:

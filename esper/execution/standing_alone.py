@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.execution import defaults
+from esper.execution.alpha import SavedRamp
 from esper.execution.call_counter import CallCounter
 from esper.execution.defaults import TelemetrySink
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
@@ -117,8 +118,8 @@ class LayerSeeds:
     kernels: tuple[tuple[int, LoadedKernel, bool], ...]
     state: dict[str, Tensor]
     errors: dict[int, str]
-    scheduled: frozenset[int]
-    """Seeds whose alpha was moving on a schedule."""
+    ramps: dict[int, SavedRamp | None]
+    """What moved a seed's alpha, as far as that is data."""
 
     @classmethod
     def of(cls, layer: KasminaLayer) -> LayerSeeds:
@@ -132,7 +133,11 @@ class LayerSeeds:
             tuple((each.seed, each.kernel, each.isolate) for each in seeds),
             state,
             dict(layer.seed_errors),
-            frozenset(each.seed for each in seeds if layer.runtime.schedule(each.alpha_index)),
+            {
+                each.seed: SavedRamp.of(schedule)
+                for each in seeds
+                if (schedule := layer.runtime.schedule(each.alpha_index)) is not None
+            },
         )
 
 
@@ -142,22 +147,17 @@ def give_seeds(layers: Mapping[str, KasminaLayer], seeds: Mapping[str, LayerSeed
     for name, given in seeds.items():
         layer = layers[name]
         for seed, kernel, isolate in given.kernels:
-            device = layer.weight.device
-            if kernel.device != device:
-                kernel = kernel.place(device) if kernel.is_untouched else _moved(kernel, device)
+            if kernel.device != layer.weight.device:
+                kernel.module.to(layer.weight.device)
             planned = SeedPlan(seed, kernel, isolate, kernel.uses_host, layer.first_seed + seed)
             state = {field: values[seed : seed + 1] for field, values in given.state.items()}
-            replacements.append(SeedReplacement(layer, planned, state, tell and seed in given.scheduled))
+            lost = tell and seed in given.ramps
+            replacements.append(SeedReplacement(layer, planned, state, given.ramps.get(seed), lost))
     if replacements:
         replacements[0].layer.stager.replace_all(list(layers.values()), replacements)
     for name, given in seeds.items():
         layers[name].state.load_state_dict(given.state)
         layers[name].seed_errors.update(given.errors)
-
-
-def _moved(kernel: LoadedKernel, device: torch.device) -> LoadedKernel:
-    kernel.module.to(device)
-    return kernel
 
 
 def keep_schedules(old: Mapping[str, KasminaLayer], new: Mapping[str, KasminaLayer]) -> None:

@@ -5,14 +5,16 @@ storage. Compiled graphs read the tensors (`alpha_blend` above all). The control
 answered from the mirror, and every setter enqueues one asynchronous device write and then changes the mirror, so no
 method here waits for a device. A write that goes to a tensor directly is not seen by the mirror.
 
-Threads: writers take the storage's one lock for O(1) work; readers take none and see each field whole.
+Threads: writers take the storage's one lock for O(1) work; readers take none and see each field whole. An interrupt
+may come between mirror and device: the mirror counts, and the device is given what it lacks when it is asked next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -96,7 +98,10 @@ class KasminaStateLayout:
     # ---- the tensors -------------------------------------------------------------------------------------------
 
     def _tensor(self, name: str) -> Tensor:
-        tensor = self._storage.tensors[name]
+        storage = self._storage
+        if storage.behind:
+            storage.catch_up()
+        tensor = storage.tensors[name]
         return tensor if self._stop - self._start == tensor.shape[0] else tensor[self._start : self._stop]
 
     @property
@@ -180,6 +185,23 @@ class KasminaStateLayout:
             exist = f"0 to {self.num_seeds - 1} exist" if self.num_seeds else "there are none"
             raise IndexError(f"there is no seed {seed}{what}; seeds {exist}.")
         return self._start + index
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is changed until the block is left goes to the device at its end, in one write for each field."""
+        storage = self._storage
+        storage.together = True
+        try:
+            yield
+        finally:
+            storage.together = False
+            storage.catch_up()
+
+    def catch_up(self) -> None:
+        """Give the device what an interrupt has kept from it."""
+        self._storage.together = False
+        if self._storage.behind:
+            self._storage.catch_up()
 
     def mirror(self, name: str) -> npt.NDArray[Any]:
         """The field `name` of `FIELDS` in host memory: a read-only array `[num_seeds]` that stays current."""

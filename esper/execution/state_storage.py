@@ -49,14 +49,18 @@ class StateStorage:
             name: np.zeros(num_seeds, dtype=_NUMPY[dtype]) for name, dtype in FIELDS.items()
         }
         self.mirror["alpha_blend"].fill(1.0)
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.generation = 0
+        self.behind: dict[str, set[int]] = {}
+        """By field, the seeds for which its tensor has not got what the mirror has; see :meth:`catch_up`."""
+        self.together = False
+        """Whether :meth:`write` leaves the tensors to the next :meth:`catch_up`."""
         self.tensors = self._placed(device)
         reset_after_fork(self)
 
     def after_fork(self) -> None:
         """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     def _placed(self, device: torch.device | str | int) -> dict[str, Tensor]:
         # Inference tensors could not be written outside of inference mode, so they are never made.
@@ -73,19 +77,45 @@ class StateStorage:
         with self.lock:
             if torch.empty(0, device=device).device != self.tensors["alpha_blend"].device:
                 self.tensors = self._placed(device)
+                self.behind.clear()
                 self.generation += 1
 
     def write(self, name: str, index: int, value: float | int | bool) -> None:
-        """Enqueue the device write, then change the mirror: if the first fails, nothing changed. Lock held."""
-        self.tensors[name][index : index + 1].fill_(value)
+        """Change the mirror and enqueue the device write: if that fails, nothing changed. Lock held.
+
+        An interrupt in between leaves the field `behind`, so that whoever asks for its tensor next completes the write.
+        """
+        before = self.mirror[name].item(index)
+        self.behind.setdefault(name, set()).add(index)
         self.mirror[name][index] = value
+        if self.together:
+            return
+        try:
+            self.catch_up()
+        except Exception:
+            self.mirror[name][index] = before
+            raise
+
+    def catch_up(self) -> None:
+        """Enqueue the device writes that are left to do: one for each field."""
+        with self.lock:
+            for name, seeds in list(self.behind.items()):
+                tensor, values, indices = self.tensors[name], self.mirror[name], sorted(seeds)
+                if len(indices) == 1:
+                    tensor[indices[0] : indices[0] + 1].fill_(values.item(indices[0]))
+                elif indices:
+                    where, what = torch.tensor(indices), torch.from_numpy(values[indices])
+                    device = tensor.device
+                    tensor.index_copy_(0, where.to(device, non_blocking=True), what.to(device, non_blocking=True))
+                del self.behind[name]
 
     def __getstate__(self) -> dict[str, Any]:
+        self.catch_up()
         return {"mirror": self.mirror, "tensors": self.tensors, "generation": self.generation}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.lock = threading.Lock()
+        self.__dict__.update(state, behind={}, together=False)
+        self.lock = threading.RLock()
         reset_after_fork(self)
 
     def copy_range(self, start: int, stop: int) -> dict[str, Tensor]:
@@ -97,5 +127,7 @@ class StateStorage:
         """Replace the values of seeds `start` to `stop - 1`; the arrays have been checked."""
         with self.lock:
             for name, array in values.items():
-                self.tensors[name][start:stop].copy_(torch.from_numpy(array), non_blocking=True)
+                self.behind.setdefault(name, set()).update(range(start, stop))
                 self.mirror[name][start:stop] = array
+            if not self.together:
+                self.catch_up()

@@ -8,6 +8,7 @@ later, so that nothing waits for the device.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 from esper.contracts.messages import HealthSignal, TopicNames
 from esper.execution.call_counter import CallCounter
 from esper.execution.defaults import TelemetrySink
-from esper.forking import reset_after_fork
+from esper.forking import ModuleLock, reset_after_fork
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
@@ -204,5 +205,15 @@ def _look_regularly(reference: weakref.ref[Telemetry], stop: threading.Event) ->
         telemetry = reference()
         if telemetry is None:
             return
-        telemetry.look()
+        with _looking.held():
+            telemetry.look()
         del telemetry
+
+
+_looking = ModuleLock()
+
+
+@atexit.register
+def _end_looking() -> None:
+    """No look goes on while the interpreter ends, see `esper.execution.background`: the lock is never let go again."""
+    _looking.held().__enter__()

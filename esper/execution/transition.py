@@ -35,7 +35,7 @@ class ForwardStarts:
 
     def settled(self, version: int) -> bool:
         """Whether no living thread can be in a forward that began before `version`."""
-        earlier = [thread for thread, start in list(self._starts.items()) if start < version]
+        earlier = [thread for thread, start in self._starts.copy().items() if start < version]
         if not earlier:
             return True
         alive = {thread.ident for thread in threading.enumerate()}
@@ -52,13 +52,19 @@ class Versioned(Protocol):
     def version(self) -> int: ...
 
     @property
+    def upcoming(self) -> int:
+        """The version of what is being followed just now: during a commit, the one that it leads to."""
+        ...
+
+    @property
     def starts(self) -> ForwardStarts: ...
 
 
 class Transition:
-    """Calls `old` on threads whose forward began before the commit that has just happened, and `new` on all others.
+    """Calls `old` on threads whose forward began before the commit that is under way, and `new` on all others.
 
-    `settle` is called once nobody needs `old` any more.
+    Made before the runtime's version becomes that of the commit, which is the moment at which all parts of a forward
+    change together. `settle` is called once nobody needs `old` any more.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Transition:
         new: Callable[..., Any],
         settle: Callable[[Transition], None],
     ) -> None:
-        self._since = [(runtime, runtime.version) for runtime in runtimes]
+        self._since = [(runtime, runtime.upcoming) for runtime in runtimes]
         self._old = old
         self._settle = settle
         self._end = time.monotonic() + _LONGEST_FORWARD
@@ -77,9 +83,11 @@ class Transition:
     def __call__(self, *args: Any) -> Any:
         if time.monotonic() < self._end:
             for runtime, version in self._since:
-                if runtime.starts.of_this_thread(version) < version:
+                if runtime.starts.of_this_thread(runtime.version) < version:
                     return self._old(*args)
-            if not all(runtime.starts.settled(version) for runtime, version in self._since):
+            if any(
+                runtime.version < version or not runtime.starts.settled(version) for runtime, version in self._since
+            ):
                 return self.new(*args)
         self._settle(self)
         return self.new(*args)

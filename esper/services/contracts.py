@@ -15,7 +15,7 @@ from esper.contracts.validation import (
 )
 
 if TYPE_CHECKING:
-    from esper.artifacts import KernelGraph
+    from esper.artifacts import KernelGraph, Signature
 
 __all__ = [
     "AttachmentReport",
@@ -25,6 +25,7 @@ __all__ = [
     "CompiledKernelArtifact",
     "KernelMetadata",
     "KernelQuery",
+    "KernelSignature",
     "KernelStatus",
     "LatencyMeasurement",
     "StoreStats",
@@ -72,7 +73,7 @@ class KernelMetadata(_Document):
     out_features: int = Field(ge=1)
     dtype: str
     uses_host: bool
-    """Whether the kernel reads the site's own linear output."""
+    """Whether the kernel reads what the site has computed so far."""
     parameter_count: int = Field(ge=0)
     node_count: int = Field(ge=1)
     graph_digest: str
@@ -121,6 +122,24 @@ class Claim(_Document):
     expires_at: AwareDatetime
 
 
+class KernelSignature(_Document):
+    """What one key's holder signed a kernel with, as `esper.artifacts.Signature` writes it. Not checked."""
+
+    key_id: str
+    value: str
+    public_key: str | None = None
+
+    @classmethod
+    def of(cls, signature: Signature) -> KernelSignature:
+        return cls(**signature.fields())
+
+    def signature(self) -> Signature:
+        """Raises ``UntrustedArtifactError`` if it is none."""
+        from esper.artifacts import Signature  # which imports torch, for those who need it
+
+        return Signature.from_json(self.model_dump_json(exclude_none=True))
+
+
 class CompiledKernelArtifact(_Document):
     """A kernel in the store. `id` is the artifact id, the SHA-256 of its file."""
 
@@ -139,6 +158,8 @@ class CompiledKernelArtifact(_Document):
     latency_us: float | None = None
     """Median microseconds of one forward at the smallest number of rows of at least 32 that was measured (or at the
     largest): the attachment's if there is one, else the graph's."""
+    signatures: tuple[KernelSignature, ...] = ()
+    """One of each key that signed it. It is for the reader to trust one of them."""
     attachments: tuple[str, ...] = ()
     """Target keys for which compiled code is stored."""
 

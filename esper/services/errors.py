@@ -18,6 +18,7 @@ __all__ = [
     "IllegalTransitionError",
     "InvalidNameError",
     "InvalidRequestError",
+    "KernelNotTrustedError",
     "NameTakenError",
     "PlatformClosedError",
     "QueueUnavailableError",
@@ -31,6 +32,8 @@ __all__ = [
     "StoreReadOnlyError",
     "StoreSchemaError",
     "StoreTimeoutError",
+    "StoreUnsafeError",
+    "TooManySignaturesError",
     "UnauthorisedError",
     "UnknownAttachmentError",
     "UnknownBlueprintError",
@@ -51,6 +54,10 @@ class StoreError(ServiceError):
 
 class StoreReadOnlyError(StoreError):
     """The store's folder or database cannot be written, or not even created."""
+
+
+class StoreUnsafeError(StoreError):
+    """The data folder, or one that it lies in, belongs to another user or can be written to by others."""
 
 
 class StoreFullError(StoreError):
@@ -117,6 +124,10 @@ class RateLimitedError(StoreError):
         self.retry_after = retry_after
 
 
+class TooManySignaturesError(StoreError):
+    """So many keys have signed a kernel, or its attachment for a target, that another one's is not kept."""
+
+
 class UnauthorisedError(StoreError, PermissionError):
     """Urza asks for a token and none was shown, or one that it does not know."""
 
@@ -148,6 +159,10 @@ class CompilationFailedError(ServiceError):
         super().__init__(message)
         self.blueprint_id = blueprint_id
         self.report = report
+
+
+class KernelNotTrustedError(ServiceError):
+    """The blueprint was compiled, by workers none of whose keys this platform trusts: no model here would load it."""
 
 
 class CompilationTimeoutError(ServiceError, TimeoutError):

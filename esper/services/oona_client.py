@@ -18,15 +18,17 @@ from pydantic import BaseModel
 
 from esper.contracts.messages import OonaMessage
 from esper.forking import reset_after_fork
-from esper.services.oona.bus import Bus
+from esper.services.oona.bus import MAX_MESSAGE_BYTES, Bus
 from esper.services.oona.errors import BusRefusedError, BusUnavailableError
 from esper.services.oona.memory import InMemoryBus
+from esper.services.oona.message_size import size_at_least
 from esper.services.oona.receiving import MessageStream, Subscription
 
 __all__ = ["MessageStream", "OonaClient", "OonaStats", "Subscription"]
 
 _log = logging.getLogger(__name__)
 _REPORT_EVERY = 30.0  # seconds between two warnings about dropped messages
+_MOST_FOR_ONE = 16  # bytes of JSON for one that `size_at_least` counts: a float has 24, and two are counted
 _TRY_AGAIN_AFTER = 0.05  # seconds, after the bus has waited for as long as it thinks right
 
 
@@ -39,7 +41,7 @@ class OonaStats:
     dropped: int
     """Pushed out of the full queue by later ones, or published after closing."""
     failed: int
-    """Could not be written as JSON, refused by the bus, or not sent before the client was closed."""
+    """Could not be written as JSON, were too large, refused by the bus, or not sent before the client was closed."""
     queued: int
     """Wait to be sent, those included that are being sent."""
     last_error: str = ""
@@ -249,16 +251,32 @@ class OonaClient:
 
     def _message(self, draft: _Draft) -> OonaMessage | None:
         try:
+            size = size_at_least(draft.payload, MAX_MESSAGE_BYTES)
+            if size > MAX_MESSAGE_BYTES:
+                self._refuse_too_large(draft)
+                return None
             payload = draft.payload.model_dump(mode="json")
             fields = {} if draft.trace_id is None else {"trace_id": draft.trace_id}
-            return OonaMessage(
+            message = OonaMessage(
                 sender_id=self.sender_id, timestamp=draft.timestamp, topic=draft.topic, payload=payload, **fields
             )
+            if size * _MOST_FOR_ONE > MAX_MESSAGE_BYTES and len(message.model_dump_json().encode()) > MAX_MESSAGE_BYTES:
+                self._refuse_too_large(draft)
+                return None
+            return message
         except Exception as error:  # noqa: BLE001  # a payload's own serialiser may raise anything; counted and logged
             self._failed += 1
             self._last_error = f"{type(error).__name__}: {error}"
             _log.exception("a message for %s cannot be written as JSON", draft.topic)
             return None
+
+    def _refuse_too_large(self, draft: _Draft) -> None:
+        self._failed += 1
+        self._last_error = (
+            f"a message for {draft.topic} has more than {MAX_MESSAGE_BYTES} bytes and is not sent; keep what is "
+            "large in a store or a file, and send its name"
+        )
+        _log.error("%s", self._last_error)
 
     def _drop_oldest(self) -> bool:
         try:

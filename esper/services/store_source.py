@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from esper.artifacts import SigningKeyError, TrustStore
+from esper.artifacts import Signature, SigningKeyError, TrustStore, artifact_message
 from esper.execution.sources import (
     AmbiguousKernelError,
     FetchedKernel,
@@ -15,7 +15,7 @@ from esper.execution.sources import (
 from esper.services.errors import AmbiguousPrefixError, ServiceError, UnknownKernelReferenceError
 from esper.services.stores import Store
 
-__all__ = ["StoreKernelSource", "source_errors"]
+__all__ = ["StoreKernelSource", "best_signature", "source_errors"]
 
 
 class StoreKernelSource:
@@ -36,17 +36,23 @@ class StoreKernelSource:
     def fetch(self, artifact_id: str) -> FetchedKernel:
         """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
-            return FetchedKernel(*self._store().kernels.content(artifact_id))
+            data, signatures = self._store().kernels.content(artifact_id)
+            return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
-            return self._store().kernels.attachment(artifact_id, target_key)
+            return self._store().kernels.attachment(artifact_id, target_key, self._trust().key_ids)
 
     def trust(self) -> TrustStore:
         """The platform's trusted keys."""
         with source_errors():
             return self._trust()
+
+
+def best_signature(trust: TrustStore, artifact_id: str, signatures: Sequence[Signature]) -> Signature | None:
+    """The one that `trust` takes; if there is none, any other, for whoever loads the kernel to say what is wrong."""
+    return trust.choose(artifact_message(artifact_id), signatures) or next(iter(signatures), None)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Graph passes for sites and kernels: `torch.fx` graphs in, `torch.fx` graphs out. Depends on torch alone."""
 
+from esper_passes._hooks import hooks_of
 from esper_passes.base import GraphPass, PassError, PassResult
 from esper_passes.batch_seeds import BatchSeeds
 from esper_passes.call_kernels import CallKernels, SeedCall
@@ -8,15 +9,19 @@ from esper_passes.expand_modules import ExpandModules
 from esper_passes.fold_fossils import FoldFossils
 from esper_passes.inline_kernels import InlineKernels, KernelInput, SeedGraph, inputs
 from esper_passes.lower_functional import LowerFunctional
+from esper_passes.number_sites import NumberSites, tag_inputs
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Pipeline, Timings, chain, verify
 from esper_passes.record_values import RecordValues
 from esper_passes.rewrite_sites import RewriteSites
 from esper_passes.site_op import (
     ENTER,
     SITE,
+    TAGGED_ENTER,
+    TAGGED_SITE,
     SiteCall,
     is_enter,
     is_site,
+    markers_in,
     runtimes_in,
     site_call,
     site_calls_in,
@@ -27,6 +32,8 @@ from esper_passes.site_op import (
 __all__ = [
     "ENTER",
     "SITE",
+    "TAGGED_ENTER",
+    "TAGGED_SITE",
     "BatchSeeds",
     "CallKernels",
     "Callback",
@@ -38,6 +45,7 @@ __all__ = [
     "InlineKernels",
     "KernelInput",
     "LowerFunctional",
+    "NumberSites",
     "PassError",
     "PassEvent",
     "PassResult",
@@ -49,13 +57,16 @@ __all__ = [
     "SiteCall",
     "Timings",
     "chain",
+    "hooks_of",
     "inputs",
     "is_enter",
     "is_site",
+    "markers_in",
     "runtimes_in",
     "site_call",
     "site_calls_in",
     "site_id",
     "sites_in",
+    "tag_inputs",
     "verify",
 ]

@@ -1,7 +1,9 @@
 """The arithmetic of a site with active seeds, as nodes. Shared by the passes that place kernels.
 
-    y = linear(x, weight, bias);  host = y
-    for each seed s, in order:  y = a_s * K_s(x[, host]) + (1 - a_s) * y        as  torch.lerp(y, K_s, a_s)
+    y = linear(x, weight, bias)
+    for each seed s, in order:  y = a_s * K_s(x[, y]) + (1 - a_s) * y        as  torch.lerp(y, K_s, a_s)
+
+A kernel that reads the site's output, which its graph calls `host`, is given what the seeds before it have made of it.
 
 `isolate` detaches what the kernel is given. The kernel's output and the alpha take the dtype of `y`: in an autocast
 region the linear's output is in the lower precision, and `lerp` wants one dtype.
@@ -60,7 +62,7 @@ class Seed(Protocol):
 
 _Seed = TypeVar("_Seed", bound=Seed)
 Emit = Callable[[int, tuple[fx.Node, ...]], fx.Node]
-"""Adds the kernel at a position of the site, called on `(x,)` or `(x, host)`, and returns its output."""
+"""Adds the kernel at a position of the site, called on `(x,)` or `(x, y)`, and returns its output."""
 
 
 def first_indices(seeds: Mapping[int, Sequence[_Seed]]) -> dict[int, int]:
@@ -87,7 +89,7 @@ def blend(node: fx.Node, seeds: Sequence[Seed], alphas: fx.Node, first: int, emi
     with graph.inserting_before(end):
         for position, seed in enumerate(seeds):
             last = end.prev
-            given: tuple[fx.Node, ...] = (x, node) if seed.uses_host else (x,)
+            given: tuple[fx.Node, ...] = (x, y) if seed.uses_host else (x,)
             if seed.isolate:
                 given = tuple(graph.call_function(torch.detach, (value,)) for value in given)
             kernel = graph.call_function(TYPE_AS, (emit(position, given), node))

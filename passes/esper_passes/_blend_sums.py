@@ -2,14 +2,15 @@
 
 With alphas a_1 ... a_n in order,
 
-    y = c_0 base + c_1 K_1 + ... + c_n K_n,    c_i = a_i (1 - a_(i+1)) ... (1 - a_n),    a_0 = 1,
+    y = c_0 base + c_1 f_1 + ... + c_n f_n,    c_i = a_i r_(i+1) ... r_n,    a_0 = 1.
 
-and a kernel's output is as a rule a linear map of something, on top of the host's output perhaps.
+A kernel whose output is K_i(x) is blended in as f_i = K_i, and leaves r_i = 1 - a_i of what was there before; one that
+adds to that, K_i(x, y) = y + f_i(x), leaves r_i = 1 of it. As a rule f_i is a linear map of something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 from esper_passes._blend import ALPHAS, PARAMETER, carried
-from esper_passes._chains import TO_DTYPE, Chain, recorded, seed_of
+from esper_passes._chains import TO_DTYPE, Chain, addition_of, is_addition, recorded, seed_of
 
 __all__ = ["Addend", "Emitter", "LinearMap", "Shares", "addends", "needs_gradient"]
 
@@ -47,25 +48,41 @@ class Addend:
 
 def addends(chain: Chain) -> list[Addend]:
     """What `chain` adds up, kernels in order."""
-    outputs = enumerate((chain.base, *chain.kernels))
-    return [addend for index, output in outputs for addend in _parts(index, output, chain)]
+    found = _parts(0, chain.base, chain)
+    for index, (before, blend, output) in enumerate(zip(chain.before, chain.blends, chain.kernels, strict=True), 1):
+        found += _parts(index, output, chain, before, addition_of(before, blend))
+    return found
 
 
-def _parts(index: int, node: fx.Node, chain: Chain) -> list[Addend]:
+def _parts(
+    index: int,
+    node: fx.Node,
+    chain: Chain,
+    before: fx.Node | None = None,
+    addition: Collection[fx.Node] = (),
+) -> list[Addend]:
+    """What `node` adds up, without `before` where it stands in `addition`."""
+    if node in addition:
+        (other,) = (argument for argument in node.args if isinstance(argument, fx.Node) and argument is not before)
+        return _parts(index, other, chain)
     if node is chain.host:
         return [Addend(index, node, _arguments(node))]
     if seed_of(node)[0] != chain.call:
         return [Addend(index, node)]
     if node.target is TO_DTYPE and isinstance(node.args[0], fx.Node):  # the base, if that is a fossil's output
         return _parts(index, node.args[0], chain)
-    if node.target is torch.add and len(node.users) == 1 and not node.kwargs:
-        left, right = node.args
-        if isinstance(left, fx.Node) and isinstance(right, fx.Node):
-            parts = [*_parts(index, left, chain), *_parts(index, right, chain)]
-            if any(part.linear is not None for part in parts):
-                return parts
+    if is_addition(node):
+        terms = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        parts = [part for term in terms for part in _parts(index, term, chain, before, addition)]
+        if any(part.linear is not None for part in parts) or _reaches(node, addition):
+            return parts
     linear = _arguments(node)
     return [Addend(index, node, linear if linear is not None and _is_last_layer(node, linear) else None)]
+
+
+def _reaches(node: fx.Node, addition: Collection[fx.Node]) -> bool:
+    """Whether `node` is one of the additions that lead to `addition`."""
+    return node in addition or (is_addition(node) and any(_reaches(term, addition) for term in node.all_input_nodes))
 
 
 def _arguments(node: fx.Node) -> LinearMap | None:
@@ -139,9 +156,15 @@ class Shares:
     @cached_property
     def all(self) -> fx.Node:
         """`[n + 1]`."""
-        emit, count = self._emit, len(self._chain.alphas) + 1
-        alphas = emit(torch._C._nn.pad, self._alphas(), (1, 0), "constant", 1.0)
-        left = emit(torch.broadcast_to, emit(torch.rsub, alphas, 1), (count, count))  # what each leaves of the others
+        emit, keeps, count = self._emit, self._chain.keeps, len(self._chain.alphas) + 1
+        alphas = emit(torch._C._nn.pad, self._vector(self._chain.alphas), (1, 0), "constant", 1.0)
+        if all(keeps):
+            return alphas
+        replaced = alphas
+        if any(keeps):
+            blended = [0.0 if kept else alpha for alpha, kept in zip(self._chain.alphas, keeps, strict=True)]
+            replaced = emit(torch._C._nn.pad, self._vector(blended), (1, 0), "constant", 1.0)
+        left = emit(torch.broadcast_to, emit(torch.rsub, replaced, 1), (count, count))  # what each leaves of the others
         ones = emit(torch.tril, emit(torch.ones_like, left))
         return emit(torch.mul, alphas, emit(torch.prod, emit(torch.add, emit(torch.triu, left, 1), ones), 1))
 
@@ -158,9 +181,9 @@ class Shares:
             self._single[index] = self._emit(torch.select, self.all, 0, index)
         return self._single[index]
 
-    def _alphas(self) -> fx.Node:
-        """`[n]`: a part of the graph's vector, or put together where some are numbers."""
-        emit, alphas = self._emit, self._chain.alphas
+    def _vector(self, alphas: Sequence[fx.Node | float]) -> fx.Node:
+        """`[n]`: a part of the graph's vector of alphas, or put together where some are numbers."""
+        emit = self._emit
         selects = [alpha for alpha in alphas if isinstance(alpha, fx.Node)]
         if len(selects) == len(alphas):
             places: list[Any] = [select.args[2] for select in selects]

@@ -3,11 +3,14 @@
     y_0 = base;  y_i = y_(i-1) + alpha_i * (kernel_i - y_(i-1));  the site's value is the last y
 
 `FoldFossils` may have shortened it: an alpha is then a number, and the base the output of a kernel.
+
+Where kernel_i reads y_(i-1), and does so in one final addition and nowhere else, y_i is a sum still, of y_(i-1) and
+alpha_i times the rest. A kernel that reads it in another way needs its value, and a chain begins there anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +22,12 @@ from esper_passes._blend import ALPHAS, SEED, TYPE_AS
 __all__ = [
     "TO_DTYPE",
     "Chain",
+    "addition_of",
     "alpha_index",
     "cast_of",
     "chains",
     "erase_dead",
+    "is_addition",
     "is_blend",
     "recorded",
     "release",
@@ -38,7 +43,8 @@ class Chain:
 
     `base` is what the first kernel is blended with, `blends` are the `lerp` nodes in order, `kernels` the outputs of
     the kernels before they are cast to the site's `dtype`, `alphas` one `select` or number for each. `host` is the
-    site's linear call, None if there is nothing left of it. `dtype` is None if it is not known.
+    site's linear call, None if there is nothing left of it. `dtype` is None if it is not known. `keeps` says of each
+    kernel whether it is added to what was there before it, which :attr:`before` names.
     """
 
     host: fx.Node | None
@@ -47,6 +53,12 @@ class Chain:
     blends: tuple[fx.Node, ...]
     kernels: tuple[fx.Node, ...]
     alphas: tuple[fx.Node | float, ...]
+    keeps: tuple[bool, ...]
+
+    @property
+    def before(self) -> tuple[fx.Node, ...]:
+        """What each kernel is blended with."""
+        return (self.base, *self.blends[:-1])
 
     @property
     def end(self) -> fx.Node:
@@ -97,23 +109,50 @@ def _is_cast(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target in (TYPE_AS, TO_DTYPE) and isinstance(node.args[0], fx.Node)
 
 
-def chains(graph: fx.Graph) -> list[Chain]:
-    """The blends of `graph` itself, in the order of their calls."""
+def chains(graph: fx.Graph) -> Iterator[Chain]:
+    """The blends of `graph` itself, in the order of their calls; each as it is when its turn comes."""
     by_call: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if is_blend(node):
             by_call.setdefault(seed_of(node)[0], []).append(node)
-    return [_chain(_linked(blends)) for blends in by_call.values()]
+    for blends in by_call.values():
+        for linked in _linked(blends):
+            yield _chain(linked)
 
 
-def _linked(blends: Sequence[fx.Node]) -> list[fx.Node]:
-    """The last of `blends`, and those before it as far as each is used by the next one alone."""
-    linked = [blends[-1]]
-    for blend in reversed(blends[:-1]):
-        if linked[0].args[0] is not blend or len(blend.users) != 1:
-            break
-        linked.insert(0, blend)
+def _linked(blends: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """`blends`, divided where the value between two of them is used by more than the sum."""
+    linked: list[list[fx.Node]] = []
+    for blend in blends:
+        before = linked[-1][-1] if linked else None
+        if before is not None and blend.args[0] is before and _readers(before, blend) == addition_of(before, blend):
+            linked[-1].append(blend)
+        else:
+            linked.append([blend])
     return linked
+
+
+def _readers(value: fx.Node, blend: fx.Node) -> set[fx.Node]:
+    return {user for user in value.users if user is not blend}
+
+
+def addition_of(value: fx.Node, blend: fx.Node) -> set[fx.Node]:
+    """The addition by which the kernel of `blend` adds something to `value`, if that is what its output is."""
+    pending = [cast_of(blend)[0]]
+    while pending:
+        node = pending.pop()
+        if not is_addition(node):
+            continue
+        if [argument is value for argument in node.args].count(True) == 1:
+            return {node}
+        pending += [argument for argument in node.args if isinstance(argument, fx.Node)]
+    return set()
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether `node` is a sum of two that a kernel computes, and of which only one thing is made."""
+    plain = node.target is torch.add and not node.kwargs and len(node.users) == 1 and bool(seed_of(node)[0])
+    return plain and all(isinstance(argument, fx.Node) for argument in node.args)
 
 
 def _chain(blends: Sequence[fx.Node]) -> Chain:
@@ -128,6 +167,7 @@ def _chain(blends: Sequence[fx.Node]) -> Chain:
         tuple(blends),
         tuple(cast_of(blend)[0] for blend in blends),
         tuple(alpha if isinstance(alpha, float) else alpha.args[0] for alpha in alphas),
+        tuple(bool(addition_of(before, blend)) for before, blend in zip((base, *blends), blends, strict=False)),
     )
 
 

@@ -178,8 +178,8 @@ class _Batch:
 
     def _scaled(self, node: fx.Node, indices: Sequence[int]) -> fx.Node:
         """`node` times the sum of the shares at `indices`."""
-        if sorted(indices) == list(range(len(self._chain.alphas) + 1)):
-            return node  # all shares together are 1
+        if tuple(indices) == (0,) and all(self._chain.keeps):
+            return node  # nothing takes any of it away
         share = self._shares.one(indices[0]) if len(indices) == 1 else self._emit(torch.sum, self._shares.some(indices))
         return self._emit(torch.mul, node, share)
 

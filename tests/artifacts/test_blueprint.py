@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -239,12 +240,28 @@ def test_ids_are_equal_in_any_process() -> None:
     assert len(outputs.pop().split()) == 6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_nobody_chose_a_start_for_changes_nothing_at_any_share(family: str) -> None:
+    graph, tensors = FAMILIES[family]().build()
+    x, y = torch.randn(3, 8), torch.randn(3, 6)
+    output = graph.to_module(tensors)(x, y)
+    assert all(torch.equal(torch.lerp(y, output, alpha), y) for alpha in (0.0, 0.3, 1.0))
+
+
+def test_the_id_of_a_start_that_is_given_is_what_it_was() -> None:
+    text = (
+        '{"activation":"gelu","bias":true,"dtype":"float32","family":"bottleneck","in_features":8,"out_features":6,'
+        '"rank":2,"schema":1,"seed":0,"start":"zero"}'
+    )
+    assert Blueprint.bottleneck(8, 6, 2, start="zero").id == hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_canonical_json_and_id() -> None:
     blueprint = Blueprint.bottleneck(8, 6, 2)
     text = blueprint.to_json()
     assert text == (
         '{"activation":"gelu","bias":true,"dtype":"float32","family":"bottleneck","in_features":8,"out_features":6,'
-        '"rank":2,"schema":1,"seed":0,"start":"zero"}'
+        '"rank":2,"schema":1,"seed":0,"start":"identity"}'
     )
     short = {"rank": 2, "family": "bottleneck", "out_features": 6, "in_features": 8}
     for source in (text, text.encode(), json.loads(text), short, json.dumps(short, indent=2)):

@@ -23,13 +23,13 @@ X = torch.linspace(-1, 1, 24).reshape(3, 8)
 def main() -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a child
     with tempfile.TemporaryDirectory() as folder, KernelShelf(Path(folder)) as shelf:
-        model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+        model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode="fx")
         run = torch.compile(model, backend="esper", options={"inner": "aot_eager"})
         dormant = run(X)
         assert torch.allclose(model(X), dormant)
         one, two = put(shelf, 8, 6), put(shelf, 6, 4)
 
-        building = Stop("esper.core.eager_regions:_graph_of", "get")
+        building = Stop("esper.eager.parts:_generate", "generate")
         threading.setprofile(building.look)  # of the thread that stages
         loading = model.request_kernel("0", 0, one, alpha=0.5)
         building.wait()

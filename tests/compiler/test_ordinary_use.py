@@ -299,7 +299,7 @@ def test_parts_compiled_in_place(how: str, shelf: KernelShelf, x: Tensor) -> Non
         else:
             model[index] = compiled(model[index], counting)
     agrees_through_a_swap(model, model, {"1.fc": put(shelf, 8, 8), "2": put(shelf, 8, 4)}, x)
-    assert counting.graphs == 3
+    assert counting.graphs == 2  # one of both blocks while they sleep, one with the kernel
 
 
 @pytest.mark.parametrize("how", ["compile", "torch.compile"])

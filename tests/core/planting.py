@@ -1,4 +1,4 @@
-"""What the tests of shadows, traces and generated code share: a site module, and a model wrapped by hand."""
+"""What the tests of shadows share: a site module, and a model wrapped by hand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from esper.core.eager_regions import EagerRegions
 from esper.core.shadow import plant
 from esper.core.targets import select_targets
-from esper_passes import ElideDormant
 
-__all__ = ["Planted", "Site", "agrees", "dormant", "planted"]
+__all__ = ["Planted", "Site", "agrees", "planted"]
 
 
 class Site(nn.Linear):
@@ -28,11 +26,6 @@ class Site(nn.Linear):
         return site
 
 
-def dormant(module: fx.GraphModule) -> fx.GraphModule:
-    """The transformation for a plan without kernels."""
-    return ElideDormant()(module).graph_module
-
-
 @dataclass
 class Planted:
     """A host, its shadow and the shadow's sites."""
@@ -40,12 +33,6 @@ class Planted:
     host: nn.Module
     root: nn.Module
     sites: dict[str, Site]
-
-    def regions(self) -> EagerRegions:
-        return EagerRegions(self.root, {site: index for index, site in enumerate(self.sites.values())})
-
-    def run(self) -> Callable[..., Any]:
-        return self.regions().build(dormant)
 
 
 def planted(host: nn.Module, target_layers: Any = None) -> Planted:

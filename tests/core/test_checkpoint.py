@@ -65,7 +65,7 @@ def test_a_dormant_model_has_the_state_dict_of_its_host(make: Callable[[], nn.Mo
     model = esper.wrap(host)
     state, expected = model.state_dict(), host.state_dict()
     assert list(state) == list(expected)
-    assert state._metadata == expected._metadata
+    assert state._metadata == {**expected._metadata, "": {**expected._metadata[""], "esper_dormant": True}}
     for name, value in expected.items():
         assert (
             value is state[name] or torch.equal(value, state[name])
@@ -242,11 +242,40 @@ def test_a_checkpoint_replaces_the_whole_plan(shelf: KernelShelf, x: torch.Tenso
     assert ("2", 1, "FOSSILIZED") in reports
 
 
-def test_a_schedule_is_not_saved_and_that_is_said(
+@pytest.mark.parametrize("ramp", [esper.LinearRamp(0.0, 1.0, 6), esper.CosineRamp(1.0, 0.25, 5)], ids=["line", "wave"])
+def test_a_ramp_goes_on_where_it_was_when_training_is_resumed(
+    shelf: KernelShelf, x: torch.Tensor, ramp: esper.LinearRamp | esper.CosineRamp
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=ramp)
+    model(x), model(x), model(x)
+    state = saved(model)
+    fresh = apart()
+    fresh.load_state_dict(state)
+    for _ in range(6):
+        assert torch.equal(fresh(x), model(x))
+        assert fresh.kasmina_layers["0"].state.alpha(0) == model.kasmina_layers["0"].state.alpha(0)
+    model.load_state_dict(state)  # and in the model itself, whose ramp has ended
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(x), model(x))
+    assert model.kasmina_layers["0"].state.alpha(0) == pytest.approx(ramp(3), abs=1e-3)
+
+
+def test_the_shape_of_what_is_saved_does_not_depend_on_values(shelf: KernelShelf, x: torch.Tensor) -> None:
+    """A planner of torch.distributed.checkpoint reads into tensors of the sizes that it finds."""
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=1.0)
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    model.set_alpha("0", 0, esper.CosineRamp(0.123456789, 0.987654321, 2**61))
+    model(x)
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def test_another_schedule_is_not_saved_and_that_is_said(
     shelf: KernelShelf, x: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-    load(model, "0", 0, shelf.put(blueprint()).id, alpha=esper.LinearRamp(0.0, 1.0, 4))
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=lambda step: min(step / 4, 1.0))
     model(x), model(x), model(x)
     fresh = apart()
     fresh.load_state_dict(saved(model))
@@ -341,3 +370,74 @@ def test_compiled_models_follow(shelf: KernelShelf, x: torch.Tensor, inner: str,
         torch.testing.assert_close(compiled(x), model(x))
     fresh.load_state_dict(saved(mlp(8, 6, 4)))
     torch.testing.assert_close(ours(x), fresh(x))
+
+
+# -- rollback ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commit", ["auto", "manual"])
+def test_a_checkpoint_from_before_growth_brings_that_model_back(
+    shelf: KernelShelf, x: torch.Tensor, caplog: pytest.LogCaptureFixture, commit: Any
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, commit=commit)
+    best, want, dormant = saved(model), model(x).detach(), states(model)
+    assert model.request_kernel("0", 0, shelf.put(blueprint()).id, trainable=True).result(30)
+    model.commit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert not torch.allclose(model(x), want)
+    assert model.request_kernel("2", 0, shelf.put(blueprint(6, 4)).id).result(30)  # staged, and called off
+    model.load_state_dict(best)
+    assert torch.equal(model(x), want)
+    assert states(model) == dormant
+    assert not list(model.seed_parameters())
+    assert "of the host alone" not in caplog.text
+
+
+def test_a_checkpoint_of_the_host_leaves_kernels_and_says_so(
+    shelf: KernelShelf, x: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    for plain in (saved(mlp(8, 6, 4)), dict(model.state_dict())):
+        load(model, "0", 0, shelf.put(blueprint()).id, trainable=True)
+        caplog.clear()
+        model.load_state_dict(plain)
+        assert states(model)["0"][0] == "ACTIVE"
+        assert caplog.text.count("of the host alone") == 1
+
+
+def test_a_checkpoint_from_before_growth_in_a_larger_module(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    alone = esper.KasminaLayer(0, 2, 4, 4, layer_name="alone")
+    whole = nn.Sequential(model, alone)
+    best, want = saved(whole), whole(x).detach()
+    load(model, "0", 0, shelf.put(blueprint()).id, trainable=True)
+    assert not torch.allclose(whole(x), want)
+    whole.load_state_dict(best)
+    assert torch.equal(whole(x), want)
+    assert states(model)["0"][0] == "DORMANT"
+    nn.Sequential(mlp(8, 6, 4), nn.Linear(4, 4)).load_state_dict(best)  # law 6
+
+
+def test_the_host_part_of_a_grown_checkpoint_leaves_kernels(shelf: KernelShelf) -> None:
+    model = grown(shelf)
+    state = saved(model)
+    for key in [key for key in state if key.startswith(OWN)]:
+        del state[key]
+    before = states(model)
+    model.load_state_dict(state)
+    assert states(model) == before
+
+
+def test_a_rollback_inside_a_backward_is_refused_with_nothing_changed(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    best = saved(model)
+    load(model, "0", 0, shelf.put(blueprint()).id, trainable=True)
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(2)
+    want, y = model(x).detach(), model(x)
+    y.register_hook(lambda _: model.load_state_dict(best) and None)
+    with pytest.raises(RuntimeError, match="backward"):
+        y.sum().backward()
+    assert torch.equal(model(x), want)

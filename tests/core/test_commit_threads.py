@@ -138,7 +138,7 @@ def test_loads_from_several_threads_at_once(shelf: KernelShelf) -> None:
 
 
 class Halted(nn.Module):
-    """Two layers, and between them a stop that compilers cannot look into."""
+    """Two layers, and between them a stop that compilers cannot look into, nor torch.fx for its second assertion."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,6 +150,7 @@ class Halted(nn.Module):
     def halt(self, x: torch.Tensor) -> torch.Tensor:
         self.arrived.set()
         assert self.go_on.wait(30)
+        assert x.isfinite().all()
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

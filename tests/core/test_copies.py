@@ -112,13 +112,18 @@ def test_a_deep_copy_loads_kernels_from_the_same_platform(shelf: KernelShelf, x:
         assert not torch.equal(twin(x), model(x))
 
 
-def test_a_deep_copy_goes_on_with_schedules_and_a_pickle_does_not(
+def test_a_deep_copy_goes_on_with_any_schedule_and_a_pickle_with_a_ramp(
     shelf: KernelShelf, x: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
     load(model, "0", 0, shelf.put(blueprint()).id, alpha=esper.LinearRamp(0.0, 1.0, 8))
     for _ in range(3):
         model(x)
+    resumed = pickled(model)
+    resumed(x)
+    assert resumed.kasmina_layers["0"].state.alpha(0) == 0.375
+    model.set_alpha("0", 0, lambda step: (step + 2) / 8)
+    model(x)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
     assert twin.kasmina_layers["0"].state.alpha(0) == 0.375

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import esper
-import esper.core.tracing
+import esper.eager.tracer
 from esper.contracts.commands import CommandStatus, KasminaAction, KasminaCommandOutcome, KasminaControlCommand
 from esper.contracts.messages import OonaMessage, TopicNames
 from esper.services.oona import InMemoryBus
@@ -44,7 +44,7 @@ def while_another_thread_is_in() -> Iterator[Callable[[Callable[[threading.Event
 
 def wraps_and_runs(root: str) -> list[int]:
     os.environ["ESPER_PLATFORM__ROOT"] = root
-    model = esper.wrap(mlp(8, 6, 4))
+    model = esper.wrap(mlp(8, 6, 4), mode="fx")
     model.request_kernel("0", 0, "nothing of this name").result(30)
     return list(model(torch.randn(3, 8)).shape)
 
@@ -53,7 +53,7 @@ def test_while_a_model_is_traced(
     while_another_thread_is_in: Callable[[Callable[[threading.Event, threading.Event], object]], None], tmp_path: Path
 ) -> None:
     def trace(inside: threading.Event, go_on: threading.Event) -> None:
-        with esper.core.tracing._lock.held():  # no code that can be traced waits for something
+        with esper.eager.tracer._lock.held():  # no code that can be traced waits for something
             inside.set()
             assert go_on.wait(60)
 

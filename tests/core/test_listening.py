@@ -122,7 +122,7 @@ class TestSteering:
 
             assert control.do(action="set_alpha", alpha=0.25).succeeded
             quarter = outputs(model, x)
-            expected = esper.wrap(host, seeds_per_layer=2, platform=model._options.platform)
+            expected = esper.wrap(host, seeds_per_layer=2, platform=model._wrapping.options.platform)
             load(expected, "0", 0, kernel, alpha=0.5)
             assert torch.equal(half, outputs(expected, x))
             expected.set_alpha("0", 0, 0.25)

@@ -89,7 +89,7 @@ def test_hooks_of_a_target_come_along() -> None:
     host = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     host[0].register_forward_hook(lambda module, args, output: output * 2)
     host[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-    agrees(host, planted(host).run(), torch.randn(3, 4))
+    agrees(host, planted(host).root, torch.randn(3, 4))
     agrees(host, planted(host).root, torch.randn(3, 4))
 
 
@@ -148,7 +148,7 @@ def test_a_replaced_forward_is_kept_and_nothing_below_it_is_a_site() -> None:
     case = planted(host)
     assert list(case.sites) == ["1.fc"]
     assert case.root[0] is host[0]
-    agrees(host, case.run(), torch.randn(3, 4))
+    agrees(host, case.root, torch.randn(3, 4))
 
 
 def test_parametrized_scripted_and_uninitialised_modules() -> None:
@@ -161,14 +161,14 @@ def test_parametrized_scripted_and_uninitialised_modules() -> None:
     host = nn.Sequential(parametrized, torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 4))
     case = planted(host)
     assert list(case.sites) == ["2"]
-    agrees(host, case.run(), torch.randn(3, 4))
+    agrees(host, case.root, torch.randn(3, 4))
     case.root[0].parametrizations.weight.original.data.mul_(2)
-    agrees(host, case.run(), torch.randn(3, 4))
+    agrees(host, case.root, torch.randn(3, 4))
 
 
 def test_weight_norm_runs_on_the_shadow() -> None:
     host = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    agrees(host, planted(host).run(), torch.randn(3, 4))
+    agrees(host, planted(host).root, torch.randn(3, 4))
 
 
 def test_classes_with_slots_and_with_their_own_new() -> None:
@@ -188,7 +188,7 @@ def test_classes_with_slots_and_with_their_own_new() -> None:
 
     host = Odd(4)
     agrees(host, planted(host).root, torch.randn(3, 4))
-    agrees(host, planted(host).run(), torch.randn(3, 4))
+    agrees(host, planted(host).root, torch.randn(3, 4))
 
 
 def test_load_hooks_are_called_with_the_shadow() -> None:
@@ -237,7 +237,7 @@ def test_fast_path_of_encoder_layers_is_left_while_a_seed_is_active() -> None:
     x = torch.randn(2, 3, 8)
     for seeds in ((), (1,)):
         case, host = encoder(seeds)
-        run = case.run()
+        run = case.root
         with torch.no_grad():
             expected = host(x)
             calls: list[int] = []

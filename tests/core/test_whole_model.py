@@ -238,7 +238,7 @@ def test_modules_that_are_added_replaced_and_deleted(x: torch.Tensor) -> None:
     assert not torch.equal(model(inputs), host(inputs))
     twin = copy.deepcopy(model)
     assert torch.equal(twin(inputs), model(inputs))
-    assert "0.fc1" not in twin.kasmina_layers
+    assert twin[0].fc1 is twin.kasmina_layers["0.fc1"]
     model.plain = 3
     assert not hasattr(host, "plain")
     del model.plain

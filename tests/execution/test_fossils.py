@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from esper.artifacts import OPERATORS, ArtifactGraphError, Blueprint, KernelGraph, Node, TensorSpec, build_artifact
-from esper.execution.fossils import folded, is_affine
+from esper.execution.fossils import fold, is_added, is_affine, is_cheap
 from esper.execution.loaded_kernel import LoadedKernel
+from tests import composition
+from tests.composition import KINDS
 
 IN, OUT = 6, 4
 
@@ -121,7 +123,31 @@ def _check_affine(graph, linear):
     assert not linear or not zero.any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_kernels_add_to_the_output(kind):
+    added = [name for name in KINDS if name.endswith("added") and not name.startswith("output")]
+    assert is_added(KINDS[kind].blueprint(0, "float32").graph) == (kind in (*added, "output less a map"))
+
+
+def test_what_is_much_work_at_a_commit_is_left():
+    """Any single map, and a low rank, of a large layer; and all maps of a small one."""
+    assert is_cheap(Blueprint.affine(4096, 4096, start="identity").graph)
+    assert is_cheap(Blueprint.low_rank(4096, 4096, 16, start="identity").graph)
+    assert not is_cheap(Blueprint.low_rank(4096, 4096, 2048).graph)
+    assert is_cheap(Blueprint.low_rank(64, 64, 2048).graph)
+    product = (Node("w", "matmul", ("a", "b"), {}), Node("h", "neg", ("x",), {}), Node("y", "linear", ("h", "w"), {}))
+    shapes = (("a", (OUT, 4096)), ("b", (4096, IN)))
+    assert not is_cheap(graph_of(*product, tensors=shapes))  # the size of what it computes is not known beforehand
+
+
 # ---- folding -------------------------------------------------------------------------------------------------------
+
+
+def folded(weight, bias, kernel, alpha):
+    """The weight and bias of the folded layer; `weight` and `bias` stay."""
+    new_weight, new_bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    fold(new_weight, new_bias, kernel, alpha)
+    return new_weight, new_bias
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -131,11 +157,8 @@ def test_the_folded_layer_is_the_blend(blueprint, alpha, trainable):
     kernel = loaded(blueprint, trainable)
     kernel = randomised(kernel) if trainable else kernel
     weight, bias = torch.randn(OUT, IN, requires_grad=True), torch.randn(OUT, requires_grad=True)
-    before = weight.clone(), bias.clone(), [parameter.clone() for parameter in kernel.parameters]
+    before = [parameter.clone() for parameter in kernel.parameters]
     new_weight, new_bias = folded(weight, bias, kernel, alpha)
-    assert not new_weight.requires_grad
-    assert not new_bias.requires_grad
-    assert (new_weight.dtype, new_bias.dtype) == (weight.dtype, bias.dtype)
     x = torch.randn(9, IN, dtype=torch.double)
     torch.testing.assert_close(
         functional.linear(x, new_weight.double(), new_bias.double()),
@@ -143,9 +166,7 @@ def test_the_folded_layer_is_the_blend(blueprint, alpha, trainable):
         rtol=0,
         atol=3e-6,  # a rounding of each of six weights
     )
-    assert torch.equal(weight, before[0])
-    assert torch.equal(bias, before[1])
-    assert all(torch.equal(*pair) for pair in zip(kernel.parameters, before[2], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(kernel.parameters, before, strict=True))
 
 
 def blend(x, weight, bias, kernel, alpha):
@@ -169,20 +190,21 @@ def test_a_host_without_bias_takes_a_linear_kernel(blueprint):
 
 def test_the_ends_of_alpha_are_exact():
     weight, bias = torch.randn(OUT, IN), torch.randn(OUT)
-    kernel = randomised(loaded(Blueprint.affine(IN, OUT), trainable=True))
+    kernel = randomised(loaded(Blueprint.affine(IN, OUT, start="kaiming"), trainable=True))
     for alpha, expected in ((0.0, (weight, bias)), (1.0, kernel.parameters)):
         assert all(torch.equal(*pair) for pair in zip(folded(weight, bias, kernel, alpha), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_rounded_once_to_their_own_dtype(dtype):
-    kernel = randomised(loaded(Blueprint.affine(IN, OUT, dtype=dtype), trainable=True))
+    kernel = randomised(loaded(Blueprint.affine(IN, OUT, start="kaiming", dtype=dtype), trainable=True))
     weight = torch.randn(OUT, IN).to(getattr(torch, dtype))
     bias = torch.randn(OUT).to(weight.dtype)
     new_weight, new_bias = folded(weight, bias, kernel, 0.3)
     own_weight, own_bias = (parameter.detach().double() for parameter in kernel.parameters)
-    assert torch.equal(new_weight, torch.lerp(weight.double(), own_weight, 0.3).to(weight.dtype))
-    assert torch.equal(new_bias, torch.lerp(bias.double(), own_bias, 0.3).to(weight.dtype))
+    for new, old, own in ((new_weight, weight, own_weight), (new_bias, bias, own_bias)):
+        exact = torch.lerp(old.double(), own, 0.3)
+        assert ((new.double() - exact).abs() <= 0.51 * torch.finfo(new.dtype).eps * exact.abs().clamp(min=1e-3)).all()
 
 
 def test_a_kernel_that_reads_its_input_in_several_ways():
@@ -220,3 +242,49 @@ def test_the_mode_of_the_forward_that_commits_makes_no_difference(mode):
     with mode():
         result = folded(weight, bias, kernel, 0.3)
     assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_affine_kind_is_folded_as_the_formula_says(kind, alpha):
+    """Those that scale the output, or map it, among them."""
+    blueprint = KINDS[kind].blueprint(0, "float64")
+    if not is_affine(blueprint.graph):
+        assert kind not in composition.AFFINE
+        return
+    kernel = randomised(loaded(blueprint, trainable=True))
+    features = composition.OUT, composition.IN
+    weight, bias = torch.randn(features, dtype=torch.double), torch.randn(features[0], dtype=torch.double)
+    parameters = dict(zip(kernel.graph.tensor_names, kernel.parameters, strict=True))
+    x = torch.randn(5, composition.IN, dtype=torch.double)
+    expected = composition.composed(x, weight, bias, [composition.Planted(kind, parameters, alpha)])
+    torch.testing.assert_close(functional.linear(x, *folded(weight, bias, kernel, alpha)), expected)
+
+
+def test_a_constant_of_more_features_than_what_it_is_added_to():
+    graph = graph_of(
+        Node("a", "linear", ("x", "narrow"), {}),
+        Node("b", "sub", ("p", "a"), {}),
+        Node("y", "linear", ("b", "wide"), {}),
+        tensors=(("narrow", (1, IN)), ("p", (3,)), ("wide", (OUT, 3))),
+    )
+    tensors = dict.fromkeys(graph.tensor_names, "kaiming")
+    kernel = randomised(loaded(Blueprint.from_graph(graph, tensors), trainable=True))
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(9, IN, dtype=torch.double)
+    new_weight, new_bias = folded(weight, bias, kernel, 0.6)
+    torch.testing.assert_close(
+        functional.linear(x, new_weight.double(), new_bias.double()),
+        blend(x, weight, bias, kernel, 0.6),
+        rtol=0,
+        atol=3e-6,
+    )
+
+
+def test_autocast_does_not_go_on_with_the_old_weight():
+    layer, kernel, x = nn.Linear(IN, OUT), loaded(AFFINE[0]), torch.randn(9, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)  # autocast keeps the weight in bfloat16 until the region ends
+        fold(layer.weight, layer.bias, kernel, 0.5)
+        inside = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(inside, layer(x))

@@ -94,7 +94,7 @@ async def test_an_unknown_kernel_is_none_with_a_reason_and_is_not_remembered(sou
 
 
 async def test_a_cache_without_a_source_knows_no_kernel():
-    cache = KernelCache(max_cache_size_mb=1, max_entries=1)
+    cache = KernelCache(max_cache_size_mb=1, max_entries=1, source=None)
     assert await cache.load_kernel("ab" * 32) is None
     assert "without a kernel source" in cache.failure("ab" * 32)
     assert await cache.load_kernel("a-name") is None
@@ -114,7 +114,7 @@ def test_nonsensical_budgets_are_refused():
             KernelCache(size)
     with pytest.raises(ValueError, match="max_entries is 0"):
         KernelCache(1, 0)
-    cache = KernelCache(0.5, 3)
+    cache = KernelCache(0.5, 3, source=None)
     assert (cache.max_cache_size_mb, cache.max_entries, cache.source) == (0.5, 3, None)
 
 

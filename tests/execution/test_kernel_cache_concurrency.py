@@ -104,6 +104,7 @@ async def test_without_a_thread_for_it_a_fetch_fails_and_the_next_one_works(sour
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
 
+    wait_until(lambda: all(thread.name != "esper-fetching" for thread in threading.enumerate()), 60)  # idle ones end
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         with pytest.raises(RuntimeError, match="can't start new thread"):

@@ -205,7 +205,7 @@ def _python_calls(model: nn.Module, x: torch.Tensor) -> Counter[str]:
 
 
 def test_a_dormant_forward_runs_no_code_of_ours_at_any_site(platform: GatedPlatform, x: torch.Tensor) -> None:
-    few, many = (wrapped(platform, mlp(8, *[8] * depth)) for depth in (2, 12))
+    few, many = (wrapped(platform, mlp(8, *[8] * depth), mode="fx") for depth in (2, 12))
     calls = []
     for model in (few, many):
         for _ in range(3):

@@ -190,11 +190,10 @@ class ReferenceSeed:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, seeds: Sequence[ReferenceSeed]) -> Tensor:
-    """`y = x W^T + b`, then for each seed `y = a K(x) + (1 - a) y`. For float64 tensors."""
+    """`y = x W^T + b`, then for each seed `y = a K(x, y) + (1 - a) y`. For float64 tensors."""
     y = x @ weight.T if bias is None else x @ weight.T + bias
-    host = y
     for seed in seeds:
-        given = [x, host] if seed.uses_host else [x]
+        given = [x, y] if seed.uses_host else [x]
         if seed.isolate:
             given = [value.detach() for value in given]
         y = seed.alpha * run_low_rank(seed.parameters, *given) + (1 - seed.alpha) * y

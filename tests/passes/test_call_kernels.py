@@ -100,7 +100,7 @@ def forward(self, x):
     select = torch.select(alphas, 0, 0)
     type_as_default_1 = torch.ops.aten.type_as.default(select, site_default)
     lerp = torch.lerp(site_default, type_as_default, type_as_default_1)
-    host_kernel = tests_passes_test_call_kernels_host_kernel(x, site_default)
+    host_kernel = tests_passes_test_call_kernels_host_kernel(x, lerp)
     type_as_default_2 = torch.ops.aten.type_as.default(host_kernel, site_default)
     select_1 = torch.select(alphas, 0, 1)
     type_as_default_3 = torch.ops.aten.type_as.default(select_1, site_default)

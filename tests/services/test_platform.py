@@ -25,7 +25,7 @@ from esper.artifacts import (
     UntrustedArtifactError,
     load_artifact,
 )
-from esper.compiler.attachment import load_attachment
+from esper.compiler.attachment import load_attachment, read_payload
 from esper.configs import EsperConfig, TezzeretConfig
 from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
 from esper.execution.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
@@ -121,7 +121,7 @@ class TestACompiledKernel:
         attachment.verify(trust)
         assert (attachment.artifact_id, attachment.target) == (compiled.kernel.id, target)
 
-        run = load_attachment(attachment.payload)
+        run = load_attachment(read_payload(attachment.payload)[1])
         graph, tensors = KERNEL.build()
         weights = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
         module = graph.to_module(weights)

@@ -174,18 +174,41 @@ def test_a_stop_ends_the_child_at_once_and_gives_the_blueprint_back(bench: Bench
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
 
 
+SECRETS = """
+ESPER_URZA__TOKEN ESPER_DATABASE__URL AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_PROFILE
+AZURE_STORAGE_KEY AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_SAS_TOKEN AZURE_CLIENT_SECRET AZURE_TENANT_ID
+AZURE_CLIENT_ID ARM_CLIENT_SECRET GOOGLE_APPLICATION_CREDENTIALS GOOGLE_API_KEY GCP_SERVICE_ACCOUNT
+CLOUDSDK_AUTH_ACCESS_TOKEN PGPASSWORD PGPASSFILE PGUSER PGSERVICEFILE POSTGRES_PASSWORD MYSQL_PWD REDIS_URL
+REDISCLI_AUTH MONGODB_URI DATABASE_URL HF_TOKEN HF_TOKEN_PATH HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN
+WANDB_API_KEY COMET_API_KEY NEPTUNE_API_TOKEN MLFLOW_TRACKING_PASSWORD DATABRICKS_TOKEN KAGGLE_KEY OPENAI_API_KEY
+ANTHROPIC_API_KEY GITHUB_TOKEN GH_TOKEN GITLAB_TOKEN CI_JOB_TOKEN NPM_TOKEN PIP_INDEX_URL TWINE_PASSWORD VAULT_TOKEN
+KUBECONFIG DOCKER_AUTH_CONFIG SSH_AUTH_SOCK SLACK_WEBHOOK_URL SENTRY_DSN MY_SECRET MY_SECRET_FILE SIGNING_KEY
+SERVICE_PASSWORD api_key some_token DB_PASS TLS_CERT
+"""
+NO_SECRETS = "KEPT CXX_EXTRA OMP_PROC_BIND MONKEY_PATCHED TORCH_LOGS_OUT KEYBOARD COMPASS_DIR CUDA_HOME_EXTRA"
+SECRET_VALUES = {
+    "http_proxy": "http://me:hunter2@proxy:3128",
+    "MY_SERVER": "amqp://me:hunter2@host/",
+    "X": "-----BEGIN hunter2",
+}
+
+
 def test_a_child_stands_back_from_its_first_moment_on_and_gets_no_secrets(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It imports torch for seconds; on a machine that trains, that is not to be felt either."""
-    for name in ("ESPER_URZA__TOKEN", "ESPER_DATABASE__URL", "AWS_SECRET_ACCESS_KEY", "KEPT"):
+    for name in (*SECRETS.split(), *NO_SECRETS.split()):
         monkeypatch.setenv(name, "hunter2")
+    for name, value in SECRET_VALUES.items():
+        monkeypatch.setenv(name, value)
     bench.store.blueprints.submit(blueprint())
     working = bench.start(bench.worker())
     child = child_of()
     time.sleep(0.1)  # far less than the imports take
     assert child.nice() == min(19, os.nice(0) + 15)
-    assert [name for name, value in child.environ().items() if value == "hunter2"] == ["KEPT"]
+    given = child.environ()
+    assert {name for name, value in given.items() if "hunter2" in value} == set(NO_SECRETS.split())
+    assert {"PATH", "HOME", "TORCHINDUCTOR_CACHE_DIR"} & set(os.environ) <= set(given)
     assert "hunter2" not in " ".join(child.cmdline())
     bench.stop.set()
     working.result(timeout=30)

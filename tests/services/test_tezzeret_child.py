@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from esper.artifacts import Blueprint, Target, load_artifact
-from esper.compiler.attachment import load_attachment
+from esper.compiler.attachment import load_attachment, read_payload
 from esper.services.tezzeret import child
 from esper.services.tezzeret.child import compile_blueprint
 from esper.services.tezzeret.limits import PIPELINES
@@ -32,7 +32,7 @@ def test_a_sound_blueprint_leaves_artifact_and_attachment(tmp_path: Path) -> Non
     assert result.report.passed, result.report.reason
     artifact = load_artifact((tmp_path / ARTIFACT).read_bytes(), expected_id=result.report.artifact_id)
     assert artifact.graph == KERNEL.graph
-    assert callable(load_attachment((tmp_path / ATTACHMENT).read_bytes()))
+    assert callable(load_attachment(read_payload((tmp_path / ATTACHMENT).read_bytes())[1]))
     assert result.target == Target.current().to_json()
     assert result.metadata is not None
     assert result.metadata.parameter_count == 6 * 2 + 2 * 4
@@ -47,7 +47,7 @@ def test_of_several_sets_of_options_the_fastest_is_kept(tmp_path: Path) -> None:
     assert tuple(report.tried) == pipeline.options
     times = {name: time for name, time in report.tried.items() if time is not None}
     assert times[report.options] == min(times.values())
-    assert callable(load_attachment((tmp_path / ATTACHMENT).read_bytes()))
+    assert callable(load_attachment(read_payload((tmp_path / ATTACHMENT).read_bytes())[1]))
 
 
 @pytest.mark.slow

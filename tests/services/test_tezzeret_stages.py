@@ -94,7 +94,7 @@ def test_what_killed_workers_began_is_finished_with_one_artifact(
     assert record.attempts == 3
     (kernel,) = store.kernels.query(KernelQuery(status=None))
     assert (kernel.id, kernel.name) == (record.artifact_id, "wanted")
-    data, signature = store.kernels.content(kernel.id)
+    data, (signature,) = store.kernels.content(kernel.id)
     trust = TrustStore([key.public_bytes])
     assert load_artifact(data, expected_id=kernel.id, trust=trust, signature=signature).graph == wanted.graph
     packed = store.kernels.attachment(kernel.id, Target.current().key)

@@ -126,14 +126,15 @@ class TestKernels:
         assert ended == store.blueprints.get(blueprint(1).id)
         assert (ended.artifact_id, ended.report) == (artifact.id, report)
         assert remote.kernels.get(artifact.id) == store.kernels.get(artifact.id)
-        assert remote.kernels.content(artifact.id) == store.kernels.content(artifact.id) == (artifact.data, signature)
+        assert remote.kernels.content(artifact.id) == (artifact.data, (signature,))
+        assert store.kernels.content(artifact.id) == (artifact.data, (signature,))
         assert remote.stats() == store.stats()
 
     def test_one_without_a_signature(self, store: UrzaStore, remote: RemoteStore) -> None:
         remote.blueprints.submit(blueprint(1))
         artifact = build_artifact(blueprint(1))
         add(remote, artifact, None, report_of(artifact))
-        assert remote.kernels.content(artifact.id) == store.kernels.content(artifact.id) == (artifact.data, None)
+        assert remote.kernels.content(artifact.id) == store.kernels.content(artifact.id) == (artifact.data, ())
 
     def test_a_large_one(self, store: UrzaStore, remote: RemoteStore) -> None:
         large = blueprint(1, width=2048)

@@ -40,7 +40,7 @@ def whole(data: bytes = DATA, *, etag: str = ETAG, cut: int | None = None, **hea
 
 def test_a_download_goes_on_where_it_broke_off() -> None:
     with broken(whole(cut=1000), part(1000, cut=500), part(1500)) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         ranges = [(request.headers.get("range"), request.headers.get("if-range")) for request in server.requests]
         assert ranges == [(None, None), ("bytes=1000-", ETAG), ("bytes=1500-", ETAG)]
 
@@ -53,20 +53,20 @@ def test_a_download_that_hangs_goes_on() -> None:
         return False
 
     with broken(stall, part(1000)) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert [request.headers.get("range") for request in server.requests] == [None, "bytes=1000-"]
 
 
 def test_a_download_of_another_version_starts_afresh() -> None:
     with broken(whole(b"old" * 1000, etag='"old"', cut=1000), whole()) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert server.requests[1].headers["if-range"] == '"old"'
 
 
 @pytest.mark.parametrize("etag", ['W/"weak"', "bare", ""])
 def test_without_a_strong_tag_a_download_starts_afresh(etag: str) -> None:
     with broken(whole(etag=etag, cut=1000), whole()) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert [request.headers.get("range") for request in server.requests] == [None, None]
 
 
@@ -78,7 +78,7 @@ def test_a_download_that_broke_off_after_its_last_byte() -> None:
         return False
 
     with broken(all_but_the_end, problem(416, "range-not-satisfiable")) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert [request.headers.get("range") for request in server.requests] == [None, f"bytes={len(DATA)}-"]
 
 
@@ -102,7 +102,7 @@ def test_a_part_that_was_not_asked_for(span: str) -> None:
 
 def test_wrong_bytes_are_asked_for_once_more() -> None:
     with broken(whole(DATA[::-1]), whole()) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert [request.headers.get("range") for request in server.requests] == [None, None]
 
 
@@ -115,7 +115,7 @@ def test_wrong_bytes_twice_are_an_error() -> None:
 
 def test_a_wrong_part_is_fetched_anew_as_a_whole() -> None:
     with broken(whole(cut=1000), part(1000, data=DATA[::-1]), whole()) as (server, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert [request.headers.get("range") for request in server.requests] == [None, "bytes=1000-", None]
 
 
@@ -143,7 +143,7 @@ def test_a_kernel_without_an_end() -> None:
 def test_more_bytes_than_announced_are_not_read() -> None:
     longer = answer(200, DATA + b"HTTP/1.1 200 OK\r\n\r\n", BINARY, length=len(DATA), ETag=ETAG)
     with broken(longer, GOOD) as (_, store):
-        assert store.kernels.content(DIGEST) == (DATA, None)
+        assert store.kernels.content(DIGEST) == (DATA, ())
         assert ask(store) == 2.5, "what was left over is not taken for the next answer"
 
 

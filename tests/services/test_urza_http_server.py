@@ -160,6 +160,23 @@ class TestSlowClients:
 
 
 class TestHeads:
+    def test_a_head_of_more_than_32_kib_is_refused_however_it_arrives(self, urza: RunningUrza) -> None:
+        """In one piece, or behind another request; a body may be as large as it likes."""
+        start, end = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nX: ", b"\r\n\r\n"
+        room = 32 * 1024 - len(start) - len(end)
+        small = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        for sent, answers in (
+            (start + b"x" * room + end, [200]),
+            (start + b"x" * (room + 1) + end, [400]),
+            (start + b" " * (room + 1) + end, [400]),
+            (start + b"x" * 50_000 + end, [400]),
+            (small + start + b"x" * 50_000 + end, [200, 400]),
+        ):
+            with raw_connection(urza.port) as connection:
+                connection.sendall(sent)
+                answer = ended(connection)
+            assert [int(each) for each in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)] == answers, len(sent)
+
     @pytest.mark.parametrize(
         "sent",
         [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from esper.services.errors import UnknownBlueprintError, UnknownKernelReferenceE
 from esper.services.urza import UrzaStore
 from esper.services.urza.models import KernelRow
 from esper.services.urza.retention import collect
+from tests.services.older_schema import as_left_by
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza
 from tests.services.urza_server_calls import record_of, submit, upload
@@ -196,12 +195,8 @@ def test_kernels_retired_before_their_time_was_noted_are_kept_from_the_update_on
     with UrzaStore.in_folder(folder) as store:
         artifact, _ = add_kernel(store, blueprint(1))
         retire(store, artifact)
-    with contextlib.closing(sqlite3.connect(folder / "esper.db")) as database, database:
-        database.execute("DROP INDEX ix_kernels_created_at")
-        database.execute("DROP INDEX ix_blueprints_submitted_at")
-        database.execute("ALTER TABLE kernels DROP COLUMN retired_at")
-        database.execute("UPDATE alembic_version SET version_num = '0001'")
+        as_left_by("0001", store)
     with UrzaStore.in_folder(folder) as store:
-        assert store.schema_version == "0002"
+        assert store.schema_version == "0003"
         assert collect(store, keep_days=1, dry_run=True).kernels == ()
         assert collect(store, keep_days=0, dry_run=True).kernels == (artifact.id,)

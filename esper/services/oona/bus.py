@@ -7,7 +7,10 @@ from typing import Protocol
 
 from esper.contracts.messages import OonaMessage
 
-__all__ = ["Bus", "BusSubscription"]
+__all__ = ["MAX_MESSAGE_BYTES", "Bus", "BusSubscription"]
+
+MAX_MESSAGE_BYTES = 2**20
+"""Of a message as JSON. Writing and reading a larger one would hold up every thread of a process that trains."""
 
 
 class BusSubscription(Protocol):

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from redis.exceptions import ResponseError
 
 from esper.contracts.messages import OonaMessage
+from esper.services.oona.bus import MAX_MESSAGE_BYTES
 from esper.services.oona.redis_link import Command
 
 __all__ = ["ORIGIN", "DeadLetter", "Entry", "Position", "StreamId", "StreamState", "Streams", "entries_of", "stream_id"]
@@ -53,6 +54,8 @@ class Entry:
         """Raises `ValueError` if it is no message."""
         if _FIELD not in (self.fields or {}):
             raise ValueError(f"there is no field {_FIELD.decode()!r}")
+        if len(self.raw) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"it has {len(self.raw)} bytes, more than {MAX_MESSAGE_BYTES}")
         try:
             return OonaMessage.model_validate_json(self.raw)
         except ValidationError as cause:
@@ -178,7 +181,7 @@ class Streams:
         """The command that keeps a dead letter."""
         entry = letter.entry
         fields: dict[str | bytes, str | bytes | int] = {
-            _FIELD: entry.raw,
+            _FIELD: entry.raw[:MAX_MESSAGE_BYTES],
             "reason": letter.reason,
             "topic": entry.key.removeprefix(self.key("")),
             "id": entry.text_id,

@@ -19,7 +19,7 @@ import torch
 
 from esper.artifacts import Artifact, Blueprint, KernelGraph, Node, Target, build_artifact
 from esper.child_processes import end_with_parent
-from esper.compiler.attachment import compile_attachment, load_attachment
+from esper.compiler.attachment import compile_attachment, load_attachment, with_latencies
 from esper.contracts.validation import AttachmentReport, LatencyMeasurement, ValidationCheck, ValidationReport
 from esper.services.contracts import KernelMetadata
 from esper.services.tezzeret.latency import measure_latencies
@@ -82,7 +82,8 @@ def compile_blueprint(blueprint: Blueprint, pipeline: Pipeline, folder: Path) ->
         )
         (folder / ARTIFACT).write_bytes(artifact.data)
         if payload is not None:
-            (folder / ATTACHMENT).write_bytes(payload)
+            compared = [(each.rows, each.graph_us, each.attachment_us) for each in latencies if each.attachment_us]
+            (folder / ATTACHMENT).write_bytes(with_latencies(payload, compared))
     except _FailedError as error:
         reason = str(error)
     report = ValidationReport(

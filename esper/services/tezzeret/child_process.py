@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
+import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,7 @@ from esper.child_processes import (
     start_child,
     wait_for_family,
 )
+from esper.ownership import UnsafePathError, check_own
 from esper.services.errors import ServiceError
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import LOG, ChildRequest
@@ -37,6 +41,7 @@ LOOK_EVERY = 0.25
 
 _MODULE = "esper.services.tezzeret.child"
 _NICE = 15
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 Kill = Literal["time", "memory", "stopped"]
 
 
@@ -99,7 +104,7 @@ def run_child(
     """
     log_path = Path(request.folder) / LOG
     with open(log_path, "wb") as log:
-        process = _start(log)
+        process = _start(log, Path(request.folder))
     child = _Child(process)
     try:
         with stop.attached(lambda: child.kill("stopped")):
@@ -169,8 +174,24 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _start(log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
     try:
-        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE, secrets=False)
+        variables = _own_cache(folder)
+        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE, secrets=False, variables=variables)
     except ChildStartError as cause:
         raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause
+
+
+def _own_cache(folder: Path) -> dict[str, str]:
+    """Inductor's cache folder is left alone if others can write to it: what is compiled is signed."""
+    chosen = os.environ.get(_CACHE_VARIABLE)
+    if chosen is None:  # as PyTorch chooses it
+        chosen = os.path.join(
+            tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\\\/:*?"<>|]', "_", getpass.getuser())
+        )
+    try:
+        check_own(chosen, "Inductor's cache folder")
+    except UnsafePathError as error:
+        _log.warning("%s; kernels are compiled in a folder that is made for each", error)
+        return {_CACHE_VARIABLE: str(folder / "inductor")}
+    return {}

@@ -21,6 +21,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]  # fsspec ships no types
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # as above
 
+from esper.regular_files import read_regular
 from esper.services.errors import (
     StoreBusyError,
     StoreCorruptError,
@@ -29,8 +30,10 @@ from esper.services.errors import (
     StoreReadOnlyError,
 )
 
-__all__ = ["BlobStore", "StoredBlob"]
+__all__ = ["MOST_BYTES", "BlobStore", "StoredBlob"]
 
+MOST_BYTES = 2**30
+"""Of a blob whose size nobody knows: more than any artifact, attachment or blueprint may have."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}")  # as `_write_local` names them
@@ -68,7 +71,7 @@ class BlobStore:
         path = self._path(digest)
         try:
             with self._errors("written"):
-                if self._holds(path, digest):
+                if self._holds(path, digest, len(data)):
                     return digest
                 if self._is_local:
                     _write_local(Path(path), data)
@@ -80,15 +83,19 @@ class BlobStore:
             ) from cause
         return digest
 
-    def get(self, digest: str) -> bytes:
-        """The bytes. Raises :class:`StoreCorruptError` if they are missing or not those that were stored."""
+    def get(self, digest: str, size: int | None = None) -> bytes:
+        """The bytes, of which there must be `size` if that is known.
+
+        Raises :class:`StoreCorruptError` if they are missing or not those that were stored. What is there and is no
+        file, or of another size, is not read.
+        """
         path = self._path(digest)
         try:
             with self._errors("read"):
-                data: bytes = self._filesystem.cat_file(path)
+                data = self._read(path, MOST_BYTES if size is None else size)
         except FileNotFoundError as cause:
             raise StoreCorruptError(f"blob {digest} is missing from {self.root}; restore it from a copy") from cause
-        if hashlib.sha256(data).hexdigest() != digest:
+        if data is None or hashlib.sha256(data).hexdigest() != digest:
             raise StoreCorruptError(
                 f"blob {digest} in {self.root} has other content than was stored; restore it from a copy"
             )
@@ -135,12 +142,26 @@ class BlobStore:
             raise StoreCorruptError(f"{digest[:80]!r} is not a SHA-256 in hex")
         return f"{self.root}/{digest[:2]}/{digest[2:]}"
 
-    def _holds(self, path: str, digest: str) -> bool:
+    def _read(self, path: str, most: int) -> bytes | None:
+        """What is at `path`; None if that is no file, or one of more than `most` bytes."""
+        if not self._is_local:
+            if self._filesystem.size(path) > most:
+                return None
+            content: bytes = self._filesystem.cat_file(path)
+            return content
         try:
-            data: bytes = self._filesystem.cat_file(path)
+            return read_regular(path, most)
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EFBIG):
+                return None
+            raise
+
+    def _holds(self, path: str, digest: str, size: int) -> bool:
+        try:
+            data = self._read(path, size)
         except FileNotFoundError:
             return False
-        return hashlib.sha256(data).hexdigest() == digest
+        return data is not None and hashlib.sha256(data).hexdigest() == digest
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:

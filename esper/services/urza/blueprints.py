@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from esper.services.stores import LEASE_SECONDS
 from esper.services.urza.blob_references import keep_blob
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.database import Database
-from esper.services.urza.models import BlueprintRow, KernelRow, NameRow
+from esper.services.urza.models import BlueprintRow, KernelRow, NameRow, SignatureRow
 from esper.services.urza.paging import Cursor, Page
 
 __all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "Submission", "as_datetime"]
@@ -203,6 +204,23 @@ class BlueprintRecords:
             _finish(row, status, time.time(), reason=reason, report=report, artifact_id=artifact_id)
             return _record(row)
 
+    def recompile(self, blueprint_id: str, signers: Collection[str] = ()) -> BlueprintRecord:
+        """Have a finished blueprint compiled again, unless its kernel is signed by one of `signers` by now.
+
+        For readers who trust none of those that signed it, such as after a key was lost: `signers` are the ids of the
+        keys that they do trust. The kernel that is there stays, under its names too, also if compiling it fails. What
+        is not finished is left as it is. Raises :class:`UnknownBlueprintError`.
+        """
+        with self._database.writing() as session:
+            row = _row(session, blueprint_id, lock=True)
+            signed = select(SignatureRow.key_id).where(
+                SignatureRow.artifact_id == row.artifact_id, SignatureRow.fits, SignatureRow.key_id.in_(signers)
+            )
+            if BlueprintStatus(row.status).is_final and session.scalar(signed.limit(1)) is None:
+                _finish(row, BlueprintStatus.UNVALIDATED, time.time())
+                row.attempts = 0
+            return _record(row)
+
     def forget(self, blueprint_id: str) -> None:
         """Remove an invalid blueprint and its names, so that it may be submitted and compiled anew.
 
@@ -308,7 +326,7 @@ def _give_name(session: Session, row: BlueprintRow, name: str) -> None:
         return
     if taken is not None:
         owner = _row(session, taken.blueprint_id)
-        if owner.status != BlueprintStatus.INVALID:
+        if owner.status != BlueprintStatus.INVALID or owner.artifact_id is not None:
             raise NameTakenError(f"the name {name!r} stands for blueprint {owner.id[:12]} already; choose another name")
         owner.names.remove(taken)  # nothing can be loaded under the name of an invalid blueprint
         session.flush()
@@ -327,7 +345,7 @@ def _finish(
     row.status = status
     row.reason = reason
     row.report = None if report is None else report.model_dump(mode="json")
-    row.artifact_id = artifact_id
+    row.artifact_id = artifact_id or row.artifact_id  # of an earlier compilation
     row.claim_token = row.lease_expires_at = None
     row.updated_at = now
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from esper.artifacts import Attachment, Signature
+from esper.artifacts import Attachment, Signature, artifact_message
 from esper.contracts.validation import LatencyMeasurement, ValidationReport
-from esper.services.contracts import CompiledKernelArtifact, KernelMetadata, KernelQuery, KernelStatus
+from esper.services.contracts import (
+    CompiledKernelArtifact,
+    KernelMetadata,
+    KernelQuery,
+    KernelSignature,
+    KernelStatus,
+)
 from esper.services.errors import (
     AmbiguousPrefixError,
     StoreBusyError,
+    TooManySignaturesError,
     UnknownBlueprintError,
     UnknownKernelReferenceError,
 )
@@ -24,11 +31,15 @@ from esper.services.urza.blob_references import keep_blob
 from esper.services.urza.blobs import BlobStore
 from esper.services.urza.blueprints import as_datetime
 from esper.services.urza.database import Database
-from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow, NameRow
+from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow, NameRow, SignatureRow
 from esper.services.urza.paging import Cursor, Page
 
-__all__ = ["KernelRecords", "representative_latency"]
+__all__ = ["SIGNATURES_OF_ALL", "SIGNATURES_OF_ONE", "KernelRecords", "representative_latency"]
 
+SIGNATURES_OF_ONE = 8
+"""How many keys' signatures of a kernel, or attachments for a target, one token may store."""
+SIGNATURES_OF_ALL = 32
+"""How many all tokens together may; what carries them has to fit into the head of an answer."""
 _TYPICAL_ROWS = 32
 
 
@@ -44,9 +55,11 @@ def representative_latency(measurements: Sequence[LatencyMeasurement]) -> float 
 class KernelRecords:
     """The part of the store that kernels are loaded from. Safe for threads and processes."""
 
-    def __init__(self, database: Database, blobs: BlobStore) -> None:
+    def __init__(self, database: Database, blobs: BlobStore, trusted: Collection[str] = ()) -> None:
+        """`trusted` are ids of keys whose signatures are kept however many there are."""
         self._database = database
         self._blobs = blobs
+        self._trusted = frozenset(trusted)
 
     def add(
         self,
@@ -56,15 +69,18 @@ class KernelRecords:
         blueprint_id: str,
         metadata: KernelMetadata,
         report: ValidationReport,
+        added_by: str = "",
     ) -> CompiledKernelArtifact:
-        """Store a validated artifact under the SHA-256 of `data`. One that is there already stays as it is.
+        """Store a validated artifact under the SHA-256 of `data`. To one that is there already, add `signature`.
 
-        Raises ``UnknownBlueprintError`` if the blueprint is not in the store. Whether `signature` is worth anything is
-        for those to check who load it.
+        Of each key one signature is kept: one that comes with the public key that it verifies by, if there is such a
+        one. Whether it is worth anything is for those to say who load the kernel. Raises ``UnknownBlueprintError`` if
+        the blueprint is not in the store, and ``TooManySignaturesError``: `added_by`, the name of a token, may add
+        :data:`SIGNATURES_OF_ONE` for a kernel, and all together :data:`SIGNATURES_OF_ALL`. None is ever thrown out.
         """
         artifact_id = hashlib.sha256(data).hexdigest()
         self._blobs.put(data)
-        for _ in range(2):  # the second time it is there: another worker was faster
+        for _ in range(3):  # the second time it is there: another worker was faster
             try:
                 with self._database.writing() as session:
                     keep_blob(session, self._blobs, artifact_id, data)
@@ -76,35 +92,71 @@ class KernelRecords:
                             status=KernelStatus.VALIDATED,
                             **metadata.model_dump(),
                             size_bytes=len(data),
-                            signature=None if signature is None else signature.to_json(),
                             report=report.model_dump(mode="json"),
                             latency_us=representative_latency(report.latencies),
                             created_at=time.time(),
+                            signatures=[],
                             attachments=[],
                         )
                         session.add(row)
+                    if signature is not None:
+                        self._sign(row, signature, added_by)
                     session.flush()
                     return _kernel(row)
             except IntegrityError:
                 continue
         raise StoreBusyError(f"kernel {artifact_id} is being stored by others; try again")
 
-    def add_attachment(self, attachment: Attachment) -> None:
-        """Store compiled code beside its artifact, in place of what was there for the same target.
+    def _sign(self, row: KernelRow, signature: Signature, added_by: str) -> None:
+        fits = signature.fits(artifact_message(row.id))
+        known = next((each for each in row.signatures if each.key_id == signature.key_id), None)
+        if known is None:
+            self._check_room(row.signatures, signature.key_id, added_by, f"signatures of kernel {row.id[:12]}")
+            known = SignatureRow(key_id=signature.key_id, fits=False, created_at=time.time())
+            row.signatures.append(known)
+        elif known.fits or not fits:
+            return
+        known.document, known.fits, known.added_by = signature.to_json(), fits, added_by
 
-        Raises :class:`UnknownKernelReferenceError` if the artifact is not in the store.
+    def _check_room(self, rows: Sequence[SignatureRow | AttachmentRow], signer: str, added_by: str, what: str) -> None:
+        mine = sum(each.added_by == added_by for each in rows)
+        if signer not in self._trusted and (mine >= SIGNATURES_OF_ONE or len(rows) >= SIGNATURES_OF_ALL):
+            raise TooManySignaturesError(
+                f"there are {len(rows)} {what} by different keys, {mine} of them from this token; at most "
+                f"{SIGNATURES_OF_ALL} are kept, and {SIGNATURES_OF_ONE} of a token, except of the keys that Urza's own "
+                f"platform.trusted_keys has: put the key {signer[:12]} there"
+            )
+
+    def add_attachment(self, attachment: Attachment, *, added_by: str = "") -> None:
+        """Store compiled code beside its artifact, in place of the same signer's for the same target.
+
+        One that comes with the public key that its signature verifies by gives way to such a one only. Raises
+        :class:`UnknownKernelReferenceError` if the artifact is not in the store, and ``TooManySignaturesError``.
         """
+        signer, fits = attachment.signature.key_id, attachment.signature.fits(attachment.message)
         data = attachment.pack()
         digest = self._blobs.put(data)
         for _ in range(3):  # where two workers insert the same row at once (PostgreSQL), the slower looks again
             try:
                 with self._database.writing() as session:
-                    _row(session, attachment.artifact_id)
+                    others = [
+                        each
+                        for each in _row(session, attachment.artifact_id).attachments
+                        if each.target_key == attachment.target.key
+                    ]
+                    known = next((each for each in others if each.key_id == signer), None)
+                    if known is None:
+                        self._check_room(others, signer, added_by, f"attachments for {attachment.target.key}")
+                    elif known.fits and not fits:
+                        return
                     keep_blob(session, self._blobs, digest, data)
                     session.merge(
                         AttachmentRow(
                             artifact_id=attachment.artifact_id,
                             target_key=attachment.target.key,
+                            key_id=signer,
+                            fits=fits,
+                            added_by=added_by,
                             document=digest,
                             size_bytes=len(data),
                             created_at=time.time(),
@@ -120,28 +172,35 @@ class KernelRecords:
         with self._database.reading() as session:
             return _kernel(_row(session, artifact_id))
 
-    def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
-        """The artifact's file, its hash checked, and its signature, not checked.
+    def content(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]]:
+        """The artifact's file, its hash checked, and its signatures, not checked.
 
         Raises :class:`UnknownKernelReferenceError` or ``StoreCorruptError``.
         """
-        signature = self.signature(artifact_id)
-        return self._blobs.get(artifact_id), signature
-
-    def signature(self, artifact_id: str) -> Signature | None:
-        """The artifact's signature, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
-            row = session.execute(select(KernelRow.signature).where(KernelRow.id == artifact_id)).one_or_none()
-            if row is None:
-                raise _unknown(session, artifact_id)
-        return None if row.signature is None else Signature.from_json(row.signature)
+            row = _row(session, artifact_id)
+            size, signatures = row.size_bytes, _signatures(row)
+        return self._blobs.get(artifact_id, size), signatures
 
-    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        """The packed attachment for a target, its signature not checked; None if there is none."""
+    def signatures(self, artifact_id: str) -> tuple[Signature, ...]:
+        """The artifact's signatures, one of each key, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
-            row = session.get(AttachmentRow, (artifact_id, target_key))
-            digest = None if row is None else row.document
-        return None if digest is None else self._blobs.get(digest)
+            return _signatures(_row(session, artifact_id))
+
+    def attachment(self, artifact_id: str, target_key: str, signers: Collection[str] | None = None) -> bytes | None:
+        """The packed attachment for a target, its signature not checked; None if there is none.
+
+        Of several, one by a key whose id is among `signers`, if there is such a one; and the one stored last.
+        """
+        wanted = (AttachmentRow.artifact_id == artifact_id, AttachmentRow.target_key == target_key)
+        with self._database.reading() as session:
+            rows = session.scalars(select(AttachmentRow).where(*wanted)).all()
+            if not rows:
+                return None
+            trusted = frozenset(signers or ())
+            best = max(rows, key=lambda each: (each.key_id in trusted, not each.key_id, each.fits, each.created_at))
+            digest, size = best.document, best.size_bytes
+        return self._blobs.get(digest, size)
 
     def set_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
         """Retire a kernel, or bring it back. Raises :class:`UnknownKernelReferenceError`."""
@@ -246,6 +305,10 @@ def _unknown(session: Session, artifact_id: str) -> UnknownKernelReferenceError:
     return UnknownKernelReferenceError(f"{artifact_id} is the id of a blueprint, not of a kernel; {hint}")
 
 
+def _signatures(row: KernelRow) -> tuple[Signature, ...]:
+    return tuple(Signature.from_json(each.document) for each in row.signatures)
+
+
 def _kernel(row: KernelRow) -> CompiledKernelArtifact:
     metadata = KernelMetadata.model_validate({name: getattr(row, name) for name in KernelMetadata.model_fields})
     names = row.blueprint.names
@@ -262,5 +325,6 @@ def _kernel(row: KernelRow) -> CompiledKernelArtifact:
         metadata=metadata,
         report=ValidationReport.model_validate(row.report),
         latency_us=row.latency_us,
-        attachments=tuple(each.target_key for each in row.attachments),
+        signatures=tuple(KernelSignature.of(each) for each in _signatures(row)),
+        attachments=tuple(dict.fromkeys(each.target_key for each in row.attachments)),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-__all__ = ["AttachmentRow", "Base", "BlueprintRow", "KernelRow", "NameRow"]
+__all__ = ["AttachmentRow", "Base", "BlueprintRow", "KernelRow", "NameRow", "SignatureRow"]
 
 
 class Base(DeclarativeBase):
@@ -74,25 +74,49 @@ class KernelRow(Base):
     node_count: Mapped[int]
     graph_digest: Mapped[str] = mapped_column(String(64), index=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
-    signature: Mapped[str | None] = mapped_column(Text)
     report: Mapped[dict[str, Any]] = mapped_column(JSON)
     latency_us: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float)
     retired_at: Mapped[float | None] = mapped_column(Float)
 
     blueprint: Mapped[BlueprintRow] = relationship(lazy="joined", innerjoin=True)
+    signatures: Mapped[list[SignatureRow]] = relationship(
+        lazy="selectin", order_by="SignatureRow.created_at, SignatureRow.key_id", cascade="all, delete-orphan"
+    )
     attachments: Mapped[list[AttachmentRow]] = relationship(
-        lazy="selectin", order_by="AttachmentRow.target_key", cascade="all, delete-orphan"
+        lazy="selectin",
+        order_by="AttachmentRow.target_key, AttachmentRow.created_at, AttachmentRow.key_id",
+        cascade="all, delete-orphan",
     )
 
 
-class AttachmentRow(Base):
-    """Compiled code of a kernel for one target."""
+class SignatureRow(Base):
+    """What one key's holder signed a kernel with."""
 
-    __tablename__ = "attachments"
+    __tablename__ = "signatures"
+
+    artifact_id: Mapped[str] = mapped_column(ForeignKey("kernels.id"), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    document: Mapped[str] = mapped_column(Text)
+    """As `Signature.to_json` writes it."""
+    fits: Mapped[bool]
+    """Whether it came with the public key that it verifies by. Others may be forged, and give way to one that does."""
+    added_by: Mapped[str] = mapped_column(String(100))
+    """Name of the token; empty for who needs none."""
+    created_at: Mapped[float] = mapped_column(Float)
+
+
+class AttachmentRow(Base):
+    """Compiled code of a kernel for one target, by one signer."""
+
+    __tablename__ = "signed_attachments"
 
     artifact_id: Mapped[str] = mapped_column(ForeignKey("kernels.id"), primary_key=True)
     target_key: Mapped[str] = mapped_column(String(200), primary_key=True)
+    key_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """The signer's; empty for one of before schema 0003, which did not note it."""
+    fits: Mapped[bool]
+    added_by: Mapped[str] = mapped_column(String(100))
     document: Mapped[str] = mapped_column(String(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[float] = mapped_column(Float)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from fastapi import FastAPI, Query, Request, Response
+from pydantic import StringConstraints
 
 from esper.artifacts import Signature
 from esper.services import references
@@ -20,6 +22,7 @@ from esper.services.urza.request_documents import (
     BlueprintPage,
     KernelPage,
     KernelQueryRequest,
+    RecompileRequest,
     SubmissionRequest,
 )
 from esper.services.urza.store import UrzaStore
@@ -28,12 +31,16 @@ from esper.services.urza.store_threads import StoreThreads
 __all__ = ["SIGNATURE_HEADER", "add_blueprint_routes", "add_kernel_routes"]
 
 SIGNATURE_HEADER = "Esper-Signature"
-"""Carries the artifact's signature: `Signature.to_json` in URL-safe base64."""
+"""Carries the artifact's signatures, with commas between them: key id and value as JSON, in URL-safe base64."""
 
 _FOREVER = "private, max-age=31536000, immutable"
 _ASK_AGAIN = "private, no-cache"
 
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before")]
+Signers = Annotated[
+    tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")], ...],
+    Query(max_length=100, description="Ids of the keys one of which should have signed it, if there is a choice"),
+]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -91,6 +98,14 @@ def add_blueprint_routes(
         }
         return not_modified(headers) if matches(request, headers["ETag"]) else ranged(request, document, headers)
 
+    @app.post("/api/v1/blueprints/{blueprint_id}/recompile", tags=["blueprints"], responses=problems(404, 422))
+    async def recompile_blueprint(blueprint_id: str, body: RecompileRequest) -> BlueprintRecord:
+        """Have a finished blueprint compiled again, unless its kernel is signed by one of the keys named."""
+        record = await threads.write(blueprints.recompile, references.blueprint_id(blueprint_id), body.signers)
+        if on_submit is not None and not record.status.is_final:
+            on_submit(record.id)
+        return record
+
     @app.delete("/api/v1/blueprints/{blueprint_id}", tags=["blueprints"], status_code=204, responses=problems(404, 409))
     async def forget_blueprint(blueprint_id: str) -> None:
         """Remove an invalid blueprint, so that it can be submitted and compiled anew."""
@@ -127,9 +142,9 @@ def add_kernel_routes(app: FastAPI, store: UrzaStore, threads: StoreThreads) -> 
         references.kernel_id(artifact_id)
         headers = {"ETag": f'"{artifact_id}"', "Cache-Control": _FOREVER, "Content-Type": "application/octet-stream"}
         if matches(request, headers["ETag"]):
-            return not_modified(headers | _signed(await threads.read(kernels.signature, artifact_id)))
-        content, signature = await threads.read(kernels.content, artifact_id)
-        return ranged(request, content, headers | _signed(signature))
+            return not_modified(headers | _signed(await threads.read(kernels.signatures, artifact_id)))
+        content, signatures = await threads.read(kernels.content, artifact_id)
+        return ranged(request, content, headers | _signed(signatures))
 
     @app.get(
         "/api/v1/kernels/{artifact_id}/attachments/{target}",
@@ -137,9 +152,10 @@ def add_kernel_routes(app: FastAPI, store: UrzaStore, threads: StoreThreads) -> 
         response_class=Response,
         responses={**BYTES, **problems(404, 416)},
     )
-    async def get_kernel_attachment(artifact_id: str, target: str, request: Request) -> Response:
+    async def get_kernel_attachment(artifact_id: str, target: str, request: Request, signer: Signers = ()) -> Response:
         """Compiled code of a kernel for one toolchain and hardware, packed. Check its signature before use."""
-        data = await threads.read(kernels.attachment, references.kernel_id(artifact_id), references.target_key(target))
+        wanted = references.kernel_id(artifact_id), references.target_key(target)
+        data = await threads.read(kernels.attachment, *wanted, signer)
         if data is None:
             raise UnknownAttachmentError(f"kernel {artifact_id[:12]} has no attachment for {target}")
         headers = {
@@ -150,7 +166,8 @@ def add_kernel_routes(app: FastAPI, store: UrzaStore, threads: StoreThreads) -> 
         return not_modified(headers) if matches(request, headers["ETag"]) else ranged(request, data, headers)
 
 
-def _signed(signature: Signature | None) -> dict[str, str]:
-    if signature is None:
+def _signed(signatures: Sequence[Signature]) -> dict[str, str]:
+    if not signatures:
         return {}
-    return {SIGNATURE_HEADER: base64.urlsafe_b64encode(signature.to_json().encode()).decode("ascii")}
+    short = (dataclasses.replace(each, public_key=None).to_json() for each in signatures)  # who trusts a key has it
+    return {SIGNATURE_HEADER: ", ".join(base64.urlsafe_b64encode(each.encode()).decode("ascii") for each in short)}

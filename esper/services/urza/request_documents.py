@@ -30,6 +30,7 @@ __all__ = [
     "KernelStatusChange",
     "KernelUpload",
     "NextLeaseEnd",
+    "RecompileRequest",
     "SubmissionRequest",
 ]
 
@@ -52,6 +53,13 @@ class SubmissionRequest(_Request):
     blueprint: dict[str, Any]
     """As `Blueprint.to_json` writes it."""
     name: str | None = None
+
+
+class RecompileRequest(_Request):
+    """Who does not trust those that signed a kernel asks for another signature."""
+
+    signers: Annotated[tuple[Digest, ...], Field(max_length=1000)] = ()
+    """Ids of the keys that are trusted: nothing is done if one of them has signed the kernel meanwhile."""
 
 
 class BlueprintPage(_Request):

@@ -159,9 +159,9 @@ def _remove_blobs(
 
 
 def _unshared(session: Session, digests: set[str]) -> set[str]:
-    """Those of `digests` that one row names at most. Equal attachments of two kernels are one blob."""
+    """Those of `digests` that rows of one kernel name at most. Equal attachments of two kernels are one blob."""
     count = select(AttachmentRow.document).where(AttachmentRow.document.in_(digests)).group_by(AttachmentRow.document)
-    return digests - set(session.scalars(count.having(func.count() > 1)))
+    return digests - set(session.scalars(count.having(func.count(AttachmentRow.artifact_id.distinct()) > 1)))
 
 
 def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:

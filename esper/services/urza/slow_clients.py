@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -21,8 +22,29 @@ _STALL_SECONDS = 30.0
 """For a client to take what was sent to it: one piece, and what the system buffers."""
 
 
+class _BoundedHeads(h11.Connection):
+    """h11 counts what it keeps for later; a head that arrives whole may have any size."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            taken = before - len(self.trailing_data[0])
+        elif isinstance(event, h11.EndOfMessage):  # headers may follow a body in chunks too
+            taken = sum(len(name) + len(value) for name, value in event.headers)
+        else:
+            return event
+        if taken > MAX_HEAD_BYTES:
+            raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
+        return event
+
+
 class PatientProtocol(H11Protocol):
     """Ends connections whose request does not arrive or whose answer is not taken. Bodies have the app's own limit."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = _BoundedHeads(h11.SERVER, MAX_HEAD_BYTES)
 
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -25,8 +26,17 @@ class UrzaStore:
     :class:`~esper.services.errors.StoreError` or a subclass.
     """
 
-    def __init__(self, database_url: str | URL, blob_url: str | Path, *, busy_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        database_url: str | URL,
+        blob_url: str | Path,
+        *,
+        busy_seconds: float = 30.0,
+        trusted_keys: Collection[str] = (),
+    ) -> None:
         """`database_url` is SQLAlchemy's, `blob_url` fsspec's, or a folder. Missing tables are made.
+
+        Signatures by `trusted_keys`, ids of keys, are kept however many others there are.
 
         Raises ``StoreSchemaError`` (newer schema), ``StoreReadOnlyError``, ``StoreFullError``, ``StoreCorruptError``.
         """
@@ -40,7 +50,7 @@ class UrzaStore:
         self.blobs = BlobStore(blob_url)
         """The files, for the other parts of Urza."""
         self.blueprints = BlueprintRecords(self.database, self.blobs)
-        self.kernels = KernelRecords(self.database, self.blobs)
+        self.kernels = KernelRecords(self.database, self.blobs, trusted_keys)
 
     @classmethod
     def in_folder(cls, folder: Path) -> UrzaStore:

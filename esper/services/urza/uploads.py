@@ -11,6 +11,8 @@ from esper.artifacts import (
     Blueprint,
     BlueprintError,
     Signature,
+    UntrustedArtifactError,
+    artifact_message,
     load_artifact,
 )
 from esper.artifacts.document import canonical_json, parse_json
@@ -46,10 +48,10 @@ def submit(store: UrzaStore, body: bytes) -> Submission:
     return store.blueprints.put(blueprint, name)
 
 
-def add_kernel(store: UrzaStore, record: str | bytes, content: bytes) -> CompiledKernelArtifact:
-    """Store an artifact if it can be loaded and its record describes it.
+def add_kernel(store: UrzaStore, record: str | bytes, content: bytes, added_by: str) -> CompiledKernelArtifact:
+    """Store an artifact if it can be loaded and its record describes it; or a signature of one that is there.
 
-    Whether its signature counts is for those to say who load it. Raises ``InvalidRequestError``, ``ArtifactError`` and
+    Whether the signature counts is for those to say who load it. Raises ``InvalidRequestError``, ``ArtifactError`` and
     what ``KernelRecords.add`` raises.
     """
     try:
@@ -70,12 +72,21 @@ def add_kernel(store: UrzaStore, record: str | bytes, content: bytes) -> Compile
     for name, (said, found) in described.items():
         if said != found:
             raise ArtifactError(f"record.{name} is {said}, but the artifact's is {found}; send the record of this one")
+    if signature is not None and signature.public_key is not None and not signature.fits(artifact_message(artifact.id)):
+        raise UntrustedArtifactError(
+            f"record.signature is none of artifact {artifact.id} by its public_key; sign this one, or send none"
+        )
     return store.kernels.add(
-        content, signature, blueprint_id=upload.blueprint_id, metadata=upload.metadata, report=report
+        content,
+        signature,
+        blueprint_id=upload.blueprint_id,
+        metadata=upload.metadata,
+        report=report,
+        added_by=added_by,
     )
 
 
-def add_attachment(store: UrzaStore, artifact_id: str, target_key: str, body: bytes) -> None:
+def add_attachment(store: UrzaStore, artifact_id: str, target_key: str, body: bytes, added_by: str) -> None:
     """Store a packed attachment if it is of this kernel and target.
 
     Raises ``AttachmentError`` and what ``KernelRecords.add_attachment`` raises.
@@ -85,4 +96,6 @@ def add_attachment(store: UrzaStore, artifact_id: str, target_key: str, body: by
         raise AttachmentError(f"the attachment is of kernel {attachment.artifact_id}, not of {artifact_id}")
     if attachment.target.key != target_key:
         raise AttachmentError(f"the attachment is for the target {attachment.target.key}, not for {target_key[:200]}")
-    store.kernels.add_attachment(attachment)
+    if attachment.signature.public_key is not None and not attachment.signature.fits(attachment.message):
+        raise AttachmentError("the attachment's signature is none of it by its public_key; sign this one")
+    store.kernels.add_attachment(attachment, added_by=added_by)

@@ -23,6 +23,7 @@ from esper.services.urza.request_documents import (
     KernelUpload,
     NextLeaseEnd,
 )
+from esper.services.urza.request_limits import CALLER_KEY
 from esper.services.urza.store import UrzaStore
 from esper.services.urza.store_threads import StoreThreads
 
@@ -117,11 +118,11 @@ def add_upload_routes(app: FastAPI, store: UrzaStore, threads: StoreThreads) -> 
         "/internal/v1/kernels",
         tags=["workers"],
         status_code=201,
-        responses=problems(404, 413, 422),
+        responses=problems(404, 409, 413, 422),
         openapi_extra=upload_body(KernelUpload),
     )
     async def add_kernel(request: Request) -> CompiledKernelArtifact:
-        """Store a validated artifact. One that is there already stays as it is."""
+        """Store a validated artifact. To one that is there already, the signature is added: one is kept of each key."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
             raise InvalidRequestError("send `multipart/form-data` with the parts `record` and `content`")
         async with request.form(max_files=2, max_fields=2, max_part_size=_MAX_RECORD) as form:
@@ -129,22 +130,27 @@ def add_upload_routes(app: FastAPI, store: UrzaStore, threads: StoreThreads) -> 
             if record is None or not isinstance(content, UploadFile):
                 raise InvalidRequestError("the parts are `record`, JSON, and `content`, a file; one is missing")
             text = await record.read() if isinstance(record, UploadFile) else record
-            return await threads.write(uploads.add_kernel, store, text, await content.read())
+            return await threads.write(uploads.add_kernel, store, text, await content.read(), _token(request))
 
     @app.put(
         "/internal/v1/kernels/{artifact_id}/attachments/{target}",
         tags=["workers"],
         status_code=204,
-        responses=problems(404, 413, 422),
+        responses=problems(404, 409, 413, 422),
         openapi_extra=OCTETS,
     )
     async def add_kernel_attachment(artifact_id: str, target: str, request: Request) -> None:
-        """Store compiled code beside its kernel, packed, in place of what was there for this target."""
+        """Store compiled code beside its kernel, packed, in place of the same signer's for this target."""
         references.kernel_id(artifact_id)
         references.target_key(target)
-        await threads.write(uploads.add_attachment, store, artifact_id, target, await request.body())
+        await threads.write(uploads.add_attachment, store, artifact_id, target, await request.body(), _token(request))
 
     @app.put("/internal/v1/kernels/{artifact_id}/status", tags=["workers"], responses=problems(404, 422))
     async def set_kernel_status(artifact_id: str, body: KernelStatusChange) -> CompiledKernelArtifact:
         """Retire a kernel, or bring it back."""
         return await threads.write(store.kernels.set_status, references.kernel_id(artifact_id), body.status)
+
+
+def _token(request: Request) -> str:
+    """The name of the request's token; empty for who needs none."""
+    return request.scope.get(CALLER_KEY) or ""

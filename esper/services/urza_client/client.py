@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ __all__ = ["UrzaClient"]
 
 _SIGNATURE_HEADER = "Esper-Signature"
 _PAGE = 1000
+_MOST_SIGNERS = 100  # that Urza takes in one question
 _MAX_BYTES = 256 * 2**20  # of a blueprint or an attachment
 _API, _INTERNAL = "/api/v1", "/internal/v1"
 _Document = TypeVar("_Document", bound=BaseModel)
@@ -103,6 +104,11 @@ class UrzaClient:
                 break
         return tuple(found)
 
+    async def recompile(self, blueprint_id: str, signers: Collection[str] = ()) -> BlueprintRecord:
+        """`POST /api/v1/blueprints/{id}/recompile`. Again is harmless: what is not finished is left as it is."""
+        answer = await self._post(_blueprint(_API, blueprint_id, "recompile"), {"signers": sorted(signers)})
+        return self._read(BlueprintRecord, answer)
+
     async def forget(self, blueprint_id: str) -> None:
         """`DELETE /api/v1/blueprints/{id}`."""
         await self._transport.request("DELETE", _blueprint(_API, blueprint_id), repeatable=False)
@@ -114,20 +120,24 @@ class UrzaClient:
         path = f"{_API}/kernels/{references.kernel_reference(reference)}"
         return self._read(CompiledKernelArtifact, await self._transport.request("GET", path))
 
-    async def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
-        """`GET /api/v1/kernels/{id}/content`: the artifact, its hash checked, and its signature, not checked."""
+    async def content(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]]:
+        """`GET /api/v1/kernels/{id}/content`: the artifact, its hash checked, and its signatures, not checked."""
         path = _kernel(_API, artifact_id, "content")
         answer = await self._transport.download(path, artifact_id, Limits().max_bytes)
-        return answer.body, self._signature(answer)
+        return answer.body, self._signatures(answer)
 
-    async def attachment(self, artifact_id: str, target_key: str, known: bytes | None = None) -> bytes | None:
+    async def attachment(
+        self, artifact_id: str, target_key: str, known: bytes | None = None, signers: Collection[str] = ()
+    ) -> bytes | None:
         """`GET /api/v1/kernels/{id}/attachments/{target}`: packed, its signature not checked; None if there is none.
 
-        `known` is what is there already, and is returned if Urza has the same.
+        Of several, one by a key whose id is among `signers`, if there is such a one. `known` is what is there already,
+        and is returned if Urza has the same.
         """
         headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
         try:
             path = _kernel(_API, artifact_id, "attachments", references.target_key(target_key))
+            path += "?" * bool(signers) + "&".join(f"signer={each}" for each in sorted(signers)[:_MOST_SIGNERS])
             answer = await self._transport.download(path, None, _MAX_BYTES, headers)
         except (UnknownAttachmentError, UnknownKernelReferenceError):
             return None
@@ -180,7 +190,7 @@ class UrzaClient:
         if answer.status == httpx.codes.CONFLICT and answer.attempts > 1:
             with suppress(ForbiddenError):  # a worker's token need not be a reader's
                 record = await self.blueprint(blueprint_id)
-                if (record.status, record.artifact_id, record.report) == (status, artifact_id, report):
+                if (record.status, record.report) == (status, report) and artifact_id in (None, record.artifact_id):
                     return record
         return self._read(BlueprintRecord, self._transport.checked(answer))
 
@@ -261,12 +271,10 @@ class UrzaClient:
             raise self._transport.not_understood("a page after which there is no next one, and which has one")
         return [self._validated(kind, item) for item in items], cursor
 
-    def _signature(self, answer: Answer) -> Signature | None:
-        header = answer.headers.get(_SIGNATURE_HEADER)
-        if header is None:
-            return None
+    def _signatures(self, answer: Answer) -> tuple[Signature, ...]:
+        given = answer.headers.get(_SIGNATURE_HEADER, "")
         try:
-            return Signature.from_json(base64.urlsafe_b64decode(header))
+            return tuple(Signature.from_json(base64.urlsafe_b64decode(each)) for each in given.split(",") if each)
         except (ValueError, UntrustedArtifactError) as cause:
             raise self._transport.not_understood("a signature that cannot be read") from cause
 

@@ -5,6 +5,7 @@ What is here need not be trusted: bytes are hashed when they are read, and signa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -18,11 +19,14 @@ from pathlib import Path
 
 import platformdirs
 
+from esper.regular_files import read_regular
+
 __all__ = ["DiskCache"]
 
 _log = logging.getLogger(__name__)
 
 _MIB = 2**20
+_MOST_BYTES = 2**30  # of an artifact or an attachment, which may have half of that
 _FILL = 0.9  # of the bound, which is left after an eviction
 _LOOKS = 50  # for each bound's worth that is written: other processes write too, and looking at every file takes time
 _ABANDONED_SECONDS = 3600.0  # after which an unfinished file is nobody's
@@ -53,7 +57,7 @@ class DiskCache:
 
     def get(self, digest: str) -> bytes | None:
         """The bytes with this SHA-256, if they are here."""
-        data = self._read(self._blob(digest))
+        data = self._read(self._blob(digest), min(self._max_bytes, _MOST_BYTES))
         if data is not None and hashlib.sha256(data).hexdigest() != digest:
             self._remove_damaged(self._blob(digest))
             return None
@@ -78,7 +82,7 @@ class DiskCache:
 
     def fact(self, key: str) -> dict[str, str | None] | None:
         """What is known under `key`."""
-        data = self._read(self._fact(key))
+        data = self._read(self._fact(key), _MIB)
         if data is None:
             return None
         digest, _, text = data.decode(errors="replace").partition("\n")
@@ -98,12 +102,15 @@ class DiskCache:
     def _fact(self, key: str) -> Path:
         return self.folder / "facts" / _digest(key)
 
-    def _read(self, path: Path) -> bytes | None:
+    def _read(self, path: Path, most_bytes: int) -> bytes | None:
         try:
-            data = path.read_bytes()
+            data = read_regular(path, most_bytes)
         except FileNotFoundError:
             return None
         except OSError as error:
+            if error.errno == errno.EFBIG:  # nothing of ours
+                self._remove_damaged(path)
+                return None
             self._complain(str(error))
             return None
         with suppress(OSError):  # it was evicted meanwhile, or the folder may only be read

@@ -27,15 +27,22 @@ class LoopThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
-    def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """The result of `work`, or its exception; ``concurrent.futures.CancelledError`` if the thread was stopped."""
+    def run(self, work: Coroutine[Any, Any, _Result], seconds: float | None = None) -> _Result:
+        """The result of `work`, or its exception; ``concurrent.futures.CancelledError`` if the thread was stopped.
+
+        After `seconds` it is called off, and a `TimeoutError` is raised.
+        """
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._thread = threading.Thread(target=_run, args=(self._loop,), name="esper-urza-client", daemon=True)
                 self._thread.start()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        return future.result()
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            future.cancel()
+            raise
 
     def stop(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Call off what runs, run `last`, and end the thread, if there is one. Another :meth:`run` starts it anew."""

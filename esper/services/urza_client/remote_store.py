@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
@@ -49,14 +49,21 @@ class RemoteStore:
         """Leave the connections to the parent; see `esper.forking`."""
         self._client = None
 
-    def ask(self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]]) -> _Result:
-        """The result of `question(client)`, which runs on the client's own thread."""
+    def ask(
+        self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]], seconds: float | None = None
+    ) -> _Result:
+        """The result of `question(client)`, which runs on the client's own thread.
+
+        Without an answer within `seconds` it raises ``UrzaUnavailableError``, however patient the client is.
+        """
         if self.settings.client.offline:
             raise UrzaUnavailableError("urza.client.offline is set: only kernels downloaded before can be used")
         try:
-            return self._thread.run(self._asked(question))
+            return self._thread.run(self._asked(question), seconds)
         except CancelledError as cause:
             raise UrzaUnavailableError(f"the store at {self.settings.url} was closed while it was asked") from cause
+        except TimeoutError as cause:
+            raise UrzaUnavailableError(f"Urza at {self.settings.url} has not answered within {seconds} s") from cause
 
     async def _asked(self, question: Callable[[UrzaClient], Coroutine[Any, Any, _Result]]) -> _Result:
         if self._client is None:
@@ -122,6 +129,9 @@ class RemoteBlueprints:
             )
         )
 
+    def recompile(self, blueprint_id: str, signers: Collection[str] = ()) -> BlueprintRecord:
+        return self._ask(lambda client: client.recompile(blueprint_id, signers))
+
     def forget(self, blueprint_id: str) -> None:
         self._ask(lambda client: client.forget(blueprint_id))
 
@@ -157,11 +167,14 @@ class RemoteKernels:
         full = references.kernel_id(artifact_id)  # the route takes names and prefixes as well
         return self._ask(lambda client: client.kernel(full))
 
-    def content(self, artifact_id: str) -> tuple[bytes, Signature | None]:
+    def content(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]]:
         return self._ask(lambda client: client.content(artifact_id))
 
-    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        return self._ask(lambda client: client.attachment(artifact_id, target_key))
+    def signatures(self, artifact_id: str) -> tuple[Signature, ...]:
+        return tuple(each.signature() for each in self.get(artifact_id).signatures)
+
+    def attachment(self, artifact_id: str, target_key: str, signers: Collection[str] | None = None) -> bytes | None:
+        return self._ask(lambda client: client.attachment(artifact_id, target_key, None, signers or ()))
 
     def set_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
         return self._ask(lambda client: client.set_kernel_status(artifact_id, status))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from esper.artifacts import Signature, TrustStore
+from esper.artifacts import Signature, TrustStore, artifact_message
 from esper.execution.sources import FetchedKernel, KernelSourceError, UnknownKernelError
 from esper.services.errors import StoreError, UrzaProtocolError
 from esper.services.names import is_full_id
-from esper.services.store_source import source_errors
+from esper.services.store_source import best_signature, source_errors
 from esper.services.urza_client.disk_cache import DiskCache
 from esper.services.urza_client.remote_store import RemoteStore
 
@@ -18,6 +19,8 @@ __all__ = ["RemoteKernelSource"]
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 8
+_PATIENCE = 2.0  # seconds, with a store that is asked for news of what is on the disk
+_PATIENCE_FOR_CODE = 5.0  # as above, where it is asked for compiled code, which is never needed, of what is on the disk
 _ANSWERS = (
     LookupError,
     ValueError,
@@ -47,11 +50,12 @@ class RemoteKernelSource:
         if is_full_id(reference) and reference in self.disk:
             return reference
         key = f"reference {reference}"
+        known = (self.disk.fact(key) or {}).get("id")
+        seconds = None if known is None else _PATIENCE
         try:
             with source_errors():
-                artifact_id = self._store.kernels.resolve(reference)
+                artifact_id = self._store.ask(lambda client: client.kernel(reference), seconds).id
         except KernelSourceError as error:
-            known = (self.disk.fact(key) or {}).get("id")
             if known is None or not _is_trouble(error):
                 raise self._explained(error, repr(reference)) from error.__cause__
             _log.warning("%r is taken for %s, as it was before: %s", reference, known, error)
@@ -62,25 +66,36 @@ class RemoteKernelSource:
     def fetch(self, artifact_id: str) -> FetchedKernel:
         """See :class:`~esper.execution.sources.KernelSource`."""
         kept = self._kept(artifact_id)
-        if kept is not None:
-            return kept
+        if kept is not None and self._chosen(artifact_id, kept[1]) is not None:
+            return FetchedKernel(kept[0], self._chosen(artifact_id, kept[1]))
         try:
             with source_errors():
-                data, signature = self._store.kernels.content(artifact_id)
+                if kept is None:
+                    data, signatures = self._store.kernels.content(artifact_id)
+                else:  # somebody whom we trust may have signed it since
+                    data, signatures = kept[0], self._store.kernels.signatures(artifact_id)
         except KernelSourceError as error:
-            raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
-        self.disk.put(data, artifact_id)
-        self.disk.note(f"signature {artifact_id}", {"signature": None if signature is None else signature.to_json()})
-        return FetchedKernel(data, signature)
+            if kept is None or not _is_trouble(error):
+                raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
+            data, signatures = kept
+        if kept is None:
+            self.disk.put(data, artifact_id)
+        self.disk.note(_signatures_of(artifact_id), {"signatures": json.dumps([each.to_json() for each in signatures])})
+        with source_errors():
+            return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """See :class:`~esper.execution.sources.KernelSource`. Asks whether there is a newer one than on the disk."""
         key = f"attachment {artifact_id} {target_key}"
         digest = (self.disk.fact(key) or {}).get("digest")
         known = None if digest is None else self.disk.get(digest)
+        seconds = _PATIENCE if known is not None else _PATIENCE_FOR_CODE if artifact_id in self.disk else None
         try:
             with source_errors():
-                found = self._store.ask(lambda client: client.attachment(artifact_id, target_key, known))
+                signers = self._trust().key_ids
+                found = self._store.ask(
+                    lambda client: client.attachment(artifact_id, target_key, known, signers), seconds
+                )
         except KernelSourceError as error:
             if not _is_trouble(error):
                 raise
@@ -129,15 +144,22 @@ class RemoteKernelSource:
             return error
         return KernelSourceError(f"{error}; {what} is not in {self.disk.folder} either")
 
-    def _kept(self, artifact_id: str) -> FetchedKernel | None:
+    def _kept(self, artifact_id: str) -> tuple[bytes, tuple[Signature, ...]] | None:
         if not is_full_id(artifact_id):
             raise UnknownKernelError(f"{artifact_id[:80]!r} is not the full id of a kernel")
-        fact = self.disk.fact(f"signature {artifact_id}")
+        fact = self.disk.fact(_signatures_of(artifact_id))
         data = None if fact is None else self.disk.get(artifact_id)
         if data is None or fact is None:
             return None
-        text = fact.get("signature")
-        return FetchedKernel(data, None if text is None else Signature.from_json(text))
+        return data, tuple(Signature.from_json(each) for each in json.loads(fact.get("signatures") or "[]"))
+
+    def _chosen(self, artifact_id: str, signatures: Sequence[Signature]) -> Signature | None:
+        with source_errors():
+            return self._trust().choose(artifact_message(artifact_id), signatures)
+
+
+def _signatures_of(artifact_id: str) -> str:
+    return f"signatures {artifact_id}"
 
 
 def _is_trouble(error: KernelSourceError) -> bool:

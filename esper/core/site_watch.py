@@ -1,0 +1,103 @@
+"""Layers that were exchanged after wrapping: a site follows its layer's replacement, or gives up its kernels.
+
+A new head for fine-tuning, `resize_token_embeddings`, `model.fc = nn.Linear(...)` put another module where a layer with
+seeds stood. Where it is a linear layer that can carry seeds, the site takes it in with its parameters: of the same
+features with its kernels, of others with its seeds dormant. Anything else leaves the site without a layer: its kernels
+go, with a warning, and none can be loaded, until the layer is put back.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from esper.core.targets import unfit_reason
+from esper.execution.kasmina_layer import KasminaLayer
+
+if TYPE_CHECKING:
+    from esper.core.morphable_model import MorphableModel
+
+__all__ = ["SiteWatch"]
+
+_LOG = logging.getLogger("esper.core")
+_watched: WeakKeyDictionary[nn.Module, weakref.ref[SiteWatch]] = WeakKeyDictionary()
+
+
+@functools.cache
+def _watch_registrations() -> None:
+    """Hear of every submodule that is set anywhere in the process; once."""
+
+    def registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        del name, submodule
+        reference = _watched.get(module)
+        watch = None if reference is None else reference()
+        if watch is not None:
+            watch.note()
+
+    register_module_module_registration_hook(registered)
+
+
+class SiteWatch:
+    """Keeps the sites of one model where its layers are. For the thread that changes and runs the model."""
+
+    def __init__(self, model: MorphableModel, sites_changed: Callable[[], None]) -> None:
+        self._model = weakref.ref(model)
+        self._layers: Mapping[str, KasminaLayer] = model.kasmina_layers
+        self._changed = sites_changed
+        _watch_registrations()
+        for module in model.modules():
+            _watched[module] = weakref.ref(self)
+
+    def note(self) -> None:
+        """A module was registered somewhere in the model."""
+        self._changed()
+
+    def follow(self) -> None:
+        """Look where the layers are; before a forward, a load, or whatever else has to know."""
+        model = self._model()
+        if model is None:
+            return
+        there = {id(module): module for module in model.modules()}
+        for name, layer in self._layers.items():
+            if id(layer) in there or (name == "" and layer is model._root_site):
+                layer.absence = None
+            elif layer.absence is None:
+                self._replaced(model, name, layer)
+
+    def _replaced(self, model: MorphableModel, name: str, layer: KasminaLayer) -> None:
+        new = dict(model.named_modules(remove_duplicate=False)).get(name)
+        if isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer) and unfit_reason(new) is None:
+            same = (new.in_features, new.out_features) == (layer.in_features, layer.out_features)
+            if not same:
+                self._give_up(layer, name, f"it was replaced by a layer of {new.in_features} to {new.out_features}")
+            self._adopt(model, layer, new)
+            _LOG.info("layer %r was replaced: its seeds stand at the new one", name)
+            return
+        what = "removed" if new is None else f"replaced by a {type(new).__name__}"
+        layer.absence = f"layer {name!r} was {what} after wrapping: nothing computes with its seeds"
+        self._give_up(layer, name, f"it was {what}")
+
+    def _adopt(self, model: MorphableModel, layer: KasminaLayer, new: nn.Linear) -> None:
+        for module in list(model.modules()):
+            for key, child in module._modules.items():
+                if child is new:
+                    module._modules[key] = layer
+        layer.take_in(new)
+        model._eager.retrace()  # traces have the parameters' dictionary
+
+    def _give_up(self, layer: KasminaLayer, name: str, why: str) -> None:
+        lost = layer.drop_kernels()
+        if lost:
+            seeds = ", ".join(map(str, lost))
+            warnings.warn(
+                f"the kernels in seeds {seeds} of layer {name!r} are unloaded, since {why}: they computed nothing any "
+                "more", UserWarning, stacklevel=2,
+            )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Ctrl-C at any moment of a change leaves a whole model: the old plan or the new one, and everything agrees with it."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from tests.core.seeds import blueprint, load, outputs
+from tests.kernel_shelf import KernelShelf
+
+_STEP = int(os.environ.get("TEST_INTERRUPT_EVERY", "7"))
+"""Every so many-th line is one at which an interrupt comes; with 1 it takes minutes."""
+
+
+class _Interrupt:
+    """Raises `KeyboardInterrupt` at the n-th line of Esper's that this thread comes to.
+
+    Not where a `with` block is left: Python itself calls no signal handler between the last line of the block and the
+    end of its context manager.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at, self.lines = at, 0
+        self._with_lines: dict[FrameType, set[int]] = {}
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_globals.get("__name__", "").startswith("esper."):
+            return None
+        if event == "line" and not self._leaves_with(frame):
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self.trace
+
+    def _leaves_with(self, frame: FrameType) -> bool:
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if not text.startswith("with "):
+            return False
+        seen = self._with_lines.setdefault(frame, set())
+        again = frame.f_lineno in seen
+        seen.symmetric_difference_update({frame.f_lineno})
+        return again
+
+    def __call__(self, action: Callable[[], object]) -> bool:
+        """Whether the interrupt came before `action` ended."""
+        sys.settrace(self.trace)
+        try:
+            action()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+
+class _Trial:
+    """A model with a kernel in one seed, and another kernel staged for a second one."""
+
+    def __init__(self, shelf: KernelShelf, mode: str, kernels: list[str]) -> None:
+        torch.manual_seed(0)
+        self.model = esper.wrap(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)),
+            seeds_per_layer=2,
+            platform=shelf.platform,
+            mode=mode,
+            telemetry_enabled=False,
+        )  # type: ignore[arg-type]
+        self.kernels, self.x = kernels, torch.randn(5, 8)
+        outputs(self.model, self.x)
+        load(self.model, "0", 0, kernels[0], alpha=0.5)
+
+    def stage(self) -> None:
+        assert self.model.request_kernel("2", 1, self.kernels[1], alpha=0.25).result(30)
+
+    def check(self) -> None:
+        """That the model computes what its seeds' states say, and that device and mirror agree."""
+        model, x = self.model, self.x
+        before = outputs(model, x)
+        expected = x
+        for name, layer in model.kasmina_layers.items():
+            y = nn.functional.linear(expected, layer.weight, layer.bias)
+            for seed in range(2):
+                assert layer.state.alpha_blend[seed].item() == layer.state.alpha(seed)
+                assert layer.state.lifecycle_states[seed].item() == layer.state.lifecycle(seed)
+                assert layer.state.active_kernel_id[seed].item() == layer.state.kernel_id(seed)
+                if layer.state.in_force(seed):
+                    kernel = model.runtime.plan.seed(layer.site, seed)
+                    assert kernel is not None
+                    y = torch.lerp(y, kernel.kernel.module(expected), torch.tensor(layer.state.alpha(seed)))
+                else:
+                    assert model.runtime.plan.seed(layer.site, seed) is None
+            expected = y.tanh() if name == "0" else y
+        torch.testing.assert_close(before, expected.detach())
+        done = threading.Event()  # nobody else waits for a lock for ever
+        threading.Thread(target=lambda: (model.get_model_stats(), model.runtime.executors(), done.set())).start()
+        assert done.wait(20)
+        load(model, "2", 0, self.kernels[2], alpha=1.0)
+        assert model.unload_kernel("2", 0)
+        load(model, "2", 1, self.kernels[1], alpha=1.0)
+        assert model.unload_kernel("2", 1)
+        torch.testing.assert_close(outputs(model, x), outputs(model, x))
+        cache = model.kasmina_layers["0"].kernel_cache
+        assert cache.get_cache_stats()["cache_entries"] >= 1
+
+
+_ACTIONS: dict[str, Callable[[_Trial], object]] = {
+    "forward": lambda trial: outputs(trial.model, trial.x),
+    "commit": lambda trial: trial.model.commit(),
+    "unload": lambda trial: trial.model.unload_kernel("0", 0),
+    "alpha": lambda trial: trial.model.set_alpha("0", 0, 0.75),
+    "schedule": lambda trial: trial.model.set_alpha("0", 0, esper.LinearRamp(0.0, 1.0, 10)),
+    "load": lambda trial: trial.model.request_kernel("0", 1, trial.kernels[2], alpha=1.0),
+    "fossilize": lambda trial: trial.model.fossilize("0", 0),
+}
+
+
+@pytest.mark.parametrize("mode", ["module", "fx"])
+@pytest.mark.parametrize("what", list(_ACTIONS))
+def test_an_interrupt_at_any_line_leaves_a_whole_model(shelf: KernelShelf, mode: str, what: str) -> None:
+    kernels = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(3)]
+    line, came = 0, True
+    while came:
+        line += _STEP
+        trial = _Trial(shelf, mode, kernels)
+        if what in ("forward", "commit"):
+            trial.stage()
+        came = _Interrupt(line)(lambda trial=trial: _ACTIONS[what](trial))  # type: ignore[misc]  # bound here
+        try:
+            trial.check()
+        except BaseException:
+            print(f"after an interrupt at line {line} of {what}")
+            raise
+    assert line > 3 * _STEP

@@ -1,0 +1,103 @@
+"""Layers that are exchanged after wrapping: a new head, other embeddings, a layer set by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import esper
+from tests.core.seeds import blueprint, load, outputs, states
+from tests.kernel_shelf import KernelShelf
+
+MODES = pytest.mark.parametrize("mode", ["module", "fx"])
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.fc(x)
+        return result
+
+
+def wrapped(shelf: KernelShelf, mode: str) -> Any:
+    torch.manual_seed(0)
+    host = nn.Sequential(Block(), nn.Tanh(), nn.Linear(8, 4))
+    return esper.wrap(host, seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 8)
+
+
+@MODES
+def test_a_layer_of_the_same_features_takes_the_seeds(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model = wrapped(shelf, mode)
+    load(model, "0.fc", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    grown, new = outputs(model, x), nn.Linear(8, 8)
+    new.load_state_dict(dict(model[0].fc.named_parameters()))
+    model[0].fc = new
+    torch.testing.assert_close(outputs(model, x), grown)
+    assert states(model)["0.fc"][0] == "ACTIVE"
+    assert model[0].fc is model.kasmina_layers["0.fc"]
+    assert model[0].fc.weight is new.weight
+    with torch.no_grad():
+        new.weight.mul_(2)
+    assert not torch.allclose(outputs(model, x), grown)
+    fresh = wrapped(shelf, mode)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(outputs(fresh, x), outputs(model, x))
+
+
+@MODES
+@pytest.mark.parametrize("new", [nn.Linear(8, 7), nn.Identity()], ids=["other features", "no linear layer"])
+def test_kernels_of_a_layer_that_is_gone_leave_with_a_warning(
+    shelf: KernelShelf, x: torch.Tensor, mode: str, new: nn.Module
+) -> None:
+    model = wrapped(shelf, mode)
+    load(model, "2", 0, shelf.put(blueprint(8, 4)).id, alpha=0.5, trainable=True)
+    outputs(model, x)
+    model[2] = new
+    with pytest.warns(UserWarning, match=r"seeds 0 of layer '2' are unloaded"):
+        output = outputs(model, x)
+    assert states(model)["2"] == ["DORMANT", "DORMANT"]
+    assert list(model.seed_parameters()) == []
+    torch.testing.assert_close(output, new(torch.tanh(model[0](x))))
+
+
+@MODES
+def test_nothing_is_loaded_where_no_layer_is(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model = wrapped(shelf, mode)
+    layer, kernel = model[2], shelf.put(blueprint(8, 4)).id
+    model[2] = nn.Identity()
+    assert model.request_kernel("2", 0, kernel, alpha=0.5).result(30) is False
+    assert "replaced by a Identity" in layer.seed_errors[0]
+    model[2] = layer
+    outputs(model, x)
+    assert model.request_kernel("2", 0, kernel, alpha=0.5).result(30)
+    outputs(model, x)
+    assert states(model)["2"][0] == "ACTIVE"
+
+
+@MODES
+def test_a_new_layer_of_other_features_can_grow(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model = wrapped(shelf, mode)
+    model[2] = nn.Linear(8, 3)
+    dormant = outputs(model, x)
+    load(model, "2", 1, shelf.put(blueprint(8, 3)).id, alpha=0.5)
+    assert not torch.equal(outputs(model, x), dormant)
+
+
+def test_a_wrapper_around_a_layer_leaves_its_seeds(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = wrapped(shelf, "module")
+    load(model, "2", 0, shelf.put(blueprint(8, 4)).id, alpha=0.5)
+    grown = outputs(model, x)
+    model[2] = nn.Sequential(model[2], nn.Identity())
+    torch.testing.assert_close(outputs(model, x), grown)
+    assert states(model)["2"][0] == "ACTIVE"
