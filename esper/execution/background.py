@@ -74,7 +74,7 @@ class BackgroundThreads:
     def _end(self) -> None:
         _exit.has_begun = True
         end = time.monotonic() + _LONGEST_EXIT
-        with self._changed:
+        with self._lock:
             self._jobs.clear()
             while not self._running.keys() <= _exit.waiting and (left := end - time.monotonic()) > 0:
                 self._changed.wait(min(left, 0.05))  # nobody says that it began to wait for something
@@ -82,34 +82,38 @@ class BackgroundThreads:
     def after_fork(self) -> None:
         """Leave threads and jobs to the parent; see `esper.forking`."""
         _exit.waiting.clear()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # taken by itself: an interrupt cannot come between it and a `with` block
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[_Job] = deque()
-        self._threads = 0
+        self._threads: set[threading.Thread] = set()
         self._running: dict[int, float] = {}  # since when, by thread
 
     def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
         """Run `job`; the future has its result or its exception. Raises `RuntimeError` if there is no thread for it."""
         future: Future[_Result] = Future()
-        with self._changed:
+        with self._lock:
             if _exit.has_begun:
                 return future  # which nobody waits for any more
             self._jobs.append((job, future))
-            try:
-                self._staff()
-            except RuntimeError:
-                if self._threads == 0:
-                    self._jobs.remove((job, future))
-                    raise
+            refusal = self._staff()
+            if refusal is not None and not self._threads:
+                self._jobs.remove((job, future))
+                raise refusal
             self._changed.notify()
         return future
 
-    def _staff(self) -> None:
-        """Have a thread wait for every job that may begin, and at least one for those that may not yet."""
-        idle = self._threads - len(self._running)
+    def _staff(self) -> RuntimeError | None:
+        """Have a thread wait for every job that may begin, and at least one for those that may not yet; or why not."""
+        idle = len(self._threads) - len(self._running)
         room = max(self._at_once - self._fresh(), 1)
-        if idle < min(len(self._jobs), room) and self._threads < self._most:
-            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
-            self._threads += 1
+        if idle < min(len(self._jobs), room) and len(self._threads) < self._most:
+            thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads: one that runs comes back for the job
+                return error
+            self._threads.add(thread)  # as it does itself, if an interrupt comes before this
+        return None
 
     def _fresh(self) -> int:
         limit = time.monotonic() - _SLOW_SECONDS
@@ -131,7 +135,8 @@ class BackgroundThreads:
     def _next(self) -> _Job | None:
         """A job, once it may begin; None after a while without any."""
         thread = threading.get_ident()
-        with self._changed:
+        with self._lock:
+            self._threads.add(threading.current_thread())
             self._running.pop(thread, None)
             end = time.monotonic() + _IDLE_SECONDS
             while True:
@@ -140,7 +145,7 @@ class BackgroundThreads:
                 if has_jobs and self._fresh() < self._at_once:
                     self._running[thread] = now
                     job = self._jobs.popleft()
-                    self._staff_if_possible()
+                    self._staff()
                     return job
                 if has_jobs:
                     fresh = sorted(self._running.values())[-self._at_once :]
@@ -148,12 +153,8 @@ class BackgroundThreads:
                 elif now < end:
                     self._changed.wait(end - now)
                 else:
-                    self._threads -= 1
+                    self._threads.discard(threading.current_thread())
                     return None
-
-    def _staff_if_possible(self) -> None:
-        with contextlib.suppress(RuntimeError):  # no more threads: this one will come back
-            self._staff()
 
 
 class JobQueue:

@@ -53,7 +53,8 @@ class StagingQueue:
         reset_after_fork(self)
 
     def _begin(self) -> None:
-        self._arrived = threading.Condition()  # guards the next two
+        self._lock = threading.Lock()  # guards the next two
+        self._arrived = threading.Condition(self._lock)
         self._edits: deque[Edit] = deque()
         self._fetches: dict[SeedRequest, float | None] = {}  # when they began; None as long as they wait for a thread
 
@@ -63,7 +64,7 @@ class StagingQueue:
 
     def fetch(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
         """Have the edit staged that `make` returns, which may be slow or hang, and answers its request if it fails."""
-        with self._arrived:
+        with self._lock:
             self._fetches[request] = None
         try:
             FETCHING.submit(lambda: self._make(request, make))
@@ -73,7 +74,7 @@ class StagingQueue:
 
     def _make(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
         edit = None
-        with self._arrived:
+        with self._lock:
             self._fetches[request] = time.monotonic()
         try:
             edit = make()
@@ -81,7 +82,7 @@ class StagingQueue:
             self._fetched(request, edit)
 
     def _fetched(self, request: SeedRequest, edit: Edit | None) -> None:
-        with self._arrived:
+        with self._lock:
             self._fetches.pop(request, None)
             if edit is not None:
                 self._edits.append(edit)
@@ -91,7 +92,7 @@ class StagingQueue:
 
     def put(self, edit: Edit) -> None:
         """Have an edit staged."""
-        with self._arrived:
+        with self._lock:
             self._edits.append(edit)
         self._jobs.submit(self._work)
 
@@ -113,7 +114,7 @@ class StagingQueue:
 
     def _work(self) -> None:
         """Stage what has come, and what comes soon after, together."""
-        with self._arrived:
+        with self._lock:
             end = time.monotonic() + _LONGEST_GATHERING
             while self._edits and (seconds := min(self._until_slow(), end - time.monotonic())) > 0:
                 self._arrived.wait(seconds)
