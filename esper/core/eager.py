@@ -81,6 +81,7 @@ class EagerExecutor:
         self._runtime.add_executor(self)
         self._runtime.runs_eagerly = self._runs_eagerly
         if self._runtime.telemetry is not None:
+            self._runtime.divide()  # a sampled forward runs layer by layer, and a commit may come in between
             self._runtime.telemetry.watch(self, [layer.site for layer in self._layers.values()])
 
     def _runs_eagerly(self) -> bool:

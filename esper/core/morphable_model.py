@@ -334,7 +334,8 @@ class MorphableModel(nn.Module):
 
         To look at, and to run: it shares the model's modules and parameters, and a change of plan is a change of what
         its sites compute. What it is traced for, and what it does not follow, is torch.fx's contract (`docs/modes.md`).
-        Raises :class:`~esper.eager.NotTracedError` with `mode="module"`, and for a model that is not traced whole.
+        With `mode="module"`, and for a model that is not traced whole, there is none: it raises `AttributeError`, and
+        :meth:`explain` says why.
         """
         return self._eager.graph_module
 

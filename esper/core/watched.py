@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["HOOK_KINDS", "ChangeSignal", "WatchedDict", "WatchedHooks", "global_module_hooks", "signal_of"]
+__all__ = ["HOOK_KINDS", "ChangeSignal", "WatchedDict", "WatchedHooks", "signal_of"]
 
 HOOK_KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """The dictionaries of a module whose hooks run when the module is called."""
@@ -119,14 +119,3 @@ def signal_of(module: nn.Module) -> ChangeSignal | None:
     """The signal of the tree that shadow `module` belongs to; None if it is no shadow."""
     children = module._modules
     return children.signal if isinstance(children, WatchedDict) else None
-
-
-def global_module_hooks() -> tuple[Mapping[int, Any], ...]:
-    """The live dictionaries of the hooks that run at the call of every module in the process."""
-    module = nn.modules.module
-    return (
-        module._global_forward_pre_hooks,
-        module._global_forward_hooks,
-        module._global_backward_pre_hooks,
-        module._global_backward_hooks,
-    )

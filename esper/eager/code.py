@@ -91,7 +91,7 @@ class _Writer:
         head = f"def forward({parameter_list(signature, self._constant)}):"
         away = f"return {self._global(otherwise, 'otherwise')}({forwarded(signature)})"
         tests = [self._global(hooks, "hooks") for hooks in global_module_hooks()]
-        tests += [f"'forward' in {self._global(module.__dict__, 'own')}" for module in plain]
+        tests += [f"'forward' in {self._global(module.__dict__, 'own')}" for module in (*plain, *self._trace.inlined)]
         tests += self._trace.pattern.tests(signature, self._global)
         self._lines += [f"if {' or '.join(tests)}:", f"    {away}"]
         self._read_parameters(plain, away)

@@ -141,7 +141,7 @@ class Part:
 
     def trace_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | None:
         """The trace for such a call, made now if it is the first one of its kind; None if there is none."""
-        if self._signature is None or self._aside or any(global_module_hooks()) or torch.compiler.is_compiling():
+        if self._signature is None or self._aside or any(global_module_hooks()) or _is_traced():
             return None
         pattern = pattern_of(self._signature, args, kwargs)
         outcome = None if pattern is None else self._trace(self._signature, pattern)
@@ -149,7 +149,8 @@ class Part:
 
     def _trace(self, signature: Signature, pattern: CallPattern) -> Trace | str:
         module = self.module
-        if self._changed:
+        known = [each for each in self._traces.values() if isinstance(each, Trace)]
+        if self._changed or any("forward" in each.__dict__ for trace in known for each in trace.inlined):
             self._changed = False
             traces = {key: each for key, each in self._traces.items() if isinstance(each, Trace) and each.fits(module)}
             self._traces = {**traces}
@@ -251,6 +252,11 @@ class Part:
         )
         left_sites = [each for path in left if isinstance(each := traced.members[path], KasminaLayer)]
         return _Function(function, plain, [each for each in left_sites if not self._is_plain(each)])
+
+
+def _is_traced() -> bool:
+    """Whether somebody else traces the model just now."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
 
 
 def _takes_a_value(node: fx.Node) -> bool:

@@ -20,8 +20,11 @@ from esper.execution.runtime import Runtime
 __all__ = ["NotTracedError", "TracedForward"]
 
 
-class NotTracedError(EsperError, RuntimeError):
-    """A graph was asked for of a model that is not traced whole."""
+class NotTracedError(EsperError, AttributeError):
+    """A graph was asked for of a model that is not traced whole.
+
+    An `AttributeError`, for `hasattr` and whatever else walks over a module's attributes, `torch.jit` for one.
+    """
 
 
 class TracedForward:

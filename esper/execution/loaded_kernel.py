@@ -8,7 +8,7 @@ executing one is not.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -148,11 +148,15 @@ class KernelModule(nn.Module):
 
     def forward(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`; `host`, `[*, out_features]`, only matters if the graph reads it."""
+        weights: Iterable[Any] = self._parameters.values()
+        # Tracing takes them for constants, since a kernel is no child of the traced model.
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
+            weights = [each.data for each in self.parameters(recurse=False)]  # `detach` would be traced
         if self._uses_host:
             if host is None:
                 raise TypeError("this kernel reads the site's linear output; call it as kernel(x, host).")
-            return self._function(None, x, host, *self._parameters.values())
-        return self._function(None, x, *self._parameters.values())
+            return self._function(None, x, host, *weights)
+        return self._function(None, x, *weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}  # generated code is not importable; the template makes it again

@@ -130,3 +130,17 @@ def test_a_baked_state_dict_is_plain_data(shelf: KernelShelf) -> None:
     torch.save(esper.bake(grown(shelf)).state_dict(), file)
     file.seek(0)
     assert torch.load(file, weights_only=True)
+
+
+@MODES
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_grown_model_is_traced_for_torchscript(
+    shelf: KernelShelf, x: torch.Tensor, mode: str, trainable: bool
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=trainable)
+    traced = torch.jit.trace(model, x)
+    other = torch.randn(9, 8)
+    torch.testing.assert_close(traced(other), model(other))
+    model(x).sum().backward()
+    assert all((parameter.grad is not None) for parameter in model.seed_parameters())

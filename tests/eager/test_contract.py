@@ -18,7 +18,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import esper
-from esper.eager import NotTracedError
 from tests.core.planting import agrees
 from tests.core.seeds import blueprint, load
 from tests.eager.hosts import Attention, Block, Deciding, fx_wrapped, model, source
@@ -415,13 +414,13 @@ def test_what_would_be_wrong_in_silence_is_not_traced(what: str) -> None:
         x = torch.randn(3, 4)
         ours, theirs = wrapped(x), host(x)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    with pytest.raises(NotTracedError, match="not traced whole"):
+    with pytest.raises(AttributeError, match="graph_module"):
         _ = wrapped.graph_module
 
 
 def test_a_model_in_the_other_mode_has_no_graph() -> None:
     wrapped = esper.wrap(mlp(4, 4), mode="module")
-    with pytest.raises(NotTracedError, match='mode="fx"'):
+    with pytest.raises(AttributeError, match="graph_module"):
         _ = wrapped.graph_module
     wrapped.retrace()
 
@@ -613,3 +612,31 @@ def test_a_model_without_attributes_of_ours(x: torch.Tensor) -> None:
     wrapped = fx_wrapped(Deciding())
     wrapped(x)
     assert not [name for module in wrapped.modules() for name in vars(module) if "part" in name or "trace" in name]
+
+
+def test_a_forward_set_on_an_inlined_module_counts_at_once(shelf: KernelShelf) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.fc(x)
+            return result
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Block(), nn.Linear(6, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.head(self.block(x))
+            return result
+
+    model: Any = esper.wrap(Around(), platform=shelf.platform, mode="fx")
+    x = torch.randn(3, 8)
+    before, old = model(x), model.block.forward
+    model.block.forward = lambda x: old(x) * 0
+    torch.testing.assert_close(model(x), model.head.bias.expand(3, 1))
+    del model.block.forward
+    torch.testing.assert_close(model(x), before)

@@ -212,7 +212,7 @@ def test_a_dormant_forward_runs_no_code_of_ours_at_any_site(platform: GatedPlatf
             outputs(model, x)
         calls.append(_python_calls(model, x))
     assert calls[0] == calls[1]
-    assert sum(calls[0].values()) <= 2  # the model's forward, and the function generated for it
+    assert sum(calls[0].values()) <= 5  # forward, what notes that it begins (three), and the function generated for it
 
 
 def test_a_layer_that_stands_alone_reports(platform: GatedPlatform, x: torch.Tensor) -> None:
