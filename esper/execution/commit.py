@@ -36,8 +36,9 @@ class Commit:
 
     @property
     def transitions(self) -> list[Transition]:
-        """What has changed."""
-        return [result for result in self._results if result is not None]
+        """What has changed, layer by layer, each seed's changes in their order."""
+        changed = [result for result in self._results if result is not None]
+        return sorted(changed, key=lambda transition: (transition.layer_id, transition.seed))
 
     def contains(self, change: Change) -> bool:
         """Whether `change` ends with this commit, in force or not."""
