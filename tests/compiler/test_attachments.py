@@ -21,6 +21,7 @@ from esper.artifacts import Attachment, SigningKey, Target
 from esper.compiler.attachment import with_latencies
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.loaded_kernel import AttachedKernel, LoadedKernel
+from esper.execution.sources import KernelSource
 from tests.compiler.variants import wait_until
 from tests.kernel_shelf import KernelShelf, compiled_code
 
@@ -175,6 +176,17 @@ def test_one_that_cannot_be_unpacked_is_as_good_as_none(
     assert caplog.text.count("its graph runs") == 1
 
 
+class _SourceOfForgeries:
+    """A store that hands out as attachments what its owner likes."""
+
+    def __init__(self, source: KernelSource, given: bytes) -> None:
+        self.resolve, self.fetch, self.trust = source.resolve, source.fetch, source.trust
+        self.given = given
+
+    def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
+        return self.given
+
+
 def test_nothing_of_it_is_read_before_its_signature_is_verified(
     platform: Platform, kernel: str, faster: KernelShelf, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,8 +195,10 @@ def test_nothing_of_it_is_read_before_its_signature_is_verified(
     target = Target.current("cpu")
     good = Attachment.create(kernel, target, with_latencies(b"", [(2, 1.0, 2.0)]), own)
     for signature in (Attachment.create(kernel, target, payload, stranger).signature, good.signature):
-        faster.store_attachment(Attachment(kernel, target, payload, signature))
-        loaded = _fresh_kernel(faster.platform, kernel)
+        attachment = Attachment(kernel, target, payload, signature)
+        forged = _SourceOfForgeries(faster.platform.kernel_source, attachment.pack())
+        loaded = KernelCache(source=faster.platform.kernel_source).fetch(kernel).place()
+        esper.attach_from(forged, loaded)
         assert not loaded.attached
         loaded.executor(torch.randn(5, 8), torch.randn(5, 6))
     assert not (tmp_path / "read").exists()
@@ -231,21 +245,8 @@ def test_a_strangers_attachment_is_not_touched_and_takes_no_ones_place(
     assert faster.platform.kernel_source.attachment(kernel, target.key) == packed
     assert _fresh_kernel(faster.platform, kernel).attached
 
-    class OfAStranger:
-        """A store that hands out what its owner likes."""
-
-        resolve, fetch, trust = (
-            faster.platform.kernel_source.resolve,
-            faster.platform.kernel_source.fetch,
-            faster.platform.kernel_source.trust,
-        )
-        given = stranger.pack()
-
-        def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-            return self.given
-
     loaded = KernelCache(source=faster.platform.kernel_source).fetch(kernel).place()
-    source = OfAStranger()
+    source = _SourceOfForgeries(faster.platform.kernel_source, stranger.pack())
     esper.attach_from(source, loaded)
     assert not loaded.attached
     assert "is not used" in caplog.text

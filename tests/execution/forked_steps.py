@@ -30,7 +30,7 @@ def main() -> None:
     assert slow.asked.wait(20)
     steps = [
         (lambda: layers["alpha"].set_alpha(0, 0.5), "state_layout:set_alpha", "write"),
-        (lambda: layers["request"].request_kernel(0, one.id), "background:submit", "start"),
+        (lambda: layers["request"].request_kernel(0, one.id), "background:_staff", "start"),
         (lambda: layers["cache"].kernel_cache.held(one.id), "kernel_cache:held", "find"),
         (lambda: layers["telemetry"].get_layer_stats(), "telemetry:executions", "sum"),
         (lambda: KasminaLayer(9, 2, 8, 8), "registry:reserve_sites", "__setitem__"),

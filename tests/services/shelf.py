@@ -12,7 +12,7 @@ __all__ = ["add_kernel", "blueprint", "exponential"]
 
 def blueprint(seed: int = 0, width: int = 4) -> Blueprint:
     """A small blueprint; another seed is another content."""
-    return Blueprint.bottleneck(width, width, 2, seed=seed)
+    return Blueprint.bottleneck(width, width, 2, start="kaiming", seed=seed)
 
 
 def exponential() -> Blueprint:

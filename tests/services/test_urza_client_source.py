@@ -287,7 +287,7 @@ def test_a_model_loads_a_kernel_by_name_and_again_without_urza(
     store: UrzaStore, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    artifact, _ = add_kernel(store, Blueprint.bottleneck(8, 8, 2, seed=5), "narrow", key=KEY)
+    artifact, _ = add_kernel(store, Blueprint.bottleneck(8, 8, 2, start="kaiming", seed=5), "narrow", key=KEY)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
     with RunningUrza(store, settings(port=0)) as urza:
         config = _config(urza.url, tmp_path, cache)

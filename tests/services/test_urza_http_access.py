@@ -36,6 +36,7 @@ ROUTES = (
     ("GET", f"/api/v1/{TARGET}", "read"),
     ("POST", "/api/v1/kernels/query", "read"),
     ("POST", "/api/v1/blueprints", "submit"),
+    ("POST", f"/api/v1/blueprints/{ID}/recompile", "submit"),
     ("DELETE", f"/api/v1/blueprints/{ID}", "submit"),
     ("POST", "/internal/v1/blueprints/claim", "worker"),
     ("POST", f"/internal/v1/blueprints/{ID}/renew", "worker"),

@@ -22,7 +22,7 @@ from torch import nn
 
 import esper
 from esper import EsperConfig, Platform
-from esper.artifacts import Artifact, SigningKey
+from esper.artifacts import Artifact, SigningKey, TrustStore
 from esper.configs import ConfigError
 from esper.contracts.messages import OonaMessage
 from esper.logs import set_up_service_log
@@ -336,7 +336,7 @@ def _disk(folder: Path) -> None:
                 there = folder / f"cache{size}"
                 client = {"cache_folder": there, "cache_mb": size}
                 with contextlib.closing(RemoteStore(config(urza={"url": urza.url, "client": client}).urza)) as remote:
-                    RemoteKernelSource(remote, lambda: None).fetch(artifact.id)
+                    RemoteKernelSource(remote, lambda: TrustStore([key.public_bytes])).fetch(artifact.id)
                 kept = [
                     each for each in there.rglob("*") if each.is_file() and each.stat().st_size >= len(artifact.data)
                 ]
