@@ -15,6 +15,7 @@ from esper.compiler.attachment import attach_from
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel, Wrapping
+from esper.core.persistence import give_back
 from esper.core.shadow import plant
 from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
@@ -121,10 +122,12 @@ def assemble(
 
 
 def unwrap(morphable: MorphableModel) -> nn.Module:
-    """The host: the very module that was wrapped, with the parameters as they are now.
+    """The host: the very module that was wrapped, with parameters, layers, hooks and attributes as they are now.
 
     Kernels in force are not part of it; :func:`esper.bake` makes a plain model that has them. Warns of fossilized ones,
-    which were meant to stay. Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    which were meant to stay. What is set on the wrapped model later is not seen in the host.
+
+    Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {_described(morphable)}")
@@ -136,7 +139,7 @@ def unwrap(morphable: MorphableModel) -> nn.Module:
             UserWarning,
             stacklevel=2,
         )
-    return morphable._wrapping.host
+    return give_back(morphable)
 
 
 def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: object) -> None:

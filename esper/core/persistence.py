@@ -27,7 +27,7 @@ from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedule
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
 
-__all__ = ["PackedModel", "as_host", "copy_model"]
+__all__ = ["PackedModel", "as_host", "copy_model", "give_back"]
 
 _OURS = frozenset(
     {
@@ -63,6 +63,21 @@ def as_host(model: MorphableModel) -> nn.Module:
         return linear
 
     return plant(model, layers, plain, undisguised, without=_OURS, watched=False)
+
+
+def give_back(model: MorphableModel) -> nn.Module:
+    """The very module that was wrapped, made what :func:`as_host` says: with layers, hooks and attributes set since.
+
+    So are the modules below it, but for those that others have replaced.
+    """
+    host = model._wrapping.host
+    originals = {id(module._parameters): module for module in host.modules()}  # which copies of a module share
+    plain = as_host(model)
+
+    def original(module: nn.Module) -> nn.Module | None:
+        return host if module is plain else originals.get(id(module._parameters))
+
+    return plant(plain, Selection({}), lambda _, linear: linear, lambda kind: kind, watched=False, stand_in=original)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from esper import torch_internals
 from esper.core.encoder_layers import adapted_class
 from esper.core.module_references import References
 from esper.core.subclassing import own_slots
@@ -50,6 +52,7 @@ def plant(
     root: nn.Module | None = None,
     without: frozenset[str] = frozenset(),
     watched: bool = True,
+    stand_in: Callable[[nn.Module], nn.Module | None] = lambda _: None,
 ) -> nn.Module:
     """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
 
@@ -57,9 +60,10 @@ def plant(
     `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
     shadow. `class_of` says of which class the shadow of a module is, by the module's class; `root`, a bare instance
     with an empty `__dict__`, is to be the shadow of `model` itself, also where that is selected. Attributes of `model`
-    that are named in `without` are left out. Unless `watched`, the shadows' dictionaries are plain ones.
+    that are named in `without` are left out. Unless `watched`, the shadows' dictionaries are plain ones. `stand_in` may
+    give a module that is to become the shadow of another, whatever it was; all of them do so at the end.
     """
-    return _Planter(selection.targets, replace, class_of, watched).plant(model, root, without)
+    return _Planter(selection.targets, replace, class_of, watched, stand_in).plant(model, root, without)
 
 
 class _Planter:
@@ -69,8 +73,10 @@ class _Planter:
         replace: Callable[[str, nn.Linear], nn.Module],
         class_of: Callable[[type], type],
         watched: bool,
+        stand_in: Callable[[nn.Module], nn.Module | None],
     ) -> None:
         self._class_of = class_of
+        self._stand_in = stand_in
         self._watched = watched
         self._targets = {id(module): (name, module) for name, module in targets.items()}
         self._replace = replace
@@ -87,15 +93,25 @@ class _Planter:
             self._shadows[id(model)] = root
         for module in modules:
             if id(module) not in self._shadows:
-                self._shadows[id(module)] = _bare_copy(module, self._class_of)
+                there = self._stand_in(module)
+                self._shadows[id(module)] = _bare_copy(module, self._class_of) if there is None else there
+        made: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         for module in modules:
             shadow = self._shadows[id(module)]
             is_site = id(module) in self._targets and shadow is not root
-            self._fill(module, shadow, is_site, without if module is model else frozenset())
+            content = self._content(module, shadow, is_site, without if module is model else frozenset())
+            made.append((module, shadow, {**shadow.__dict__, **content} if is_site else content))
+        for module, shadow, content in made:
+            object.__setattr__(shadow, "__dict__", content)
+            if self._stand_in(module) is shadow:
+                object.__setattr__(shadow, "__class__", self._class_of(type(module)))
+        for module, shadow, _ in made:
+            if parametrize.is_parametrized(module) and not _computes_parametrizations(shadow):
+                torch_internals.inject_parametrizations(shadow)
         return self._shadows.get(id(model), model)
 
-    def _fill(self, module: nn.Module, shadow: nn.Module, is_site: bool, without: frozenset[str]) -> None:
-        own = shadow.__dict__
+    def _content(self, module: nn.Module, shadow: nn.Module, is_site: bool, without: frozenset[str]) -> dict[str, Any]:
+        own: dict[str, Any] = {}
         for name, value in module.__dict__.items():
             if name in without:
                 continue
@@ -112,6 +128,7 @@ class _Planter:
             elif not is_site:
                 own[name] = self._references.redirected(value)
         own["training"] = module.training
+        return own
 
 
 def _shadowed(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:
@@ -133,6 +150,11 @@ def _bare_copy(module: nn.Module, class_of: Callable[[type], type]) -> nn.Module
     shadow: nn.Module = object.__new__(class_of(type(module)))
     _copy_slots(module, shadow)
     return shadow
+
+
+def _computes_parametrizations(module: nn.Module) -> bool:
+    names: Any = module._modules["parametrizations"]
+    return all(isinstance(getattr(type(module), name, None), property) for name in names)
 
 
 def _copy_slots(module: nn.Module, shadow: nn.Module) -> None:

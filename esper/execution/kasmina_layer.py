@@ -157,6 +157,24 @@ class KasminaLayer(nn.Linear):
             return self._traced(x)
         return self._run(x)
 
+    def _get_backward_hooks(self) -> tuple[list[Any], list[Any]]:
+        """What torch calls around the layer: with kernels in force, not the layer's own, which see its linear layer.
+
+        So per-sample gradients and Kronecker factors, which hooks on linear layers compute of inputs and of gradients
+        of outputs, are those of the weight. Forward hooks see what the layer returns.
+        """
+        full, others = super()._get_backward_hooks()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = len(self._backward_hooks) if self._is_full_backward_hook else 0
+        return full[: len(full) - own] if self._sees_to_hooks() else full, others
+
+    def _get_backward_pre_hooks(self) -> list[Any]:
+        """As :meth:`_get_backward_hooks`."""
+        every: list[Any] = super()._get_backward_pre_hooks()  # type: ignore[no-untyped-call]  # as above
+        return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
+
+    def _sees_to_hooks(self) -> bool:
+        return not torch.compiler.is_compiling() and bool(self._seeds)
+
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
         y = torch.nn.functional.linear(x, self.weight, self.bias)

@@ -213,11 +213,11 @@ class KernelBank(nn.Module):
 
     @property
     def _at_rest(self) -> bool:
-        """Whether no kernel is in force, staged or under way."""
-        loading = SeedLifecycleState.LOADING
+        """Whether no kernel is in force, staged, under way or folded into its layer's weight."""
+        busy = (SeedLifecycleState.LOADING, SeedLifecycleState.FOSSILIZED)
         seeds = ((layer.state, seed) for layer in self._layers.values() for seed in range(layer.num_seeds))
         dormant = self._plan.is_dormant and self._runtime.target.is_dormant
-        return dormant and all(state.lifecycle(seed) is not loading for state, seed in seeds)
+        return dormant and all(state.lifecycle(seed) not in busy for state, seed in seeds)
 
     def follow(self, kernels: tuple[SavedKernel, ...], dormant: bool, state_dict: Mapping[str, Any]) -> None:
         """Be as a checkpoint says whose host's part has been loaded: with `kernels`, or `dormant`, or as before."""

@@ -14,7 +14,7 @@ from esper.execution.alpha import SavedRamp
 from esper.execution.background import FETCHING
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, is_default
-from esper.execution.lifecycle import Transition
+from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_records import SeedRecords
@@ -78,7 +78,8 @@ class SeedReplacer:
                     called_off.append(load)
                     layer.state.cancel_load(seed)
                 in_force = any(plan.seed(layer.site, seed) for plan in (self._runtime.plan, self._runtime.target))
-                if (layer.site, seed) not in wanted and in_force:
+                folded = layer.state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED  # into a weight since replaced
+                if (layer.site, seed) not in wanted and (in_force or folded):
                     changes.append(self._removal(layer, seed))
             self._runtime.publish(*changes)
         for load in called_off:

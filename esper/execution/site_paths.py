@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import BackwardHook
 
 from esper.execution.plan import SeedPlan
 
@@ -33,16 +34,33 @@ def dormant_path(layer: KasminaLayer) -> SitePath:
 
 def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
     """The host's layer and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call."""
-    host_path = dormant_path(layer)
+    host_path, called_back = dormant_path(layer), (layer._backward_hooks, layer._backward_pre_hooks)
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        y = host_path(x)
-        for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
-            y = blended(y, seed, kernel, alpha, x)
+        y = _with_backward_hooks(layer, host_path, x) if any(called_back) else host_path(x)
+        try:
+            for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
+                y = blended(y, seed, kernel, alpha, x)
+        except NotImplementedError as error:
+            if layer.state.device.type != "meta" or x.device.type == "meta":
+                raise
+            raise RuntimeError(
+                f"layer {layer.layer_name!r} was moved to the meta device with its kernels, whose values are gone. If "
+                "that was done to call it with other parameters, as Opacus does, use the model that esper.bake() makes"
+            ) from error
         return y
 
     return active
+
+
+def _with_backward_hooks(layer: KasminaLayer, host_path: SitePath, x: Tensor) -> Tensor:
+    """`host_path(x)`, whose gradients the layer's own backward hooks see: `KasminaLayer._get_backward_hooks`."""
+    full = layer._backward_hooks.values() if layer._is_full_backward_hook else ()
+    hook = BackwardHook(layer, list(full), list(layer._backward_pre_hooks.values()))
+    (given,) = hook.setup_input_hook((x,))
+    y: Tensor = hook.setup_output_hook(host_path(given))
+    return y
 
 
 def blended(y: Tensor, seed: SeedPlan, kernel: Callable[..., Tensor], alpha: Tensor, x: Tensor) -> Tensor:

@@ -77,6 +77,9 @@ class Stager:
         A request for a seed that is already loading replaces the earlier one, whose future becomes False. Raises
         `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
+        if not isinstance(reference, str):
+            hint = "; pass its id" if hasattr(reference, "id") else ""
+            raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         self._runtime.note_settings()
         with self._runtime.lock:

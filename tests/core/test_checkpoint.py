@@ -395,6 +395,27 @@ def test_a_checkpoint_from_before_growth_brings_that_model_back(
     assert "of the host alone" not in caplog.text
 
 
+@pytest.mark.parametrize("grown_before", [False, True])
+def test_a_fossil_in_its_layers_weight_leaves_with_that_weight(
+    shelf: KernelShelf, x: torch.Tensor, grown_before: bool
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    kernel = shelf.put(esper.Blueprint.low_rank(8, 6, 2, start="kaiming")).id
+    if grown_before:
+        load(model, "2", 0, shelf.put(blueprint(6, 4, start="kaiming")).id, alpha=0.5)
+    best, want = saved(model), model(x).detach()
+    load(model, "0", 0, kernel, alpha=0.5)
+    assert model.fossilize("0", 0)
+    assert not torch.allclose(model(x), want)
+    assert states(model)["0"][0] == "FOSSILIZED"
+    assert model.kasmina_layers["0"].kernel_in_force(0) is None
+    model.load_state_dict(best)
+    assert torch.equal(model(x), want)
+    assert states(model)["0"][0] == "DORMANT"
+    load(model, "0", 0, kernel, alpha=0.5)
+    assert not torch.allclose(model(x), want)
+
+
 def test_a_checkpoint_of_the_host_leaves_kernels_and_says_so(
     shelf: KernelShelf, x: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
+    set_state_dict,
 )
 
 import esper
@@ -89,6 +91,24 @@ def test_a_state_dict_is_set(shelf: KernelShelf, x: torch.Tensor, full: bool) ->
         set_model_state_dict(other, get_model_state_dict(model), options=options)
         assert torch.equal(other(x), model(x))
         assert states(other) == states(model)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_and_its_optimizer_are_set(shelf: KernelShelf, x: torch.Tensor, nested: bool, full: bool) -> None:
+    options = StateDictOptions(full_state_dict=full)
+    (model, optimizer), (other, others) = trained(shelf), trained(shelf)
+    whole, another = (
+        (nn.Sequential(nn.Identity(), model), nn.Sequential(nn.Identity(), other)) if nested else (model, other)
+    )
+    state, moments = copy.deepcopy(get_state_dict(whole, optimizer, options=options))
+    set_state_dict(another, others, model_state_dict=state, optim_state_dict=moments, options=options)
+    for each, its in ((whole, optimizer), (another, others)):
+        its.zero_grad()
+        each(x).square().sum().backward()
+        its.step()
+    assert torch.equal(another(x), whole(x))
+    assert list(another.named_children()) == [(name, child) for name, child in another._modules.items()]
 
 
 @pytest.mark.parametrize("grown_first", [False, True])
