@@ -21,7 +21,7 @@ from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
 from esper.execution.site_marker import commit_while_tracing, marked_by_esper
-from esper.execution.site_paths import SitePath, active_path, blended, dormant_path
+from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
 from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
@@ -145,6 +145,9 @@ class KasminaLayer(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
+            if self._backward_hooks or self._backward_pre_hooks:
+                uncompiled: torch.Tensor = self._uncompiled(x)
+                return uncompiled
             if marked_by_esper():
                 if self._stands_alone:
                     TAGGED_ENTER(self._runtime_tag)
@@ -173,7 +176,14 @@ class KasminaLayer(nn.Linear):
         return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
 
     def _sees_to_hooks(self) -> bool:
-        return not torch.compiler.is_compiling() and bool(self._seeds)
+        return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def _uncompiled(self, x: torch.Tensor) -> torch.Tensor:
+        """With backward hooks of its own, which compiled code could not call around a part of a site."""
+        if self._armed:
+            self._begin()
+        return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
@@ -230,9 +240,12 @@ class KasminaLayer(nn.Linear):
         return self._current if self._meter is None else self._counted
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        self._begin()
+        return self._counted(x)
+
+    def _begin(self) -> None:
         if threading.get_ident() not in self.runtime.whole:
             self.runtime.enter()
-        return self._counted(x)
 
     def _counted(self, x: torch.Tensor) -> torch.Tensor:
         if self._meter is not None:

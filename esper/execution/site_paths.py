@@ -14,7 +14,7 @@ from esper.execution.plan import SeedPlan
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer
 
-__all__ = ["SitePath", "active_path", "blended", "dormant_path"]
+__all__ = ["SitePath", "active_path", "blended", "dormant_path", "with_backward_hooks"]
 
 SitePath = Callable[[Tensor], Tensor]
 
@@ -38,7 +38,7 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        y = _with_backward_hooks(layer, host_path, x) if any(called_back) else host_path(x)
+        y = with_backward_hooks(layer, host_path, x) if any(called_back) else host_path(x)
         try:
             for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
                 y = blended(y, seed, kernel, alpha, x)
@@ -54,12 +54,12 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
     return active
 
 
-def _with_backward_hooks(layer: KasminaLayer, host_path: SitePath, x: Tensor) -> Tensor:
+def with_backward_hooks(layer: KasminaLayer, host_path: SitePath, x: Tensor) -> Tensor:
     """`host_path(x)`, whose gradients the layer's own backward hooks see: `KasminaLayer._get_backward_hooks`."""
     full = layer._backward_hooks.values() if layer._is_full_backward_hook else ()
     hook = BackwardHook(layer, list(full), list(layer._backward_pre_hooks.values()))
-    (given,) = hook.setup_input_hook((x,))
-    y: Tensor = hook.setup_output_hook(host_path(given))
+    (given,) = hook.setup_input_hook((x,))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    y: Tensor = hook.setup_output_hook(host_path(given))  # type: ignore[no-untyped-call]  # as above
     return y
 
 

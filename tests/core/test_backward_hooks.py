@@ -43,26 +43,29 @@ def loss(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return model(x).square().sum()
 
 
-@pytest.mark.parametrize("mode", ["module", "fx"])
+@pytest.mark.parametrize("mode", ["module", "fx", "compiled"])
 @pytest.mark.parametrize("isolate", [False, True])
 @pytest.mark.parametrize("start", ["kaiming", "identity"])
-def test_per_sample_gradients_by_hooks(shelf: KernelShelf, start: str, isolate: bool, mode: Any) -> None:
+def test_per_sample_gradients_by_hooks(
+    shelf: KernelShelf, start: str, isolate: bool, mode: Any, fresh_dynamo: None
+) -> None:
     x = torch.randn(5, 8)
-    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode)
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode="module" if mode == "compiled" else mode)
     gradients = PerSampleGradients(model)
+    run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
     for grown in (False, True, False):
         if grown:
             load(model, "0", 0, shelf.put(blueprint(8, 6, start=start)).id, alpha=0.5, trainable=True, isolate=isolate)  # type: ignore[arg-type]  # one of the two
             load(model, "2", 1, shelf.put(blueprint(6, 4, start=start)).id, alpha=0.3)  # type: ignore[arg-type]  # as above
-        loss(model, x).backward()
+        loss(run, x).backward()
         assert sorted(gradients.of) == ["0", "2"]
         for row in range(5):
             model.zero_grad()
             kept = {name: each[row] for name, each in gradients.of.items()}
-            loss(model, x[row : row + 1]).backward()
+            loss(run, x[row : row + 1]).backward()
             for name, each in kept.items():
                 torch.testing.assert_close(each, model.get_submodule(name).weight.grad)  # type: ignore[union-attr]  # a parameter
-            loss(model, x).backward()  # the rows' gradients again
+            loss(run, x).backward()  # the rows' gradients again
         if grown:
             assert model.unload_kernel("0", 0)
             assert model.unload_kernel("2", 1)
