@@ -106,7 +106,8 @@ class _Planter:
             if self._stand_in(module) is shadow:
                 object.__setattr__(shadow, "__class__", self._class_of(type(module)))
         for module, shadow, _ in made:
-            if parametrize.is_parametrized(module) and not _computes_parametrizations(shadow):
+            is_site = id(module) in self._targets
+            if parametrize.is_parametrized(module) and not is_site and not _computes_parametrizations(shadow):
                 torch_internals.inject_parametrizations(shadow)
         return self._shadows.get(id(model), model)
 
