@@ -192,7 +192,7 @@ class MorphableModel(nn.Module):
         host = OrderedDict((key, value) for key, value in state_dict.items() if not key.startswith(f"{BANK_NAME}."))
         versions = getattr(state_dict, "_metadata", None) or {}  # torch keeps them there
         said = dict(versions.get("", {}))
-        dormant = bank.said_dormant(said)
+        dormant = bank.said_dormant(said, state_dict, f"{BANK_NAME}.")
         host._metadata = {**versions, "": bank.unmarked(said)}  # type: ignore[attr-defined]  # as above
         result = super().load_state_dict(host, *args, **kwargs)
         bank.follow_model()
@@ -220,7 +220,7 @@ class MorphableModel(nn.Module):
         """As a part of a larger module, which may hold kernels for this one."""
         own = f"{prefix}{BANK_NAME}."
         bank = self._esper
-        kernels, dormant = bank.read(state_dict, own), bank.said_dormant(metadata)
+        kernels, dormant = bank.read(state_dict, own), bank.said_dormant(metadata, state_dict, own)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
         if not bank.is_unmarked(metadata):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -36,13 +37,23 @@ def _watch_registrations() -> None:
     """Hear of every submodule that is set anywhere in the process; once."""
 
     def registered(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        del name, submodule
+        if torch.compiler.is_dynamo_compiling():  # to which all models in the table would become a guard
+            _exchanged_while_traced(module._modules.get(name), submodule)
+            return
         reference = _watched.get(module)
         watch = None if reference is None else reference()
         if watch is not None:
             watch.note()
 
     register_module_module_registration_hook(registered)
+
+
+def _exchanged_while_traced(old: nn.Module | None, new: nn.Module | None) -> None:
+    """Tell the models of the layers in `old` and `new`; a forward that makes lists of its layers exchanges nothing."""
+    for module in (old, new) if old is not None else ():
+        for each in module.modules() if module is not None else ():
+            if isinstance(each, KasminaLayer):
+                each.runtime.note_layers_changed()
 
 
 class SiteWatch:

@@ -41,6 +41,9 @@ def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
         namespace: dict[str, Any] = {"forward": _entry(_forward_at_site if root_is_site else key[0].forward, key[0])}
         if "__deepcopy__" in {name for kind in key[0].__mro__ for name in vars(kind)}:
             namespace["__deepcopy__"] = _deep_copy
+        save = getattr(key[0], "save_pretrained", None)
+        if isinstance(save, types.FunctionType) and "state_dict" in inspect.signature(save).parameters:
+            namespace["save_pretrained"] = _saving(save)
         known = _classes[key] = subclass_in_disguise(adapted_class(key[0]), namespace, MorphableModel)
     return cast("type[MorphableModel]", known)
 
@@ -96,6 +99,20 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
     functools.update_wrapper(own, kind.forward)  # type: ignore[attr-defined]  # a class of modules
     own._hosts_forward = hosts  # type: ignore[attr-defined]  # for uncompiled forwards
     return own
+
+
+def _saving(hosts: _Forward) -> _Forward:
+    """The `save_pretrained` of a host's class, which keeps tensors only: one says that no kernel was in force."""
+    signature = inspect.signature(hosts)
+
+    @functools.wraps(hosts)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        state = given.arguments.get("state_dict")
+        given.arguments["state_dict"] = self._esper.marked(self.state_dict() if state is None else state)
+        return hosts(*given.args, **given.kwargs)
+
+    return save_pretrained
 
 
 def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:

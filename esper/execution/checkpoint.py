@@ -86,7 +86,8 @@ class _Index(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal[1] = 1
-    seeds: list[SavedSeed] = Field(min_length=1)
+    seeds: list[SavedSeed]
+    """None in what says that all were dormant."""
 
 
 @dataclass(frozen=True, slots=True)

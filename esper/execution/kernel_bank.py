@@ -123,6 +123,12 @@ class KernelBank(nn.Module):
         if said is not None and self.is_empty:
             said[_DORMANT] = True
 
+    def marked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """`state_dict` with an entry that says so, if no kernel is in force: for files that keep tensors only."""
+        named = any(key.startswith(f"{BANK_NAME}.") for key in state_dict)
+        entries = encode(()) if self.is_empty and not named else {}
+        return {**state_dict, **{f"{BANK_NAME}.{name}": tensor for name, tensor in entries.items()}}
+
     def __getattr__(self, name: str) -> Any:
         """What is saved is found by its name too: `torch.distributed.checkpoint` looks up every key of a state dict."""
         if name in (INDEX, ARTIFACT[:-1]) and not self.is_empty:
@@ -191,15 +197,15 @@ class KernelBank(nn.Module):
                 f"features, but the layer maps {layer.input_dim} to {layer.output_dim}"
             )
 
-    def said_dormant(self, said: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint without kernels comes from a wrapped model, by what :meth:`mark` left in it.
+    def said_dormant(self, said: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
+        """Whether a checkpoint without kernels comes from a wrapped model: what :meth:`mark` or :meth:`marked` left.
 
         Raises `CommitError` inside a backward, where kernels could not leave.
         """
-        if not said.get(_DORMANT) or self._at_rest:
-            return bool(said.get(_DORMANT))
-        self._runtime.refuse_in_backward()
-        return True
+        dormant = bool(said.get(_DORMANT)) or prefix + INDEX in state_dict
+        if dormant and not self._at_rest:
+            self._runtime.refuse_in_backward()
+        return dormant
 
     @staticmethod
     def unmarked(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +277,7 @@ class KernelBank(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, said: Any, *_: Any) -> None:
         """The kernels come last, after the host's parameters."""
         kernels, self._expected = self._expected or self.read(state_dict, prefix), ()
-        dormant = self.said_dormant(said)
+        dormant = self.said_dormant(said, state_dict, prefix)
         self._prefix = prefix
         for key in [key for key in state_dict if key.startswith(prefix)]:
             del state_dict[key]  # torch made this dictionary for this module and those below it

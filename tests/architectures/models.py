@@ -28,9 +28,9 @@ class Architecture:
 
 
 def _transformers() -> Any:
-    import pytest
+    import transformers  # seconds, which the plain models do not need
 
-    return pytest.importorskip("transformers")
+    return transformers
 
 
 def _tokens(rows: int = 2, length: int = 7) -> Tensor:
@@ -41,7 +41,7 @@ def _decoder(kind: str, **options: Any) -> Callable[[], Architecture]:
     def make() -> Architecture:
         library = _transformers()
         sizes = {
-            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 1, "vocab_size": _VOCABULARY, "pad_token_id": 0, "use_cache": False,
         }  # fmt: skip
         config = getattr(library, f"{kind}Config")(**{**sizes, **options})
@@ -63,7 +63,7 @@ def _encoder(kind: str, **options: Any) -> Callable[[], Architecture]:
 
 
 _BERT = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ _BERT = {
 def _gpt2() -> Architecture:
     library = _transformers()
     config = library.GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, n_positions=16, vocab_size=_VOCABULARY, use_cache=False,
+        n_embd=16, n_layer=1, n_head=2, n_positions=16, vocab_size=_VOCABULARY, use_cache=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return Architecture(library.GPT2LMHeadModel(config), {"input_ids": _tokens()}, lambda returned: returned.logits)
@@ -80,7 +80,7 @@ def _gpt2() -> Architecture:
 def _t5() -> Architecture:
     library = _transformers()
     config = library.T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=_VOCABULARY, dropout_rate=0.0,
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=_VOCABULARY, dropout_rate=0.0,
         use_cache=False, decoder_start_token_id=0,
     )  # fmt: skip
     inputs = {"input_ids": _tokens(), "decoder_input_ids": _tokens(length=5)}
@@ -90,7 +90,7 @@ def _t5() -> Architecture:
 def _vit() -> Architecture:
     library = _transformers()
     config = library.ViTConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
         num_labels=3,
     )  # fmt: skip
     host = library.ViTForImageClassification(config)
@@ -100,7 +100,7 @@ def _vit() -> Architecture:
 def _swin() -> Architecture:
     library = _transformers()
     config = library.SwinConfig(
-        image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 2], window_size=4, num_labels=3,
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=3,
         drop_path_rate=0.0,
     )  # fmt: skip
     host = library.SwinForImageClassification(config)
@@ -110,7 +110,7 @@ def _swin() -> Architecture:
 def _whisper() -> Architecture:
     library = _transformers()
     config = library.WhisperConfig(
-        d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=_VOCABULARY, num_mel_bins=8, max_source_positions=10,
         max_target_positions=12, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
         use_cache=False, dropout=0.0,
@@ -123,14 +123,16 @@ def _whisper() -> Architecture:
 def _mamba() -> Architecture:
     library = _transformers()
     config = library.MambaConfig(
-        hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=_VOCABULARY, use_cache=False, pad_token_id=0,
+        hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=_VOCABULARY, use_cache=False, pad_token_id=0,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    return Architecture(library.MambaForCausalLM(config), {"input_ids": _tokens()}, lambda returned: returned.logits)
+    return Architecture(
+        library.MambaForCausalLM(config), {"input_ids": _tokens(length=3)}, lambda returned: returned.logits
+    )
 
 
 def _transformer() -> Architecture:
-    host = nn.Transformer(16, 2, 2, 2, 24, dropout=0.0, batch_first=True)
+    host = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=True)
     return Architecture(host, {"src": torch.randn(2, 7, 16), "tgt": torch.randn(2, 5, 16)})
 
 
@@ -167,7 +169,7 @@ class Convolutional(nn.Module):
 
 
 ARCHITECTURES: Mapping[str, Callable[[], Architecture]] = {
-    "llama": _decoder("Llama"),
+    "llama": _decoder("Llama", num_hidden_layers=2),
     "qwen2": _decoder("Qwen2"),
     "mistral": _decoder("Mistral", sliding_window=4),
     "mixtral": _decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2),
@@ -175,7 +177,7 @@ ARCHITECTURES: Mapping[str, Callable[[], Architecture]] = {
     "bert": _encoder("Bert", **_BERT),
     "roberta": _encoder("Roberta", **_BERT, pad_token_id=1),
     "distilbert": _encoder(
-        "DistilBert", dim=16, hidden_dim=24, n_layers=2, n_heads=2, dropout=0.0, attention_dropout=0.0,
+        "DistilBert", dim=16, hidden_dim=24, n_layers=1, n_heads=2, dropout=0.0, attention_dropout=0.0,
         seq_classif_dropout=0.0, max_position_embeddings=16,
     ),
     "t5": _t5,
