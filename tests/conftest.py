@@ -19,7 +19,8 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import pytest
 import torch
 
-from tests.kernel_shelf import KernelShelf
+from esper import EsperConfig, Platform
+from tests.kernel_shelf import COMPILED, KernelShelf
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,16 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelShelf]:
     """A platform on whose shelf a test puts kernels without waiting for Tezzeret."""
     with KernelShelf(tmp_path_factory.mktemp("platform")) as shelf:
         yield shelf
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """A platform that has compiled the kernels of `COMPILED`, as users get them: for the group "attachments"."""
+    config = EsperConfig.model_validate({"tezzeret": {"pipeline": "fast"}})
+    with Platform.embedded(tmp_path_factory.mktemp("compiled"), config=config) as platform:
+        for blueprint_id in [platform.submit(blueprint) for blueprint in COMPILED.values()]:
+            platform.wait_sync(blueprint_id, 250)
+        yield platform
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

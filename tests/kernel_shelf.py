@@ -12,7 +12,14 @@ from esper.compiler.attachment import read_payload, with_latencies
 from esper.contracts.validation import ValidationReport
 from esper.services.contracts import KernelMetadata
 
-__all__ = ["KernelShelf", "compiled_code"]
+__all__ = ["COMPILED", "KernelShelf", "compiled_code"]
+
+COMPILED = {
+    "bottleneck": Blueprint.bottleneck(8, 6, rank=3, start="kaiming", activation="tanh"),
+    "gated": Blueprint.gated_mlp(8, 6, hidden=5, start="kaiming"),
+    "identity": Blueprint.bottleneck(8, 6, rank=2, start="identity"),
+}
+"""Kernels that the platform of the fixture `compiled` has compiled; the last one reads the host's output."""
 
 
 class KernelShelf:

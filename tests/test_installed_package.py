@@ -49,6 +49,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(python: Path, code: str, folder: Path) -> str:
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    clean["ESPER_TEZZERET__PIPELINE"] = "fast"
     done = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, env=clean)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,8 +25,13 @@ def check_shapes(graph: KernelGraph, leads: tuple[tuple[int, ...], ...], limits:
 
     A value that depends on an input must have, with leading dimensions, the shape that it has without them, behind
     them: so a kernel never reads across leading positions. Raises :class:`ArtifactGraphError` or
-    ``ArtifactLimitError``.
+    ``ArtifactLimitError``. A graph that passed is not run again: kernels of one family differ in their weights only.
     """
+    _check(graph, leads, limits)
+
+
+@functools.lru_cache(maxsize=256)
+def _check(graph: KernelGraph, leads: tuple[tuple[int, ...], ...], limits: Limits) -> None:
     batched = _batched(graph)
     if graph.output not in batched:
         raise ArtifactGraphError(f"the output {graph.output!r} does not depend on the input; a kernel maps its input")

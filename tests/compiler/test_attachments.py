@@ -16,30 +16,29 @@ import torch
 from torch import nn
 
 import esper
-from esper import Blueprint, Platform
-from esper.artifacts import Attachment, SigningKey, Target
+from esper import Platform
+from esper.artifacts import Attachment, SigningKey, Target, build_artifact
 from esper.compiler.attachment import with_latencies
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.loaded_kernel import AttachedKernel, LoadedKernel
 from esper.execution.sources import KernelSource
 from tests.compiler.variants import wait_until
-from tests.kernel_shelf import KernelShelf, compiled_code
+from tests.kernel_shelf import COMPILED, KernelShelf, compiled_code
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attachments")]
 
-BLUEPRINT = Blueprint.bottleneck(8, 6, rank=3, start="identity", seed=5)
+BLUEPRINT = COMPILED["identity"]
 
 
-@pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with Platform.embedded(tmp_path_factory.mktemp("platform")) as platform:
-        yield platform
+@pytest.fixture
+def platform(compiled: Platform) -> Platform:
+    return compiled
 
 
-@pytest.fixture(scope="module")
-def kernel(platform: Platform) -> str:
+@pytest.fixture
+def kernel() -> str:
     """A compiled kernel that reads its input and the host's output."""
-    return platform.compile_sync(BLUEPRINT, timeout=240).id
+    return build_artifact(BLUEPRINT).id
 
 
 @pytest.fixture
@@ -287,7 +286,7 @@ def test_a_kernel_of_the_right_key_but_for_another_artifact_is_refused(
         def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
             return packed
 
-    other = platform.compile_sync(Blueprint.low_rank(8, 6, rank=1, start="kaiming"), timeout=240).id
+    other = build_artifact(COMPILED["bottleneck"]).id
     loaded = KernelCache(source=platform.kernel_source).fetch(other).place()
     esper.attach_from(Swapped(), loaded)
     assert not loaded.attached

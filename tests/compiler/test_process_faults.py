@@ -48,16 +48,21 @@ def test_a_worker_that_hangs_is_killed_in_time_and_another_one_serves_the_next_l
     assert loaded == {"state": "ACTIVE", "errors": 1, "reason": "", "in_force": ["worker"], "others": True}
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("missing", ["CXX", "PATH"])
-def test_without_a_compiler_a_load_says_what_to_do_and_the_fallback_runs_uncompiled(
-    missing: str, tmp_path: Path
-) -> None:
-    environment = {missing: "/nowhere/g++" if missing == "CXX" else "/nowhere"}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
-    raised, fallen_back, failed = said(program(tmp_path, "has_no_compiler()", environment))
+def without_a_compiler(call: str, folder: Path, **missing: str) -> list[dict[str, Any]]:
+    """What is said by a program that has none, after it has said what was raised."""
+    raised, *rest = said(program(folder, call, {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **missing}))
     assert "needs a C++ compiler: install g++, or name one in CXX" in raised["raised"]
     assert 'options={"fallback": "eager"} runs such graphs uncompiled' in raised["raised"]
+    return rest
+
+
+def test_without_a_compiler_in_the_path_compiling_says_what_to_do(tmp_path: Path) -> None:
+    assert without_a_compiler("has_no_compiler(only_raises=True)", tmp_path, PATH="/nowhere") == []
+
+
+@pytest.mark.timeout(400)
+def test_without_a_compiler_a_load_says_what_to_do_and_the_fallback_runs_uncompiled(tmp_path: Path) -> None:
+    fallen_back, failed = without_a_compiler("has_no_compiler()", tmp_path, CXX="/nowhere/g++")
     assert fallen_back["dormant"] == ["uncompiled"]
     assert (fallen_back["state"], fallen_back["in_force"]) == ("ACTIVE", ["uncompiled"])
     assert "needs a C++ compiler: install g++, or name one in CXX" in failed.pop("reason")

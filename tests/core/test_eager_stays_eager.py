@@ -17,19 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import esper
-from esper import Blueprint, Platform
+from esper import Platform
 from esper.artifacts import build_artifact
 from tests.core.seeds import load
-from tests.kernel_shelf import KernelShelf, compiled_code
+from tests.kernel_shelf import COMPILED, KernelShelf, compiled_code
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attachments")]
 
-BLUEPRINTS = {
-    "bottleneck": Blueprint.bottleneck(8, 6, rank=3, start="kaiming", activation="tanh"),
-    "gated": Blueprint.gated_mlp(8, 6, hidden=5, start="kaiming"),
-    "identity": Blueprint.bottleneck(8, 6, rank=2, start="identity"),
-}
-ARTIFACTS = {name: build_artifact(blueprint) for name, blueprint in BLUEPRINTS.items()}
+ARTIFACTS = {name: build_artifact(blueprint) for name, blueprint in COMPILED.items()}
 KERNELS = {name: fx.GraphModule(nn.Module(), artifact.graph.to_fx()) for name, artifact in ARTIFACTS.items()}
 SETUPS: dict[str, list[dict[str, Any]]] = {
     "trainable": [{"kernel": "bottleneck", "trainable": True}],
@@ -45,17 +40,16 @@ Run = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(scope="module")
-def platforms(shelf: KernelShelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, Platform]]:
+def platforms(
+    shelf: KernelShelf, compiled: Platform, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Platform]]:
     """The same kernels with different attachments."""
-    with (
-        Platform.embedded(tmp_path_factory.mktemp("platform")) as real,
-        KernelShelf(tmp_path_factory.mktemp("faster")) as faster,
-    ):
-        for blueprint in BLUEPRINTS.values():
-            kernel = real.compile_sync(blueprint, timeout=300).id
+    with KernelShelf(tmp_path_factory.mktemp("faster")) as faster:
+        for name, blueprint in COMPILED.items():
+            kernel = ARTIFACTS[name].id
             assert shelf.put(blueprint).id == faster.put(blueprint).id == kernel
-            faster.attach(kernel, compiled_code(real, kernel))
-        yield {"without": shelf.platform, "as compiled": real, "faster": faster.platform}
+            faster.attach(kernel, compiled_code(compiled, kernel))
+        yield {"without": shelf.platform, "as compiled": compiled, "faster": faster.platform}
 
 
 def grown(platform: Platform, setup: Sequence[Mapping[str, Any]], mode: Any) -> esper.MorphableModel:

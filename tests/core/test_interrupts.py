@@ -18,8 +18,8 @@ import esper
 from tests.core.seeds import blueprint, load, outputs
 from tests.kernel_shelf import KernelShelf
 
-_STEP = int(os.environ.get("TEST_INTERRUPT_EVERY", "7"))
-"""Every so many-th line is one at which an interrupt comes; with 1 it takes minutes."""
+_POINTS = int(os.environ.get("TEST_INTERRUPT_POINTS", "24"))
+"""At so many lines of an action, spread over all of it, an interrupt comes; with 10000 at every line, in minutes."""
 
 
 class _Interrupt:
@@ -124,20 +124,27 @@ _ACTIONS: dict[str, Callable[[_Trial], object]] = {
 }
 
 
+def _prepared(shelf: KernelShelf, mode: str, what: str, kernels: list[str]) -> _Trial:
+    trial = _Trial(shelf, mode, kernels)
+    if what in ("forward", "commit"):
+        trial.stage()
+    return trial
+
+
 @pytest.mark.parametrize("mode", ["module", "fx"])
 @pytest.mark.parametrize("what", list(_ACTIONS))
 def test_an_interrupt_at_any_line_leaves_a_whole_model(shelf: KernelShelf, mode: str, what: str) -> None:
     kernels = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(3)]
-    line, came = 0, True
-    while came:
-        line += _STEP
-        trial = _Trial(shelf, mode, kernels)
-        if what in ("forward", "commit"):
-            trial.stage()
-        came = _Interrupt(line)(lambda trial=trial: _ACTIONS[what](trial))  # type: ignore[misc]  # bound here
+    for _ in range(2):  # the first time there is more to do than later
+        trial, whole = _prepared(shelf, mode, what, kernels), _Interrupt(0)
+        assert not whole(lambda trial=trial: _ACTIONS[what](trial))  # type: ignore[misc]  # bound here
+    came = 0
+    for line in sorted({1 + whole.lines * point // _POINTS for point in range(_POINTS)}):
+        trial = _prepared(shelf, mode, what, kernels)
+        came += _Interrupt(line)(lambda trial=trial: _ACTIONS[what](trial))  # type: ignore[misc]  # bound here
         try:
             trial.check()
         except BaseException:
             print(f"after an interrupt at line {line} of {what}")
             raise
-    assert line > 3 * _STEP
+    assert came > 3

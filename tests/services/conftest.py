@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store without content, to be copied: migrations take longer."""
+    folder = tmp_path_factory.mktemp("empty") / "store"
+    with UrzaStore.in_folder(folder):
+        return folder
+
+
 @pytest.fixture
-def store(folder: Path) -> Iterator[UrzaStore]:
+def store(folder: Path, _empty_store: Path) -> Iterator[UrzaStore]:
+    shutil.copytree(_empty_store, folder)
     with UrzaStore.in_folder(folder) as store:
         yield store
 
@@ -43,12 +53,13 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def any_store(request: pytest.FixtureRequest, folder: Path) -> Iterator[UrzaStore]:
+def any_store(request: pytest.FixtureRequest, folder: Path, _empty_store: Path) -> Iterator[UrzaStore]:
     """A store with its tables in SQLite, and one with its tables in PostgreSQL."""
+    shutil.copytree(_empty_store, folder)
     if request.param == "sqlite":
         opened = UrzaStore.in_folder(folder)
     else:
-        url = request.getfixturevalue("postgres").new_database()
+        url = request.getfixturevalue("postgres").new_store()
         opened = UrzaStore(url, folder / "blobs")
     with opened:
         yield opened
@@ -57,7 +68,7 @@ def any_store(request: pytest.FixtureRequest, folder: Path) -> Iterator[UrzaStor
 @pytest.fixture
 def s3_store(postgres: Postgres, s3: str) -> Iterator[UrzaStore]:
     """A store with its tables in PostgreSQL and its blobs in S3."""
-    with UrzaStore(postgres.new_database(), f"{s3}/{uuid.uuid4().hex}") as opened:
+    with UrzaStore(postgres.new_store(), f"{s3}/{uuid.uuid4().hex}") as opened:
         yield opened
 
 

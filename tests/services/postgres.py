@@ -10,6 +10,8 @@ import pgserver  # type: ignore[import-untyped]  # pgserver ships no types
 import psycopg
 from sqlalchemy import make_url
 
+from esper.services.urza import UrzaStore
+
 __all__ = ["Postgres", "forget_quickly"]
 
 
@@ -29,14 +31,23 @@ class Postgres:
         self._server = pgserver.get_server(Path(self._folder.name) / "data", cleanup_mode="stop")
         forget_quickly(self._server.get_uri())
         self._numbers = itertools.count()
+        self._tables: str | None = None
 
-    def new_database(self) -> str:
-        """The URL of an empty database."""
+    def new_database(self, template: str = "template1") -> str:
+        """The URL of an empty database, or of a copy of another one that nobody is connected to."""
         name = f"esper_{next(self._numbers)}"
         with psycopg.connect(self._server.get_uri(), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         url = make_url(self._server.get_uri()).set(drivername="postgresql", database=name)
         return url.render_as_string(hide_password=False)
+
+    def new_store(self) -> str:
+        """The URL of a database with a store's tables, which are empty: a copy, since migrations take longer."""
+        if self._tables is None:
+            url = self.new_database()
+            with tempfile.TemporaryDirectory() as blobs, UrzaStore(url, blobs):
+                self._tables = str(make_url(url).database)
+        return self.new_database(self._tables)
 
     def close(self) -> None:
         """End the server."""

@@ -202,10 +202,11 @@ class TestRecompiling:
 
 class TestPlatforms:
     def test_after_a_lost_key_the_same_blueprint_is_compiled_and_can_be_loaded(self, tmp_path: Path) -> None:
-        with Platform.embedded(tmp_path) as platform:
+        config = EsperConfig.model_validate({"tezzeret": {"pipeline": "fast"}})
+        with Platform.embedded(tmp_path, config=config) as platform:
             first = platform.compile_sync(blueprint(1), "mine", timeout=240)
         (tmp_path / "signing.pem").unlink()
-        with Platform.embedded(tmp_path) as platform:
+        with Platform.embedded(tmp_path, config=config) as platform:
             model = esper.wrap(torch.nn.Sequential(torch.nn.Linear(4, 4)), platform=platform)
             assert not asyncio.run(model.load_kernel("0", 0, "mine"))
             with pytest.raises(KernelNotTrustedError, match=f"signed by {first.signatures[0].key_id[:12]}"):
