@@ -104,12 +104,16 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """A session that is committed at the end, and rolled back on any error. Raises :class:`StoreError`."""
+        """A session that is committed at the end, and rolled back on any error. Raises :class:`StoreError`.
+
+        Its transaction has begun when the block does: on SQLite it holds the write lock then.
+        """
         with (
             self._errors(),
             Session(self._engine.execution_options(**{_WRITES: True}), expire_on_commit=False) as session,
             session.begin(),
         ):
+            session.connection()
             yield session
 
     @contextmanager
