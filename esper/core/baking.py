@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from esper.core.morphable_model import MorphableModel
 from esper.core.persistence import as_host
 from esper.core.shadow import plant
 from esper.core.targets import Selection
+from esper.execution.fossils import fold, is_affine
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plan import SeedPlan
 
@@ -24,12 +27,15 @@ __all__ = ["bake"]
 def bake(morphable: MorphableModel) -> nn.Module:
     """A plain PyTorch module of the host's class that computes what a wrapped model computes now; nothing of Esper's.
 
-    It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included. In
-    the place of each layer with kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
-    submodule `seed_<index>` for each kernel's parameters, and alphas as constants. It can be pickled, exported and
-    loaded where Esper is not installed. The wrapped model stays as it is; what is only staged is left out.
+    It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included; what
+    is only staged is left out. Affine kernels that come first in their layer become part of its weight and bias, at
+    their present alphas, unless that changes more than the layer: the weight is tied, or the kernel's input detached.
+    In the place of a layer with other kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
+    submodule `seed_<index>` for each such kernel's parameters, and alphas as constants. It can be pickled, exported and
+    loaded where Esper is not installed. The wrapped model stays as it is.
 
-    Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    Warns where the host has a `save_pretrained` and such modules remain: what that saves, the host's class loads
+    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.bake takes what esper.wrap returned, not a {type(morphable).__name__}")
@@ -38,14 +44,40 @@ def bake(morphable: MorphableModel) -> nn.Module:
     plan = morphable.runtime.plan
     grown = {name: layer for name, layer in morphable.kasmina_layers.items() if plan.sites.get(layer.site)}
 
-    def built_in(name: str, plain: nn.Linear) -> nn.Module:
-        return _with_kernels(grown[name], plain, plan.sites[grown[name].site])
+    modules: dict[str, Any] = dict(host.named_modules())
+    left = {name: _fold_first(grown[name], modules[name], plan.sites[grown[name].site], host) for name in grown}
+    targets = {name: modules[name] for name, seeds in left.items() if seeds}
+    if targets and hasattr(host, "save_pretrained"):
+        warnings.warn(
+            f"kernels of {', '.join(map(repr, targets))} are no part of their layers' weights: what save_pretrained() "
+            "saves of the baked model is loaded without them. Save it whole, with torch.save",
+            UserWarning,
+            stacklevel=2,
+        )
 
-    if "" in grown:
+    def built_in(name: str, plain: nn.Linear) -> nn.Module:
+        return _with_kernels(grown[name], plain, left[name])
+
+    if "" in targets:
         return built_in("", cast("nn.Linear", host))
-    modules = dict(host.named_modules())
-    targets: dict[str, Any] = {name: modules[name] for name in grown}
-    return plant(host, Selection(targets), built_in, lambda kind: kind, watched=False)
+    return plant(host, Selection(targets), built_in, lambda kind: kind, watched=False) if targets else host
+
+
+def _fold_first(
+    layer: KasminaLayer, plain: nn.Linear, seeds: Sequence[SeedPlan], host: nn.Module
+) -> Sequence[SeedPlan]:
+    """Make the first of `seeds` part of the weights of `plain`, as many as can be; those that are left."""
+    uses = Counter(id(each) for module in host.modules() for each in module._parameters.values())
+    own = [each for each in (plain.weight, plain.bias) if each is not None]
+    if not all(type(each) is nn.Parameter and uses[id(each)] == 1 for each in own):
+        return seeds
+    folded = 0
+    for each in seeds:
+        if each.isolate or not is_affine(each.kernel.graph, constant=plain.bias is not None):
+            break
+        fold(plain.weight, plain.bias, each.kernel, _alpha(layer, each))
+        folded += 1
+    return seeds[folded:]
 
 
 def _with_kernels(layer: KasminaLayer, plain: nn.Linear, seeds: Sequence[SeedPlan]) -> fx.GraphModule:

@@ -109,6 +109,50 @@ def test_a_transformer_a_dormant_model_and_a_single_layer(shelf: KernelShelf, x:
     torch.testing.assert_close(outputs(esper.bake(alone), x), outputs(alone, x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_affine_kernels_become_part_of_the_weights(
+    shelf: KernelShelf, x: torch.Tensor, bias: bool, dtype: torch.dtype
+) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 6, bias=bias), nn.ReLU(), nn.Linear(6, 4)), platform=shelf.platform)
+    for seed, start in enumerate(("kaiming", "identity", "kaiming")):
+        affine = esper.Blueprint.low_rank(8, 6, 2, start=start, seed=seed)  # type: ignore[arg-type]  # one of the starts
+        load(model, "0", seed, shelf.put(affine).id, alpha=0.5, trainable=True)
+    with torch.no_grad():
+        for parameter in model.seed_parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    model.to(dtype)
+    plain: Any = esper.bake(model)
+    assert [type(each) for each in plain] == [nn.Linear, nn.ReLU, nn.Linear]
+    close = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(plain(x.to(dtype)), model(x.to(dtype)), **close)
+    nn.Sequential(nn.Linear(8, 6, bias=bias), nn.ReLU(), nn.Linear(6, 4)).load_state_dict(plain.state_dict())
+    other = esper.Blueprint.bottleneck(8, 6, 2, start="kaiming", dtype=str(dtype).removeprefix("torch."))
+    load(model, "0", 3, shelf.put(other).id, alpha=0.5)
+    plain = esper.bake(model)
+    assert [name for name, _ in plain[0].named_children()] == ["seed_3"]
+    torch.testing.assert_close(plain(x.to(dtype)), model(x.to(dtype)), **close)
+
+
+@pytest.mark.parametrize("why", ["tied", "isolated", "parametrized", "behind another"])
+def test_affine_kernels_that_cannot_become_part_of_the_weights_stay(
+    shelf: KernelShelf, x: torch.Tensor, why: str
+) -> None:
+    host = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if why == "tied":
+        host[2].weight = host[0].weight
+    model = esper.wrap(host, platform=shelf.platform)
+    if why == "parametrized":
+        nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]  # a Sequential
+    if why == "behind another":
+        load(model, "0", 0, shelf.put(blueprint(8, 8, start="kaiming")).id, alpha=0.5)
+    affine = esper.Blueprint.low_rank(8, 8, 2, start="kaiming")
+    load(model, "0", 1, shelf.put(affine).id, alpha=0.5, trainable=True, isolate=why == "isolated")
+    plain: Any = esper.bake(model)
+    assert "seed_1" in dict(plain[0].named_children())
+    torch.testing.assert_close(outputs(plain, x), outputs(model, x))
+
+
 def test_unwrapping_a_model_with_fossils_says_how_they_are_kept(shelf: KernelShelf) -> None:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
     load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5)

@@ -161,12 +161,24 @@ def test_a_grown_model_saved_comes_back(shelf: KernelShelf, tmp_path: Path, foss
     torch.testing.assert_close(_logits(again), _logits(model))
 
 
-def test_a_baked_model_saved_and_loaded_computes_the_same(shelf: KernelShelf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fossilized", [False, True])
+def test_a_baked_model_saved_and_loaded_computes_the_same(shelf: KernelShelf, tmp_path: Path, fossilized: bool) -> None:
     model = _grown(shelf)
-    assert model.fossilize("lm_head", 0)
-    model.commit()
+    if fossilized:
+        assert model.fossilize("lm_head", 0)
+        model.commit()
     esper.bake(model).save_pretrained(tmp_path)
     torch.testing.assert_close(_logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), _logits(model))
+
+
+def test_a_baked_model_that_its_class_cannot_load_says_so(shelf: KernelShelf) -> None:
+    model = _grown(shelf)
+    kernel = shelf.put(Blueprint.bottleneck(_WIDTH, _VOCABULARY, 2, start="kaiming")).id
+    assert model.request_kernel("lm_head", 1, kernel, alpha=0.5).result()
+    model.commit()
+    with pytest.warns(UserWarning, match="kernels of 'lm_head' .* loaded without them"):
+        baked = esper.bake(model)
+    torch.testing.assert_close(_logits(baked), _logits(model))
 
 
 def test_num_parameters_counts_kernels(shelf: KernelShelf) -> None:
