@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import atexit
 import collections
+import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from esper.execution.state_layout import KasminaStateLayout
 
 __all__ = ["SIGNAL_EVERY", "Metered", "Stopwatch", "Telemetry"]
+
+_LOG = logging.getLogger("esper.execution")
 
 SIGNAL_EVERY = 100
 """Executions of a layer between two health signals."""
@@ -97,7 +100,6 @@ class Telemetry:
         self._running: collections.deque[tuple[int, Stopwatch]] = collections.deque(maxlen=4096)
         self._samples: dict[int, collections.deque[float]] = {}
         self._signalled: dict[int, int] = {}
-        self._stop = threading.Event()
         reset_after_fork(self)
 
     def after_fork(self) -> None:
@@ -154,15 +156,12 @@ class Telemetry:
     # -- reporting -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to look, on a daemon thread that ends with :meth:`stop` or when this object is collected."""
-        thread = threading.Thread(
-            target=_look_regularly, args=(weakref.ref(self), self._stop), name="esper-telemetry", daemon=True
-        )
-        thread.start()
+        """Begin to look, on a daemon thread that all models share, until :meth:`stop` or this object's end."""
+        _looks.begin(self)
 
     def stop(self) -> None:
         """Stop looking."""
-        self._stop.set()
+        _looks.end(self)
 
     def look(self) -> None:
         """Send the health signals that are due and ask for a sample from whatever ran."""
@@ -199,21 +198,50 @@ class Telemetry:
         )
 
 
-def _look_regularly(reference: weakref.ref[Telemetry], stop: threading.Event) -> None:
-    wait: Callable[[float], bool] = stop.wait
-    while not wait(_LOOK_EVERY):
-        telemetry = reference()
-        if telemetry is None:
-            return
-        with _looking.held():
+class _Looks:
+    """The thread that looks at all models' counts a few times a second; there while there is a model to look at."""
+
+    def __init__(self) -> None:
+        self._lock = ModuleLock()
+        self._telemetries: weakref.WeakSet[Telemetry] = weakref.WeakSet()
+        self._thread: threading.Thread | None = None
+        atexit.register(self._end)
+
+    def begin(self, telemetry: Telemetry) -> None:
+        with self._lock.held():
+            self._telemetries.add(telemetry)
+            if self._thread is None or not self._thread.is_alive():  # a fork leaves it to the parent
+                self._thread = threading.Thread(target=self._run, name="esper-telemetry", daemon=True)
+                self._thread.start()
+
+    def end(self, telemetry: Telemetry) -> None:
+        with self._lock.held():
+            self._telemetries.discard(telemetry)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_LOOK_EVERY)
+            with self._lock.held():
+                telemetries = list(self._telemetries)
+                if not telemetries:
+                    self._thread = None
+                    return
+            for each in telemetries:
+                with _looking.held():
+                    self._look(each)
+            del telemetries, each
+
+    def _look(self, telemetry: Telemetry) -> None:
+        try:
             telemetry.look()
-        del telemetry
+        except Exception:  # noqa: BLE001  # one model's trouble is not another's
+            _LOG.exception("a model's telemetry failed, and is not looked at any more")
+            self.end(telemetry)
+
+    def _end(self) -> None:
+        """No look goes on while the interpreter ends, see `esper.execution.background`: the lock is never let go."""
+        _looking.held().__enter__()
 
 
 _looking = ModuleLock()
-
-
-@atexit.register
-def _end_looking() -> None:
-    """No look goes on while the interpreter ends, see `esper.execution.background`: the lock is never let go again."""
-    _looking.held().__enter__()
+_looks = _Looks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -176,16 +177,39 @@ def _lookers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "esper-telemetry"}
 
 
-def test_the_thread_that_looks_goes_with_its_model(platform: GatedPlatform, x: torch.Tensor) -> None:
-    before = _lookers()
-    model = wrapped(platform)
-    twin = copy.deepcopy(model)
-    twin(x)
-    new = _lookers() - before
-    assert len(new) == 2
-    del model, twin
+def test_all_models_share_the_thread_that_looks(platform: GatedPlatform, x: torch.Tensor) -> None:
+    models = [wrapped(platform) for _ in range(3)]
+    models.append(copy.deepcopy(models[0]))
+    assert len(_lookers()) == 1
+    for model in models:
+        for _ in range(100):
+            model(x)
+    wait_for(lambda: len(platform.oona.of(HEALTH)) == 2 * len(models))
+
+
+_MANY = """
+import gc, threading, time
+from torch import nn
+import esper
+
+def lookers():
+    return sum(thread.name == "esper-telemetry" for thread in threading.enumerate())
+
+for _ in range(2):
+    models = [esper.wrap(nn.Linear(2, 2)) for _ in range(50)]
+    assert lookers() == 1, lookers()
+    del models
     gc.collect()
-    wait_for(lambda: not any(thread.is_alive() for thread in new))
+    end = time.monotonic() + 20
+    while lookers():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+"""
+
+
+def test_the_thread_that_looks_goes_with_the_last_model_and_comes_with_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", _MANY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def _python_calls(model: nn.Module, x: torch.Tensor) -> Counter[str]:
