@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["opaque_reason", "plant"]
 
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _CALLED_HOOKS = frozenset(HOOK_KINDS)
 
 
@@ -102,6 +103,8 @@ class _Planter:
             content = self._content(module, shadow, is_site, without if module is model else frozenset())
             made.append((module, shadow, {**shadow.__dict__, **content} if is_site else content))
         for module, shadow, content in made:
+            if self._stand_in(module) is shadow:
+                _keep_hook_dictionaries(shadow, content)
             object.__setattr__(shadow, "__dict__", content)
             if self._stand_in(module) is shadow:
                 object.__setattr__(shadow, "__class__", self._class_of(type(module)))
@@ -123,13 +126,23 @@ class _Planter:
                 own[name] = WatchedDict(children, self._signal) if self._watched else children
             elif name in _SHARED:
                 own[name] = value
-            elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            elif name.endswith(_HOOKS) and isinstance(value, dict):
                 copy = OrderedDict((key, self._references.redirected_hook(hook)) for key, hook in value.items())
                 own[name] = WatchedHooks(copy, self._signal) if self._watched and name in _CALLED_HOOKS else copy
             elif not is_site:
                 own[name] = self._references.redirected(value)
         own["training"] = module.training
         return own
+
+
+def _keep_hook_dictionaries(module: nn.Module, content: dict[str, Any]) -> None:
+    """Put hooks in the dictionaries that `module` has: handles that were given out remove them from there."""
+    for name, hooks in content.items():
+        before = module.__dict__.get(name)
+        if name.endswith(_HOOKS) and isinstance(before, dict) and isinstance(hooks, dict):
+            before.clear()
+            before.update(hooks)
+            content[name] = before
 
 
 def _shadowed(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:

@@ -115,3 +115,16 @@ def test_layers_hooks_and_attributes_that_were_set_later() -> None:
     del model.tail
     esper.unwrap(model)
     assert not hasattr(host, "tail")
+
+
+def test_a_handle_from_before_wrapping_still_removes_its_hook() -> None:
+    host, seen = _Net(), []
+    handle = host.head.register_forward_hook(lambda module, *_: seen.append(module))
+    model = esper.wrap(host)
+    model(X)
+    esper.unwrap(model)
+    host(X)
+    assert seen == [model.head, host.head]
+    handle.remove()
+    host(X)
+    assert len(seen) == 2
