@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from esper.artifacts import Blueprint, Target, load_artifact
 from esper.compiler.attachment import load_attachment, read_payload
 from esper.services.tezzeret import child
 from esper.services.tezzeret.child import compile_blueprint
-from esper.services.tezzeret.limits import PIPELINES
+from esper.services.tezzeret.limits import PIPELINES, sets_worth_trying
 from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT
 from tests.services.shelf import exponential
 
@@ -40,7 +42,7 @@ def test_a_sound_blueprint_leaves_artifact_and_attachment(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_of_several_sets_of_options_the_fastest_is_kept(tmp_path: Path) -> None:
-    pipeline = PIPELINES["standard"]
+    pipeline = dataclasses.replace(PIPELINES["standard"], options=("default", "autotuned products"))
     result = compile_blueprint(KERNEL, pipeline, tmp_path)
     report = result.report.attachment
     assert report is not None
@@ -48,6 +50,14 @@ def test_of_several_sets_of_options_the_fastest_is_kept(tmp_path: Path) -> None:
     times = {name: time for name, time in report.tried.items() if time is not None}
     assert times[report.options] == min(times.values())
     assert callable(load_attachment(read_payload((tmp_path / ATTACHMENT).read_bytes())[1]))
+
+
+def test_sets_that_would_make_the_same_code_are_not_tried() -> None:
+    narrower = {"vectors of 256 bits", "autotuned products, vectors of 256 bits"}
+    for pipeline in PIPELINES.values():
+        left_out = set(pipeline.options) - set(sets_worth_trying(pipeline))
+        wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+        assert left_out == (set() if wide else narrower & set(pipeline.options))
 
 
 @pytest.mark.slow

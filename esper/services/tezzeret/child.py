@@ -23,7 +23,7 @@ from esper.compiler.attachment import compile_attachment, load_attachment, with_
 from esper.contracts.validation import AttachmentReport, LatencyMeasurement, ValidationCheck, ValidationReport
 from esper.services.contracts import KernelMetadata
 from esper.services.tezzeret.latency import measure_latencies
-from esper.services.tezzeret.limits import INDUCTOR_OPTIONS, PIPELINES, Pipeline
+from esper.services.tezzeret.limits import INDUCTOR_OPTIONS, PIPELINES, Pipeline, sets_worth_trying
 from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT, BLUEPRINT, RESULT, ChildRequest, ChildResult
 from esper.services.tezzeret.validation import CompiledKernel, check_agreement, check_eager
 
@@ -123,7 +123,7 @@ def _compile(
 ) -> tuple[AttachmentReport, bytes | None, CompiledKernel | None]:
     """With each of the pipeline's sets of options, of which the first has to succeed; the fastest is kept."""
     started = time.perf_counter()
-    first, *others = pipeline.options
+    first, *others = sets_worth_trying(pipeline)
     try:
         payload, kernel = _compiled(artifact, first)
     except Exception as error:  # reported, either as the machine's or as the kernel's failure

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
+
 from esper.configs import TezzeretConfig
 
-__all__ = ["INDUCTOR_OPTIONS", "PIPELINES", "ChildLimits", "Pipeline"]
+__all__ = ["INDUCTOR_OPTIONS", "PIPELINES", "ChildLimits", "Pipeline", "sets_worth_trying"]
 
 _MIB = 2**20
 
@@ -45,6 +47,13 @@ INDUCTOR_OPTIONS: Mapping[str, Mapping[str, bool | int]] = MappingProxyType(
     }
 )
 """Sets of Inductor's options by name. All compute the same: none relaxes the arithmetic."""
+
+
+def sets_worth_trying(pipeline: Pipeline) -> tuple[str, ...]:
+    """The sets of `pipeline` of which each makes other code on this machine: half a vector differs from a whole one."""
+    wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return tuple(name for name in pipeline.options if wide or "cpp.simdlen" not in INDUCTOR_OPTIONS[name])
+
 
 _FAST = Pipeline(
     name="fast",
