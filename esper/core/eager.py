@@ -25,6 +25,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plan import Plan
 from esper.execution.runtime import Runtime
 from esper.execution.telemetry import Telemetry
+from esper.weak_methods import weakly
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
@@ -56,7 +57,7 @@ class EagerExecutor:
         self._selection = selection
         self._model: weakref.ref[MorphableModel] | None = None
         self._armed = False
-        self._current: _Run = self._tree
+        self._generated: _Run | None = None  # what runs in place of the tree
         self._traced: TracedForward | None = None
         if mode == "module":
             runtime.divide()
@@ -65,9 +66,9 @@ class EagerExecutor:
             root,
             runtime,
             forward,
-            as_modules=_weakly(self._tree),
+            as_modules=weakly(self._tree),
             tick=self.counter.tick,
-            switched=_weakly(self._point_to),
+            switched=weakly(self._point_to),
             subclass=subclass_in_disguise,
         )
         signal = signal_of(root)
@@ -77,9 +78,9 @@ class EagerExecutor:
     def attach_to(self, model: MorphableModel) -> None:
         """Begin to run `model`."""
         self._model = weakref.ref(model)
-        self._point_to(self._current)
+        self._set(self._current)
         self._runtime.add_executor(self)
-        self._runtime.runs_eagerly = self._runs_eagerly
+        self._runtime.runs_eagerly = weakly(self._runs_eagerly)
         if self._runtime.telemetry is not None:
             self._runtime.divide()  # a sampled forward runs layer by layer, and a commit may come in between
             self._runtime.telemetry.watch(self, [layer.site for layer in self._layers.values()])
@@ -87,6 +88,10 @@ class EagerExecutor:
     def _runs_eagerly(self) -> bool:
         others = (self, *self._layers.values())
         return bool(self.counter.value) or not any(each not in others for each in self._runtime.executors())
+
+    @property
+    def _current(self) -> _Run:
+        return self._tree if self._generated is None else self._generated
 
     def _tree(self, *args: Any, **kwargs: Any) -> Any:
         self.counter.tick()
@@ -97,10 +102,10 @@ class EagerExecutor:
         model = self._model() if self._model is not None else None
         if model is not None:
             in_parts = self._runtime.in_parts and self._traced is not None and not self._armed
-            model.__dict__["_run"] = self._begin if in_parts and run is self._current else run
+            model.__dict__["_run"] = self._begin if in_parts and run == self._current else run
 
     def _point_to(self, run: _Run) -> None:
-        self._current = run
+        self._generated = run
         if not self._armed:
             self._set(run)
 
@@ -188,14 +193,3 @@ class EagerExecutor:
         ]
         others = [LinearRow(name, False, None, reason) for name, reason in self._selection.refused.items()]
         return Explanation((*sites, *others), tuple(dict.fromkeys(runs_in.values())), untraced)
-
-
-def _weakly(method: _Run) -> _Run:
-    """A call of a bound method that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        bound = reference()
-        return None if bound is None else bound(*args, **kwargs)
-
-    return call

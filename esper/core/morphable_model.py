@@ -33,6 +33,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
 from esper.execution.runtime import Runtime
+from esper.weak_methods import weakly
 
 __all__ = ["MorphableModel", "Wrapping"]
 
@@ -91,7 +92,7 @@ class MorphableModel(nn.Module):
         )
         this = weakref.ref(self)
         runtime.is_training = lambda: (model := this()) is None or model.training
-        runtime.on_commit = wrapping.bank.sync
+        runtime.on_commit = weakly(wrapping.bank.sync)
         runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
         runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
 

@@ -64,7 +64,9 @@ class Entries:
         """Everybody looks for calls now: the forwards that are under way on any thread have begun."""
         if self._watching:
             return
-        for thread, frame in sys._current_frames().items():
+        frames = sys._current_frames()
+        frames[threading.get_ident()] = sys._getframe(1)  # a frame that refers to itself would live, with all callers
+        for thread, frame in frames.items():
             outermost = self._outermost(frame)
             if outermost is not None:
                 self._begun.setdefault(thread, (outermost, None))

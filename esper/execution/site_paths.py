@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,23 @@ __all__ = ["SitePath", "active_path", "blended", "dormant_path", "with_backward_
 SitePath = Callable[[Tensor], Tensor]
 
 
+def alive(reference: weakref.ref[KasminaLayer]) -> KasminaLayer:
+    """The layer, whose path this is."""
+    layer = reference()
+    assert layer is not None
+    return layer
+
+
 def dormant_path(layer: KasminaLayer) -> SitePath:
-    """The host's linear layer, reading the parameters at each call."""
-    parameters, linear = layer._parameters, torch.nn.functional.linear
+    """The host's linear layer, reading the parameters at each call. For as long as `layer` lives, which has it."""
+    parameters, linear, this = layer._parameters, torch.nn.functional.linear, weakref.ref(layer)
 
     def dormant(x: Tensor) -> Tensor:
         try:
             return linear(x, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]  # a missing bias is None
         except KeyError:  # the parameters are computed: parametrizations, or old-style weight norm
-            return linear(x, layer.weight, layer.bias)
+            there = alive(this)
+            return linear(x, there.weight, there.bias)
 
     return dormant
 
@@ -35,18 +44,20 @@ def dormant_path(layer: KasminaLayer) -> SitePath:
 def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
     """The host's layer and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call."""
     host_path, called_back = dormant_path(layer), (layer._backward_hooks, layer._backward_pre_hooks)
+    this = weakref.ref(layer)
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        y = with_backward_hooks(layer, host_path, x) if any(called_back) else host_path(x)
+        y = with_backward_hooks(alive(this), host_path, x) if any(called_back) else host_path(x)
         try:
             for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
                 y = blended(y, seed, kernel, alpha, x)
         except NotImplementedError as error:
-            if layer.state.device.type != "meta" or x.device.type == "meta":
+            there = alive(this)
+            if there.state.device.type != "meta" or x.device.type == "meta":
                 raise
             raise RuntimeError(
-                f"layer {layer.layer_name!r} was moved to the meta device with its kernels, whose values are gone. If "
+                f"layer {there.layer_name!r} was moved to the meta device with its kernels, whose values are gone. If "
                 "that was done to call it with other parameters, as Opacus does, use the model that esper.bake() makes"
             ) from error
         return y
