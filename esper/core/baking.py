@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
-from esper.core.persistence import as_host
+from esper.core.persistence import as_host, layer_places
 from esper.core.shadow import plant
 from esper.core.targets import Selection
 from esper.execution.fossils import fold, is_affine
@@ -40,9 +40,11 @@ def bake(morphable: MorphableModel) -> nn.Module:
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.bake takes what esper.wrap returned, not a {type(morphable).__name__}")
 
+    morphable.runtime.look_for_layers()
     host = copy.deepcopy(as_host(morphable))
     plan = morphable.runtime.plan
-    grown = {name: layer for name, layer in morphable.kasmina_layers.items() if plan.sites.get(layer.site)}
+    layers = {place: morphable.kasmina_layers[name] for name, place in layer_places(morphable).items()}
+    grown = {place: layer for place, layer in layers.items() if plan.sites.get(layer.site)}
 
     modules: dict[str, Any] = dict(host.named_modules())
     left = {name: _fold_first(grown[name], modules[name], plan.sites[grown[name].site], host) for name in grown}

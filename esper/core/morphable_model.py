@@ -167,7 +167,7 @@ class MorphableModel(nn.Module):
         What the kernels add are tensors: their parameters, their artifacts' bytes, and the state of their seeds. Alpha
         schedules and what is staged are not in it.
         """
-        self.runtime.look_for_layers()
+        self.runtime.look_for_layers(anew=True)
         state = super().state_dict(*args, **kwargs)
         prefix, keep_vars = (kwargs.get(name, args[i] if len(args) > i else "") for i, name in _POSITIONS)
         if self._esper.is_empty:
@@ -228,10 +228,7 @@ class MorphableModel(nn.Module):
             bank.follow(kernels, dormant, state_dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled with its kernels, without its platform: where it is loaded it has the default one.
-
-        A deep copy is an independent wrapped model, with copies of the parameters and of the kernels in force.
-        """
+        """Pickled with its kernels, without its platform: where it is loaded it has the default one."""
         return PackedModel.unpack, (PackedModel.of(self),)
 
     # -- control ---------------------------------------------------------------------------------------------------
@@ -261,7 +258,7 @@ class MorphableModel(nn.Module):
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.
         """
-        self.runtime.look_for_layers()
+        self.runtime.look_for_layers(anew=True)
         return self._layer(layer_name).request_kernel(
             seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate
         )
@@ -281,6 +278,7 @@ class MorphableModel(nn.Module):
         Raises `KeyError` for an unknown layer and `IndexError` for a seed that does not exist. A kernel that is unknown
         or does not fit makes this return False and leaves the model as it was.
         """
+        self.runtime.look_for_layers(anew=True)
         layer = self._layer(layer_name)
         return await layer.load_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 

@@ -27,7 +27,7 @@ from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedule
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
 
-__all__ = ["PackedModel", "as_host", "copy_model", "give_back"]
+__all__ = ["PackedModel", "as_host", "copy_model", "give_back", "layer_places"]
 
 _OURS = frozenset(
     {
@@ -44,6 +44,17 @@ _OURS = frozenset(
     }
 )
 """What a wrapped model has besides what its host has."""
+
+
+def layer_places(model: MorphableModel) -> dict[str, str]:
+    """The dotted name at which each layer with seeds stands now, by its own name; without those that are gone.
+
+    They differ where layers were moved after wrapping: exchanged, put into another module, counted anew by an `insert`.
+    """
+    places = {id(module): place for place, module in model.named_modules()}
+    if model._root_site is not None:
+        places[id(model._root_site)] = ""
+    return {name: places[id(layer)] for name, layer in model.kasmina_layers.items() if id(layer) in places}
 
 
 def as_host(model: MorphableModel) -> nn.Module:
@@ -85,49 +96,35 @@ class PackedModel:
     """A wrapped model taken apart: what a pickle of it holds."""
 
     host: nn.Module
-    targets: tuple[str, ...]
+    targets: dict[str, str]
+    """The layers with seeds: where each stands now, by the name that it was given when the model was wrapped."""
     refused: dict[str, str]
     options: WrapOptions
     """Without the platform, which belongs to a process."""
     seeds: dict[str, LayerSeeds]
-    model: MorphableModel | None = None
-    """The model itself; stays behind in a pickle."""
-    made: MorphableModel | None = None
-    """What to unpack, if it is there already."""
 
     def __reduce__(self) -> Any:
         return PackedModel, (self.host, self.targets, self.refused, self.options, self.seeds)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedModel:
-        """A part of `copy.deepcopy(model)`: unlike a pickle the copy keeps platform and schedules, and is made here."""
-        if self.model is not None:
-            return replace(self, model=None, made=copy_model(self.model, memo))
-        kind, parts = self.__reduce__()
-        copied: PackedModel = kind(*copy.deepcopy(parts, memo))
-        return copied
-
     @classmethod
     def of(cls, model: MorphableModel) -> PackedModel:
         """The parts of `model`; parameters and kernels are the model's own, not copies."""
-        modules = {**dict(model.named_modules()), "": model._root_site}
-        layers = {name: layer for name, layer in model.kasmina_layers.items() if modules.get(name) is layer}
+        model.runtime.look_for_layers()
+        targets = layer_places(model)
         return cls(
             as_host(model),
-            tuple(layers),
+            targets,
             dict(model._wrapping.selection.refused),
             replace(model._wrapping.options, platform=None),
-            {name: LayerSeeds.of(layer) for name, layer in layers.items()},
-            model,
+            {name: LayerSeeds.of(model.kasmina_layers[name]) for name in targets},
         )
 
     def unpack(self, options: WrapOptions | None = None, into: MorphableModel | None = None) -> MorphableModel:
         """The wrapped model of these parts: `into`, which has not been initialised, or a new one."""
         from esper.core.model_wrapper import assemble
 
-        if self.made is not None:
-            return self.made
         modules = dict(self.host.named_modules())
-        targets: Mapping[str, Any] = {name: modules[name] for name in self.targets}
+        targets: Mapping[str, Any] = {name: modules[place] for name, place in self.targets.items()}
         selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
         model = assemble(self.host, selection, options or self.options, into)
         give_seeds(model.kasmina_layers, self.seeds, tell=options is None)
@@ -137,7 +134,7 @@ class PackedModel:
 def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
     """A deep copy of `model`, with its platform and the schedules of its alphas, which an average leaves to `model`."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
-    copy.deepcopy(replace(PackedModel.of(model), model=None), memo).unpack(model._wrapping.options, into=twin)
+    copy.deepcopy(PackedModel.of(model), memo).unpack(model._wrapping.options, into=twin)
     if made_for_an_average():
         twin.__dict__["_wrapping"] = replace(twin._wrapping, average=Average(model, twin))
     else:

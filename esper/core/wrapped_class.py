@@ -23,7 +23,7 @@ from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.subclassing import subclass_in_disguise
 from esper.execution import site_marker
-from esper.execution.site_marker import commit_while_tracing, traced_by_esper
+from esper.execution.site_marker import commit_while_tracing, follow_layers_while_tracing, traced_by_esper
 from esper_passes import TAGGED_ENTER
 
 __all__ = ["check_names", "hosts_forward", "wrapped_class"]
@@ -38,9 +38,8 @@ def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
     key = type(host), root_is_site
     known = _classes.get(key)
     if known is None:
-        namespace: dict[str, Any] = {"forward": _entry(_forward_at_site if root_is_site else key[0].forward, key[0])}
-        if "__deepcopy__" in {name for kind in key[0].__mro__ for name in vars(kind)}:
-            namespace["__deepcopy__"] = _deep_copy
+        forward = _entry(_forward_at_site if root_is_site else key[0].forward, key[0])
+        namespace: dict[str, Any] = {"forward": forward, "__deepcopy__": _deep_copy}
         save = getattr(key[0], "save_pretrained", None)
         if isinstance(save, types.FunctionType) and "state_dict" in inspect.signature(save).parameters:
             namespace["save_pretrained"] = _saving(save)
@@ -86,6 +85,7 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if traced_by_esper():
+                follow_layers_while_tracing()
                 TAGGED_ENTER(self._runtime_tag)
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
@@ -116,7 +116,7 @@ def _saving(hosts: _Forward) -> _Forward:
 
 
 def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
-    """Of a host's class with a `__deepcopy__` of its own, which knows nothing of kernels: as of any wrapped model."""
+    """An independent wrapped model; before any other, as `parametrize` would bring along, or the host's class has."""
     from esper.core.persistence import copy_model
 
     return copy_model(self, memo)

@@ -258,9 +258,12 @@ class Runtime:
             self._layers_changed = True
             self._arm()
 
-    def look_for_layers(self) -> None:
-        """Have the sites follow layers that were exchanged, if any may have been; between two forwards."""
-        if self._layers_changed and not torch_internals.inside_backward():
+    def look_for_layers(self, *, anew: bool = False) -> None:
+        """Have the sites follow layers that were exchanged, if any may have been; between two forwards.
+
+        Nobody tells of layers that were deleted, or took others' places in a list: `anew` looks for those too.
+        """
+        if (self._layers_changed or anew) and not torch_internals.inside_backward():
             self._layers_changed = False
             self.follow_layers()
 

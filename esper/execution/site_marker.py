@@ -10,7 +10,14 @@ import torch
 from esper import torch_internals
 from esper.execution import registry
 
-__all__ = ["commit_while_tracing", "enter_uncompiled", "mark_as_backend", "marked_by_esper", "traced_by_esper"]
+__all__ = [
+    "commit_while_tracing",
+    "enter_uncompiled",
+    "follow_layers_while_tracing",
+    "mark_as_backend",
+    "marked_by_esper",
+    "traced_by_esper",
+]
 
 _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 _MARK = "__esper_backend__"
@@ -59,6 +66,16 @@ def marked_by_esper() -> bool:
         return False
     kernels = (seed.kernel for runtime in registry.runtimes() for seed in runtime.plan.seeds())
     return not torch_internals.changed_in_trace(kernel.module._parameters for kernel in kernels)
+
+
+@torch_internals.constant_while_tracing
+def follow_layers_while_tracing() -> None:
+    """Have sites follow layers that were exchanged, before Dynamo reads these for `backend="esper"`.
+
+    Those of all models, since it is not told which one asks: that would be a guard.
+    """
+    for runtime in registry.runtimes():
+        runtime.look_for_layers()
 
 
 @torch_internals.constant_while_tracing

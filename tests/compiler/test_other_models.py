@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from tests.compiler.agreement import load, put
 from tests.kernel_shelf import KernelShelf
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -41,6 +42,20 @@ class Exchanging(nn.Module):
         return y
 
 
+class Loss(nn.Module):
+    """A model with a second way to enter it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self(x).square().mean()  # type: ignore[no-any-return]  # torch leaves calls untyped
+
+
 def _options(backend: str) -> dict[str, Any]:
     return {"backend": backend, "options": {"inner": "eager"}} if backend == "esper" else {"backend": backend}
 
@@ -67,3 +82,20 @@ def test_a_layer_exchanged_by_a_compiled_forward(shelf: KernelShelf) -> None:
     run(x)
     torch.testing.assert_close(run(x), torch.nn.functional.linear(x, spare.weight, spare.bias))
     assert model.kasmina_layers["first"].weight is spare.weight
+
+
+@pytest.mark.parametrize("method", ["forward", "loss"])
+def test_a_layer_exchanged_before_a_compiled_forward_has_its_kernels_in_that_forward(
+    shelf: KernelShelf, method: str
+) -> None:
+    model: Any = esper.wrap(Loss(), platform=shelf.platform)
+    load(model, "layer", 0, put(shelf, 4, 4))
+    run = torch.compile(model if method == "forward" else model.loss, backend="esper", options={"inner": "eager"})
+    x = torch.randn(2, 4)
+    run(x)
+    for _ in range(2):
+        model.layer = nn.Linear(4, 4)
+        first, second = run(x), run(x)
+        torch.testing.assert_close(first, second)
+        torch.testing.assert_close(first, getattr(model, method)(x))
+    assert model.layer is model.kasmina_layers["layer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,27 @@ def test_a_layer_without_its_parametrization_again(shelf: KernelShelf, x: torch.
 def test_what_a_layer_has_of_its_own_is_known() -> None:
     layer = esper.KasminaLayer(0, 1, 8, 6)
     assert set(vars(layer)) - set(vars(nn.Linear(8, 6))) == OWN_ATTRIBUTES
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(8, 6), nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.mul(self.layer(x), self.scale)
+
+
+def test_a_model_that_was_parametrized_itself_is_copied(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model: Any = esper.wrap(Scaled(), platform=shelf.platform)
+    load(model, "layer", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
+    parametrize.register_parametrization(model, "scale", Doubled())
+    twin = copy.deepcopy(copy.deepcopy(model))
+    assert isinstance(twin, esper.MorphableModel)
+    assert torch.equal(twin(x), model(x))
+    assert torch.equal(twin.scale, 2 * torch.ones(6))
+    with torch.no_grad():
+        twin.parametrizations.scale.original.zero_()
+    assert torch.equal(model.scale, 2 * torch.ones(6))
+    assert twin.unload_kernel("layer", 0)
+    assert not torch.equal(twin(x), model(x))

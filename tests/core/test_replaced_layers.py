@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import esper
 from tests.core.seeds import blueprint, load, outputs, states
@@ -101,3 +105,86 @@ def test_a_wrapper_around_a_layer_leaves_its_seeds(shelf: KernelShelf, x: torch.
     model[2] = nn.Sequential(model[2], nn.Identity())
     torch.testing.assert_close(outputs(model, x), grown)
     assert states(model)["2"][0] == "ACTIVE"
+
+
+def _swapped(model: Any) -> None:
+    model.first, model.second = model.second, model.first
+
+
+def _put_into_another_module(model: Any) -> None:
+    model.first = nn.Sequential(nn.Identity(), model.first)
+
+
+def _counted_anew(model: Any) -> None:
+    model.insert(0, nn.Linear(8, 8))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.second(torch.tanh(self.first(x)))
+        return result
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("host", "layer", "move"),
+    [
+        (Two, "first", _swapped),
+        (Two, "first", _put_into_another_module),
+        (lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), "0", _counted_anew),
+    ],
+    ids=["swapped", "put into another module", "counted anew"],
+)
+def test_copies_have_the_kernels_of_layers_that_were_moved(
+    shelf: KernelShelf, x: torch.Tensor, mode: str, host: Any, layer: str, move: Any
+) -> None:
+    model: Any = esper.wrap(host(), seeds_per_layer=2, platform=shelf.platform, mode=mode)
+    load(model, layer, 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    move(model)
+    grown = outputs(model, x)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), AveragedModel(model), esper.bake(model)):
+        torch.testing.assert_close(outputs(copied, x), grown)
+    twin = copy.deepcopy(model)
+    assert twin.unload_kernel(layer, 0)
+    assert not torch.allclose(outputs(twin, x), grown)
+    model.unload_kernel(layer, 0)
+    torch.testing.assert_close(outputs(twin, x), outputs(model, x))
+
+
+@MODES
+@pytest.mark.parametrize("copied", [copy.deepcopy, esper.bake], ids=["deep copy", "baked"])
+def test_a_copy_before_the_next_forward_follows_a_replaced_layer(
+    shelf: KernelShelf, x: torch.Tensor, mode: str, copied: Any
+) -> None:
+    model = wrapped(shelf, mode)
+    load(model, "0.fc", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    model[0].fc = nn.Linear(8, 8)
+    twin = copied(model)
+    torch.testing.assert_close(outputs(twin, x), outputs(model, x))
+
+
+@MODES
+def test_nothing_is_loaded_where_a_layer_was_deleted(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model = wrapped(shelf, mode)
+    kernel = shelf.put(blueprint(8, 4)).id
+    load(model, "2", 0, kernel, alpha=0.5, trainable=True)
+    del model[2]
+    with pytest.warns(UserWarning, match=r"seeds 0 of layer '2' are unloaded"):
+        assert not asyncio.run(model.load_kernel("2", 1, kernel))
+    assert not model.request_kernel("2", 1, kernel).result(30)
+    torch.testing.assert_close(outputs(model, x), torch.tanh(model[0](x)))
+    assert states(model)["2"] == ["DORMANT", "ERROR_RECOVERY"]
+
+
+@MODES
+def test_kernels_of_a_deleted_layer_are_not_saved(shelf: KernelShelf, mode: str) -> None:
+    model = wrapped(shelf, mode)
+    load(model, "2", 0, shelf.put(blueprint(8, 4)).id, alpha=0.5, trainable=True)
+    del model[2]
+    with pytest.warns(UserWarning, match=r"seeds 0 of layer '2' are unloaded"):
+        state = model.state_dict()
+    assert list(state) == ["0.fc.weight", "0.fc.bias"]
