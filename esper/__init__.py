@@ -69,7 +69,8 @@ def _default_source() -> KernelSource:
 
 def _default_sink() -> TelemetrySink | None:
     made = sys.modules.get("esper.platform")  # if nobody imported it, nobody made a platform
-    platform = made.opened_default_platform() if made is not None else None
+    opened = getattr(made, "opened_default_platform", None)  # nor has who is importing it just now
+    platform = None if opened is None else opened()
     return None if platform is None else platform.oona
 
 

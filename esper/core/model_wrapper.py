@@ -168,6 +168,8 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, nn.Module) and torch_internals.is_compiled(value):
+        return f"what torch.compile made of it ({type(value).__name__})"
     return f"the type {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 

@@ -38,6 +38,7 @@ from esper.weak_methods import weakly
 __all__ = ["MorphableModel", "Wrapping"]
 
 _LOG = logging.getLogger("esper.core")
+_LOOK_FOR_PARAMETERS = frozenset({"torch.distributed.checkpoint.state_dict", "transformers.trainer_pt_utils"})
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
@@ -127,10 +128,9 @@ class MorphableModel(nn.Module):
             yield from self._esper.named_modules(seen, below, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The host's; and the kernels, for `torch.distributed.checkpoint`, which finds parameters by children alone."""
+        """The host's; and the kernels, for those who find parameters by children alone."""
         yield from super().named_children()
-        asker = sys._getframe(1).f_globals.get("__name__")
-        if asker == "torch.distributed.checkpoint.state_dict" and not self._esper.is_empty:
+        if not self._esper.is_empty and sys._getframe(1).f_globals.get("__name__") in _LOOK_FOR_PARAMETERS:
             yield BANK_NAME, self._esper
 
     # -- what it computes ------------------------------------------------------------------------------------------

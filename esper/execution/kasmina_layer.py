@@ -25,7 +25,7 @@ from esper.execution.site_paths import SitePath, active_path, blended, dormant_p
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
 from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
-from esper.execution.state_layout import KasminaStateLayout
+from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import Transition
 from esper_passes import TAGGED_ENTER, TAGGED_SITE
@@ -351,7 +351,8 @@ class KasminaLayer(nn.Linear):
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.
         """
-        return self.stager.load(self, seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
+        seed = seed_number(seed_idx)
+        return self.stager.load(self, seed, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 
     async def load_kernel(
         self,
@@ -377,7 +378,7 @@ class KasminaLayer(nn.Linear):
         try:
             staged: bool = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            self.stager.call_off(self, seed_idx, future)
+            self.stager.call_off(self, seed_number(seed_idx), future)
             raise
         if staged:
             self.runtime.commit_if_idle()
@@ -385,13 +386,13 @@ class KasminaLayer(nn.Linear):
 
     def unload_kernel(self, seed_idx: int) -> bool:
         """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload."""
-        staged = self.stager.unload(self, seed_idx)
+        staged = self.stager.unload(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
     def fossilize(self, seed_idx: int) -> bool:
         """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active."""
-        staged = self.stager.fossilize(self, seed_idx)
+        staged = self.stager.fossilize(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
@@ -400,7 +401,7 @@ class KasminaLayer(nn.Linear):
 
         Takes effect at the next forward and never recompiles. Raises `IndexError` and `AlphaError`.
         """
-        self.stager.set_alpha(self, seed_idx, value)
+        self.stager.set_alpha(self, seed_number(seed_idx), value)
 
     def pin(self, seed_idx: int, kernel_artifact_id: str | None) -> None:
         """Keep the kernel of a seed in the cache, and let go of the one it replaces; once for each change committed."""

@@ -41,6 +41,7 @@ __all__ = [
     "StateDictError",
     "checked_alpha",
     "kernel_number",
+    "seed_number",
 ]
 
 HEALTH_WEIGHT = 0.1
@@ -80,6 +81,13 @@ def kernel_number(artifact_id: str) -> int:
     if len(raw) != 8:
         raise EsperError(f"{artifact_id!r} is no artifact id; pass the full id, 64 hexadecimal digits.")
     return int.from_bytes(raw, "big", signed=True) or 1
+
+
+def seed_number(seed: object) -> int:
+    """The number of a seed as it was given, which any kind of integer may be. Raises ``TypeError`` for others."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"a seed is given by its number, a whole number from 0 on, not {seed!r:.60}")
+    return operator.index(seed)
 
 
 class KasminaStateLayout:

@@ -204,6 +204,7 @@ class _Looks:
     def __init__(self) -> None:
         self._lock = ModuleLock()
         self._telemetries: weakref.WeakSet[Telemetry] = weakref.WeakSet()
+        self._failed: weakref.WeakSet[Telemetry] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         atexit.register(self._end)
 
@@ -235,8 +236,9 @@ class _Looks:
         try:
             telemetry.look()
         except Exception:  # noqa: BLE001  # one model's trouble is not another's
-            _LOG.exception("a model's telemetry failed, and is not looked at any more")
-            self.end(telemetry)
+            if telemetry not in self._failed:
+                self._failed.add(telemetry)
+                _LOG.exception("a look at a model's telemetry failed; the next ones go on, and do not say so again")
 
     def _end(self) -> None:
         """No look goes on while the interpreter ends, see `esper.execution.background`: the lock is never let go."""

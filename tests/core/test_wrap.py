@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -257,7 +258,6 @@ def test_an_alpha_that_is_none_is_refused(model: esper.MorphableModel, alpha: An
 KERNELS: dict[str, tuple[Any, str]] = {
     "unknown id": (HEX, "UnknownKernelError"),
     "unknown name": ("nobody-knows-me", "UnknownKernelError"),
-    "no name": (None, ""),
     "other input": (blueprint(7, 6), "maps 7 to 6 features, but layer '0' maps 8 to 6"),
     "other output": (blueprint(8, 5), "maps 8 to 5 features, but layer '0' maps 8 to 6"),
     "other dtype": (blueprint(8, 6, dtype="float64"), "computes in float64, but layer '0' has weights in float32"),
@@ -269,7 +269,7 @@ def test_a_kernel_that_cannot_be_had_leaves_a_reason(
     model: esper.MorphableModel, shelf: KernelShelf, kernel: str
 ) -> None:
     wanted, reason = KERNELS[kernel]
-    reference = wanted if wanted is None or isinstance(wanted, str) else shelf.put(wanted).id
+    reference = wanted if isinstance(wanted, str) else shelf.put(wanted).id
     layer = model.kasmina_layers["0"]
     for seed in (0, 1):
         in_force = layer.state.in_force(seed)
@@ -281,6 +281,33 @@ def test_a_kernel_that_cannot_be_had_leaves_a_reason(
     assert model.unload_kernel("0", 1)
     assert states(model)["0"][1] == "DORMANT"
     assert 1 not in layer.seed_errors
+
+
+def test_a_kernel_is_asked_for_by_a_string(model: esper.MorphableModel, shelf: KernelShelf) -> None:
+    before, artifact = states(model), shelf.put(blueprint(8, 6))
+    for wrong, hint in ((None, "not by None"), (7, "not by 7"), (artifact, "pass its id")):
+        with pytest.raises(TypeError, match=f"by its id or name, a string.*{hint}"):
+            model.request_kernel("0", 1, wrong)  # type: ignore[arg-type]  # what is tested
+    assert states(model) == before
+
+
+def test_a_seed_is_any_kind_of_integer(model: esper.MorphableModel, shelf: KernelShelf) -> None:
+    kernel = shelf.put(blueprint(8, 6)).id
+    for wrong in (True, "0", 0.0, None):
+        for call in (
+            lambda wrong=wrong: model.request_kernel("0", wrong, kernel),
+            lambda wrong=wrong: model.unload_kernel("0", wrong),
+            lambda wrong=wrong: model.fossilize("0", wrong),
+            lambda wrong=wrong: model.set_alpha("0", wrong, 0.5),
+        ):
+            with pytest.raises(TypeError, match="a seed is given by its number"):
+                call()
+    fresh = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    assert fresh.request_kernel("0", np.int64(1), kernel).result(30)  # type: ignore[arg-type]  # as above
+    fresh.commit()
+    again = esper.wrap(mlp(8, 6, 4))
+    again.load_state_dict(fresh.state_dict())
+    assert states(again) == states(fresh)
 
 
 def test_there_is_nothing_to_unload_or_to_fossilize(model: esper.MorphableModel) -> None:

@@ -104,6 +104,29 @@ def test_trainer_trains_a_kernel_that_comes_while_it_trains(shelf: KernelShelf, 
     assert all(changes)
 
 
+def test_trainer_resumes_a_run_that_has_grown(shelf: KernelShelf, tmp_path: Path) -> None:
+    class ByGroup(Growing):
+        """As docs/optimizers.md has it."""
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            model = given["model"]
+            if state.epoch >= 1 and not list(model.seed_parameters()):
+                assert model.request_kernel("lm_head", 0, self.kernel, alpha=0.5, trainable=True).result()
+                model.commit()
+                given["optimizer"].add_param_group({"params": list(model.seed_parameters())})
+
+    options = {"save_strategy": "epoch", "weight_decay": 0.1}
+    whole, kernel = _fresh(shelf), _kernel(shelf)
+    _trainer(whole, tmp_path / "whole", ByGroup(kernel), num_train_epochs=3, **options).train()
+    _trainer(_fresh(shelf), tmp_path / "parts", ByGroup(kernel), num_train_epochs=2, **options).train()
+    again = _fresh(shelf)
+    resumed = _trainer(again, tmp_path / "parts", ByGroup(kernel), num_train_epochs=3, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert again.kasmina_layers["lm_head"].state.lifecycle(0) is SeedLifecycleState.ACTIVE
+    held = {id(each) for group in resumed.optimizer.param_groups for each in group["params"]}
+    assert held >= {id(each) for each in again.seed_parameters()}
+
+
 def test_trainer_trains_a_dormant_model_as_its_host(shelf: KernelShelf, tmp_path: Path) -> None:
     losses = [_trainer(each, tmp_path, seed=3).train().training_loss for each in (_host(), _fresh(shelf))]
     assert losses[0] == losses[1]
