@@ -79,7 +79,7 @@ class Deployment:
         """The file with what the process has printed."""
         return self.folder / f"{name}.log"
 
-    def wait_for(self, holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    def wait_for(self, holds: Callable[[], bool], what: str, seconds: float = 200.0) -> None:
         """Until `holds()`; fails with the logs after `seconds`."""
         deadline = time.monotonic() + seconds
         while not holds():

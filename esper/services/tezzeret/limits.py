@@ -57,7 +57,7 @@ def sets_worth_trying(pipeline: Pipeline) -> tuple[str, ...]:
 
 _FAST = Pipeline(
     name="fast",
-    wall_seconds=60.0,
+    wall_seconds=180.0,
     leading=((), (1,), (5,), (2, 3)),
     rows=(2, 37),
     latency_rows=(1, 32),
