@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from esper.core.errors import WrapError
+from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.persistence import as_host, layer_places
 from esper.core.shadow import plant
@@ -30,6 +30,7 @@ def bake(morphable: MorphableModel) -> nn.Module:
     It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included; what
     is only staged is left out. Affine kernels that come first in their layer become part of its weight and bias, at
     their present alphas, unless that changes more than the layer: the weight is tied, or the kernel's input detached.
+    (Code of the host's that reads such a weight itself, past the layer, reads it with the kernels.)
     In the place of a layer with other kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
     submodule `seed_<index>` for each such kernel's parameters, and alphas as constants. It can be pickled, exported and
     loaded where Esper is not installed. The wrapped model stays as it is.
@@ -38,7 +39,7 @@ def bake(morphable: MorphableModel) -> nn.Module:
     without them. Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
     if not isinstance(morphable, MorphableModel):
-        raise WrapError(f"esper.bake takes what esper.wrap returned, not a {type(morphable).__name__}")
+        raise WrapError(f"esper.bake takes what esper.wrap returned, not {described(morphable)}")
 
     morphable.runtime.look_for_layers()
     host = copy.deepcopy(as_host(morphable))

@@ -1,8 +1,11 @@
 """Errors of wrapping and of the wrapped model."""
 
+from torch import nn
+
+from esper import torch_internals
 from esper.errors import EsperError
 
-__all__ = ["TargetError", "UnknownLayerError", "WrapError"]
+__all__ = ["TargetError", "UnknownLayerError", "WrapError", "described"]
 
 
 class WrapError(EsperError, TypeError):
@@ -15,3 +18,10 @@ class TargetError(EsperError, ValueError):
 
 class UnknownLayerError(EsperError, KeyError):
     """No layer of this name has seeds."""
+
+
+def described(value: object) -> str:
+    """What `value`, which is not what was asked for, is."""
+    if isinstance(value, nn.Module) and torch_internals.is_compiled(value):
+        return f"what torch.compile made of it ({type(value).__name__})"
+    return f"the type {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

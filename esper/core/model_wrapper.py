@@ -13,7 +13,7 @@ from torch import nn
 from esper import torch_internals
 from esper.compiler.attachment import attach_from
 from esper.core.eager import EagerExecutor
-from esper.core.errors import WrapError
+from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.persistence import give_back
 from esper.core.shadow import plant
@@ -130,7 +130,7 @@ def unwrap(morphable: MorphableModel) -> nn.Module:
     Raises :class:`WrapError` if `morphable` is not a wrapped model.
     """
     if not isinstance(morphable, MorphableModel):
-        raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {_described(morphable)}")
+        raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {described(morphable)}")
     fossils = [each for each in morphable.runtime.plan.seeds() if each.constant_alpha is not None]
     if fossils:
         warnings.warn(
@@ -144,7 +144,7 @@ def unwrap(morphable: MorphableModel) -> nn.Module:
 
 def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: object) -> None:
     if not isinstance(model, nn.Module):
-        raise WrapError(f"esper.wrap takes an nn.Module, not {_described(model)}")
+        raise WrapError(f"esper.wrap takes an nn.Module, not {described(model)}")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise WrapError(
             "the model is a ScriptModule, whose layers cannot be replaced: wrap the model before scripting it"
@@ -165,12 +165,6 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
         raise ValueError(f"cache_size_mb must be a number of megabytes above 0, not {cache_size_mb!r}")
     if mode not in get_args(Mode):
         raise ValueError(f'mode must be "fx" or "module", not {mode!r}')
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, nn.Module) and torch_internals.is_compiled(value):
-        return f"what torch.compile made of it ({type(value).__name__})"
-    return f"the type {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _sink(platform: Platform | None) -> Any:

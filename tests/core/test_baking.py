@@ -169,6 +169,13 @@ def test_what_is_not_wrapped_is_not_baked(wrong: Any) -> None:
         esper.bake(wrong)
 
 
+def test_what_torch_compile_made_of_a_wrapped_model_is_named_as_that() -> None:
+    compiled: Any = torch.compile(esper.wrap(mlp(8, 4)), backend="esper")
+    for function in (esper.bake, esper.unwrap):
+        with pytest.raises(WrapError, match=r"takes what esper\.wrap returned, not what torch\.compile made of it"):
+            function(compiled)
+
+
 def test_a_baked_state_dict_is_plain_data(shelf: KernelShelf) -> None:
     file = io.BytesIO()
     torch.save(esper.bake(grown(shelf)).state_dict(), file)
