@@ -23,7 +23,7 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
-from esper.core.persistence import PackedModel
+from esper.core.persistence import ModelParts, unpacked
 from esper.core.site_watch import SiteWatch
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
@@ -228,8 +228,11 @@ class MorphableModel(nn.Module):
             bank.follow(kernels, dormant, state_dict)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled with its kernels, without its platform: where it is loaded it has the default one."""
-        return PackedModel.unpack, (PackedModel.of(self),)
+        """Pickled with its kernels, without its platform: where it is loaded it has the default one.
+
+        A deep copy is an independent wrapped model, with copies of the parameters and of the kernels in force.
+        """
+        return unpacked, (ModelParts(self),)
 
     # -- control ---------------------------------------------------------------------------------------------------
 

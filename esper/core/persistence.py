@@ -27,7 +27,7 @@ from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedule
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
 
-__all__ = ["PackedModel", "as_host", "copy_model", "give_back", "layer_places"]
+__all__ = ["ModelParts", "as_host", "give_back", "layer_places", "unpacked"]
 
 _OURS = frozenset(
     {
@@ -131,7 +131,28 @@ class PackedModel:
         return model
 
 
-def copy_model(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
+class ModelParts:
+    """A wrapped model on its way through `copy`, with its deep copy once that is made, or through `pickle`."""
+
+    def __init__(self, model: MorphableModel, made: MorphableModel | None = None) -> None:
+        self.model = model
+        self.made = made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelParts:
+        return ModelParts(self.model, _copied(self.model, memo))
+
+    def __reduce__(self) -> Any:
+        return PackedModel.of(self.model).__reduce__()
+
+
+def unpacked(parts: ModelParts | PackedModel) -> MorphableModel:
+    """The wrapped model that has arrived; a shallow copy is one that shares parameters and kernels."""
+    if isinstance(parts, PackedModel):
+        return parts.unpack()
+    return parts.made or PackedModel.of(parts.model).unpack()
+
+
+def _copied(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
     """A deep copy of `model`, with its platform and the schedules of its alphas, which an average leaves to `model`."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
     copy.deepcopy(PackedModel.of(model), memo).unpack(model._wrapping.options, into=twin)

@@ -23,7 +23,12 @@ from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.subclassing import subclass_in_disguise
 from esper.execution import site_marker
-from esper.execution.site_marker import commit_while_tracing, follow_layers_while_tracing, traced_by_esper
+from esper.execution.site_marker import (
+    commit_while_tracing,
+    enter_uncompiled,
+    follow_layers_while_tracing,
+    traced_by_esper,
+)
 from esper_passes import TAGGED_ENTER
 
 __all__ = ["check_names", "hosts_forward", "wrapped_class"]
@@ -39,7 +44,7 @@ def wrapped_class(host: nn.Module, root_is_site: bool) -> type[MorphableModel]:
     known = _classes.get(key)
     if known is None:
         forward = _entry(_forward_at_site if root_is_site else key[0].forward, key[0])
-        namespace: dict[str, Any] = {"forward": forward, "__deepcopy__": _deep_copy}
+        namespace: dict[str, Any] = {"forward": forward, "__deepcopy__": _OfTheClass()}
         save = getattr(key[0], "save_pretrained", None)
         if isinstance(save, types.FunctionType) and "state_dict" in inspect.signature(save).parameters:
             namespace["save_pretrained"] = _saving(save)
@@ -90,7 +95,7 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
-                    site_marker.enter_uncompiled(self._runtime_id)
+                    site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
             return hosts(self, *args, **kwargs)
         return self._run(*args, **kwargs)
 
@@ -115,8 +120,14 @@ def _saving(hosts: _Forward) -> _Forward:
     return save_pretrained
 
 
-def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
-    """An independent wrapped model; before any other, as `parametrize` would bring along, or the host's class has."""
-    from esper.core.persistence import copy_model
+class _OfTheClass:
+    """A `__deepcopy__` that classes have and objects do not, which copies a wrapped model as `__reduce_ex__` says.
 
-    return copy_model(self, memo)
+    It stands before those of the host's class and of `parametrize`, which know nothing of kernels. An object with one
+    would be copied where somebody copies what passes on its attributes, as `torch.compile` makes around a model.
+    """
+
+    def __get__(self, model: object | None, kind: type) -> _OfTheClass:
+        if model is None:
+            return self
+        raise AttributeError(f"{kind.__name__!r} object has no attribute '__deepcopy__'")

@@ -20,7 +20,7 @@ from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plan import Plan, SeedPlan
 from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.site_marker import commit_while_tracing, marked_by_esper
+from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.sources import KernelSource
 from esper.execution.staging import Stager
@@ -145,10 +145,11 @@ class KasminaLayer(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
+            marks = marked_by_esper()
             if self._backward_hooks or self._backward_pre_hooks:
-                uncompiled: torch.Tensor = self._uncompiled(x)
+                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._with_backward_hooks, x)
                 return uncompiled
-            if marked_by_esper():
+            if marks:
                 if self._stands_alone:
                     TAGGED_ENTER(self._runtime_tag)
                 marked: torch.Tensor = TAGGED_SITE(x, self.weight, self.bias, self._site_tag)
@@ -156,7 +157,7 @@ class KasminaLayer(nn.Linear):
             if self._stands_alone:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
-                    site_marker.enter_uncompiled(self._runtime_id)
+                    site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
             return self._traced(x)
         return self._run(x)
 
@@ -178,9 +179,8 @@ class KasminaLayer(nn.Linear):
     def _sees_to_hooks(self) -> bool:
         return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-    def _uncompiled(self, x: torch.Tensor) -> torch.Tensor:
-        """With backward hooks of its own, which compiled code could not call around a part of a site."""
+    def _with_backward_hooks(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer outside of graphs: compiled code could not call the layer's hooks around a part of a site."""
         if self._armed:
             self._begin()
         return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)

@@ -11,6 +11,7 @@ from esper import torch_internals
 from esper.execution import registry
 
 __all__ = [
+    "call_uncompiled",
     "commit_while_tracing",
     "enter_uncompiled",
     "follow_layers_while_tracing",
@@ -92,11 +93,10 @@ def commit_while_tracing(runtime_id: int) -> None:
 
 
 def enter_uncompiled(runtime_id: int) -> None:
-    """Begin a forward under another backend outside of its graphs, every time that the traced code runs.
+    """Begin a forward under another backend, every time that the traced code runs.
 
     For what cannot be done once, while Dynamo traces: to move a scheduled alpha, and to commit at a later forward when
-    this one repeats an earlier one inside a backward. To be called through this module, after :func:`traced_by_esper`
-    or :func:`marked_by_esper`, which put it out of Dynamo's reach.
+    this one repeats an earlier one inside a backward. To be called by :func:`call_uncompiled`.
     """
     runtime = registry.runtime_by_id(runtime_id)
     if runtime.begun_while_tracing:
@@ -105,8 +105,17 @@ def enter_uncompiled(runtime_id: int) -> None:
         runtime.boundary()
 
 
+def call_uncompiled(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function` between two graphs: Dynamo breaks the traced code there.
+
+    To be called through this module, after :func:`traced_by_esper` or :func:`marked_by_esper`, which put it out of
+    Dynamo's reach.
+    """
+    return function(*args)
+
+
 def _keep_dynamo_out() -> None:
     """Not when this module is imported: that would import Dynamo, which takes a second."""
-    global enter_uncompiled
-    if not hasattr(enter_uncompiled, "_torchdynamo_disable"):
-        enter_uncompiled = torch.compiler.disable(enter_uncompiled)  # type: ignore[no-untyped-call]  # torch's own
+    global call_uncompiled
+    if not hasattr(call_uncompiled, "_torchdynamo_disable"):
+        call_uncompiled = torch.compiler.disable(call_uncompiled)  # type: ignore[no-untyped-call]  # torch's own
