@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -34,10 +34,9 @@ class Entries:
 
     def __init__(self) -> None:
         self._modules: Callable[[], Iterable[nn.Module]] = tuple
-        self._ids: frozenset[int] = frozenset()
-        self._codes: frozenset[_Code] = frozenset()
-        self._begun: dict[int, tuple[FrameType, Any]] = {}
-        self._prepared = self._watching = False
+        self._look: _Look | None = _Look(())  # before the first commit every call begins a forward
+        self._look.watching = True
+        self._prepared = False
 
     def of_modules(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
         """The modules of the model, asked for whenever there is something to commit."""
@@ -53,29 +52,26 @@ class Entries:
         Until :meth:`watch`, no forward begins: one that is under way may not be known yet.
         """
         if not self._prepared:
-            modules = list(self._modules())
-            self._ids = frozenset(map(id, modules))
-            self._codes = frozenset(
-                {torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules}))
-            )
+            self._look = _Look(list(self._modules()))
             self._prepared = True
 
     def watch(self) -> None:
         """Everybody looks for calls now: the forwards that are under way on any thread have begun."""
-        if self._watching:
+        look = self._look
+        if look is None or look.watching:
             return
         frames = sys._current_frames()
         frames[threading.get_ident()] = sys._getframe(1)  # a frame that refers to itself would live, with all callers
         for thread, frame in frames.items():
-            outermost = self._outermost(frame)
+            outermost = look.outermost(frame)
             if outermost is not None:
-                self._begun.setdefault(thread, (outermost, None))
-        self._watching = True
+                look.begun.setdefault(thread, (outermost, None))
+        look.watching = True
 
     def forget(self) -> None:
         """There is nothing to commit any more."""
-        self._prepared = self._watching = False
-        self._begun.clear()
+        self._look = None
+        self._prepared = False
 
     def begins(self, whole: bool, steps: Callable[[], Any]) -> bool:
         """Whether the caller, who was entered just now, is the first of a forward that has not begun; it has then.
@@ -83,23 +79,38 @@ class Entries:
         `whole` says that the model as a whole was entered. A method that trains in itself is a forward for each of its
         steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
         """
+        look = self._look  # one and the same until the end, though there may be nothing to commit by then
+        if look is None:
+            return False
         frame = sys._getframe(1)
-        outermost = self._outermost(frame)
+        outermost = look.outermost(frame)
         thread = threading.get_ident()
         if outermost is None:
-            self._begun.pop(thread, None)
+            look.begun.pop(thread, None)
             return whole or not _goes_on(frame)
-        begun, before = self._begun.get(thread, (None, None))
+        begun, before = look.begun.get(thread, (None, None))
         if begun is not outermost:
-            self._begun[thread] = outermost, None
-            return self._watching or not self._prepared
+            look.begun[thread] = outermost, None
+            return look.watching
         if not whole:
             return False
         now = steps()
-        self._begun[thread] = outermost, now
+        look.begun[thread] = outermost, now
         return before is not None and before != now
 
-    def _outermost(self, frame: FrameType | None) -> FrameType | None:
+
+class _Look:
+    """A look for the calls of `modules`, from when there is something to commit until there is nothing any more."""
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self.begun: dict[int, tuple[FrameType, Any]] = {}
+        """The outermost call on each thread that has begun a forward, and the steps that were taken by then."""
+        self.watching = False
+        self._ids = frozenset(map(id, modules))
+        self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
+
+    def outermost(self, frame: FrameType | None) -> FrameType | None:
+        """The outermost call of the modules that `frame` is in."""
         found = None
         while frame is not None:
             code = frame.f_code

@@ -151,7 +151,7 @@ class Runtime:
 
     def begin(self) -> None:
         """A forward begins on this thread; called at least where :attr:`in_parts`."""
-        self.starts.note(self.version)
+        self.starts.note(self)
 
     def executors(self) -> list[Any]:
         """Those alive now."""

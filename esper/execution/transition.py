@@ -25,9 +25,12 @@ class ForwardStarts:
     def __init__(self) -> None:
         self._starts: dict[int, int] = {}
 
-    def note(self, version: int) -> None:
-        """A forward begins on this thread."""
-        self._starts[threading.get_ident()] = version
+    def note(self, runtime: Versioned) -> None:
+        """A forward of `runtime`'s model begins on this thread, with the plan in force."""
+        thread = threading.get_ident()
+        if thread not in self._starts:
+            self._starts[thread] = -1  # before the version is read: others may settle until then, and not after
+        self._starts[thread] = runtime.version
 
     def of_this_thread(self, otherwise: int) -> int:
         """The version at which this thread's forward began; `otherwise` if none ever did."""
