@@ -89,12 +89,11 @@ class Deployment:
             time.sleep(0.1)
 
     def stop(self) -> dict[str, int]:
-        """Ask everything to end; exit statuses by name."""
-        for process in self._processes.values():
+        """Have everything end, one after another, the workers before the Urza that they work for; statuses by name."""
+        statuses = {}
+        for name, process in reversed(self._processes.items()):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        statuses = {}
-        for name, process in self._processes.items():
             try:
                 statuses[name] = process.wait(30)
             except subprocess.TimeoutExpired:
