@@ -169,7 +169,8 @@ def _urza(port: int) -> Iterator[str]:
     port = port or _free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(command, stdout=sys.stderr)  # what `esper up --json` prints is its own
+    # What `esper up --json` prints is its own, and so is Ctrl-C: workers give back to Urza what they work on.
+    process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)
     try:
         with ended_with_this_process(process.pid):
             _wait_until_ready(address, process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -233,13 +234,17 @@ def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(fleet: Fleet) -> No
 
 
 @pytest.mark.slow
-def test_esper_up_says_where_things_are_and_takes_everything_down_again(tmp_path: Path) -> None:
+def test_esper_up_says_where_things_are_and_takes_everything_down_at_ctrl_c(tmp_path: Path) -> None:
+    with UrzaStore.in_folder(tmp_path / "data") as store:
+        store.blueprints.submit(blueprint(3))
     with deployment(tmp_path, "") as team:
         environment = team.environment(ESPER_URZA__PORT="0")
         del environment["ESPER_REDIS__URL"]
         command = [sys.executable, "-m", "esper.cli", "up", "--json"]
         with open(team.log("up"), "ab") as log:
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            process = subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
         try:
             assert process.stdout is not None
             told = ""
@@ -249,11 +254,15 @@ def test_esper_up_says_where_things_are_and_takes_everything_down_again(tmp_path
             assert httpx.get(f"{where['ESPER_URZA__URL']}/health/ready").status_code == httpx.codes.OK
             redis.Redis.from_url(where["ESPER_REDIS__URL"]).ping()
             up = psutil.Process(process.pid)
-            team.wait_for(lambda: len(up.children(recursive=True)) >= 3, "Valkey, Urza and a worker run")
+            team.wait_for(lambda: bool(_descendants(process.pid, _CHILD)), "Valkey and Urza run, and a worker compiles")
             started = up.children(recursive=True)
-            process.send_signal(signal.SIGTERM)
+            assert len(started) >= 3
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             assert process.wait(30) == 0
         finally:
             process.kill()
         for each in started:
             wait_until_gone(each, 5)
+    with UrzaStore.in_folder(tmp_path / "data") as store:
+        record = store.blueprints.get(blueprint(3).id)
+    assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)  # given back
