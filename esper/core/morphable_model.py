@@ -23,7 +23,7 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
-from esper.core.persistence import ModelParts, unpacked
+from esper.core.persistence import ModelParts, layer_places, unpacked
 from esper.core.site_watch import SiteWatch
 from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
@@ -94,6 +94,7 @@ class MorphableModel(nn.Module):
         this = weakref.ref(self)
         runtime.is_training = lambda: (model := this()) is None or model.training
         runtime.on_commit = weakly(wrapping.bank.sync)
+        wrapping.bank.places = lambda: layer_places(model) if (model := this()) is not None else {}
         runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
         runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
 

@@ -4,6 +4,9 @@ A new head for fine-tuning, `resize_token_embeddings`, `model.fc = nn.Linear(...
 seeds stood. Where it is a linear layer that can carry seeds, the site takes it in with its parameters: of the same
 features with its kernels, of others with its seeds dormant. Anything else leaves the site without a layer: its kernels
 go, with a warning, and none can be loaded, until the layer is put back.
+
+That happens where a forward begins, or a change is asked for: until then layers may be moved and put back. A method of
+the model that calls the new layer first of all begins a forward there.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from esper.core.targets import unfit_reason
 from esper.execution.kasmina_layer import KasminaLayer
@@ -30,6 +34,8 @@ __all__ = ["SiteWatch"]
 
 _LOG = logging.getLogger("esper.core")
 _watched: WeakKeyDictionary[nn.Module, weakref.ref[SiteWatch]] = WeakKeyDictionary()
+_awaited: WeakKeyDictionary[nn.Module, tuple[weakref.ref[KasminaLayer], RemovableHandle]] = WeakKeyDictionary()
+"""Layers that stand where one with seeds stood, and which; since the last look."""
 
 
 @functools.cache
@@ -43,7 +49,7 @@ def _watch_registrations() -> None:
         reference = _watched.get(module)
         watch = None if reference is None else reference()
         if watch is not None:
-            watch.note()
+            watch.note(module._modules.get(name), submodule)
 
     register_module_module_registration_hook(registered)
 
@@ -56,6 +62,29 @@ def _exchanged_while_traced(old: nn.Module | None, new: nn.Module | None) -> Non
                 each.runtime.note_layers_changed()
 
 
+def _called_before_it_is_known(new: nn.Module, args: Any, kwargs: Any, _: Any) -> Any:
+    """A hook of layers that have just been put where one with seeds stood: what that site computes, if they still are.
+
+    Compiled code looks for layers before it is traced.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    layer = _known(new)
+    if layer is not None:
+        layer.runtime.look_for_layers()
+        if layer.weight is new.weight:
+            return layer(*args, **kwargs)
+    return None
+
+
+def _known(new: nn.Module) -> KasminaLayer | None:
+    """The layer that `new` was put in the place of, if nobody has asked yet."""
+    reference, hook = _awaited.pop(new, (None, None))
+    if hook is not None:
+        hook.remove()
+    return None if reference is None else reference()
+
+
 class SiteWatch:
     """Keeps the sites of one model where its layers are. For the thread that changes and runs the model."""
 
@@ -63,13 +92,24 @@ class SiteWatch:
         self._model = weakref.ref(model)
         self._layers: Mapping[str, KasminaLayer] = model.kasmina_layers
         self._changed = sites_changed
+        self._moved: WeakSet[KasminaLayer] = WeakSet()  # those that stand in the place of others
         _watch_registrations()
         for module in model.modules():
             _watched[module] = weakref.ref(self)
 
-    def note(self) -> None:
-        """A module was registered somewhere in the model."""
+    def note(self, old: nn.Module | None, new: nn.Module | None) -> None:
+        """A module is registered somewhere in the model, where `old` stood."""
         self._changed()
+        if not isinstance(old, KasminaLayer):
+            return
+        if new is old and old in self._moved:
+            warnings.warn(
+                f"layer {old.layer_name!r} has the weights of the layer that replaced it: setting it again does not "
+                "bring back those that it had before. Keep them in a state dict, or a copy, before it is replaced",
+                UserWarning, stacklevel=5,
+            )  # fmt: skip
+        elif isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer):
+            _awaited[new] = weakref.ref(old), new.register_forward_hook(_called_before_it_is_known, with_kwargs=True)
 
     def follow(self) -> None:
         """Look where the layers are; before a forward, a load, or whatever else has to know."""
@@ -85,6 +125,8 @@ class SiteWatch:
 
     def _replaced(self, model: MorphableModel, name: str, layer: KasminaLayer) -> None:
         new = dict(model.named_modules(remove_duplicate=False)).get(name)
+        if new is not None:
+            _known(new)
         if isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer) and unfit_reason(new) is None:
             same = (new.in_features, new.out_features) == (layer.in_features, layer.out_features)
             if not same:
@@ -102,6 +144,7 @@ class SiteWatch:
                 if child is new:
                     module._modules[key] = layer
         layer.take_in(new)
+        self._moved.add(layer)
         model._eager.retrace()  # traces have the parameters' dictionary
 
     def _give_up(self, layer: KasminaLayer, name: str, why: str) -> None:

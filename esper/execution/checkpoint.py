@@ -4,7 +4,7 @@ Every value is a tensor, so that whatever handles state dicts handles these, and
 them. Below the prefix under which a model registers its `KernelBank` there are
 
 - `seeds`: uint8, JSON that names each seed with its artifact, flags and state (:class:`SavedSeed`), and spaces up to a
-  size that depends on the seeds' layers alone, so that a planner of distributed checkpoints can read it in place;
+  size that depends on the layers' names alone, so that a planner of distributed checkpoints can read it in place;
 - `artifact.<id>`: uint8, the artifact's bytes, once for all seeds that have it;
 - `<layer>:<seed>.<parameter>`: the kernel's parameters as they are.
 
@@ -51,6 +51,8 @@ class SavedSeed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     layer: str
+    place: str | None = None
+    """Where that layer stands, if it was moved to another name after wrapping."""
     seed: int = Field(ge=0)
     artifact: str = Field(pattern="^[0-9a-f]{64}$")
     trainable: bool
@@ -65,6 +67,11 @@ class SavedSeed(BaseModel):
     epoch: int = Field(ge=0, le=2**31 - 1)
     latency_μs: _Count
     errors: _Count
+
+    @property
+    def stands_at(self) -> str:
+        """The name of the layer's place in the model that was saved."""
+        return self.layer if self.place is None else self.place
 
     def state(self) -> dict[str, Tensor]:
         """The fields of a `KasminaStateLayout` of this one seed."""
@@ -111,8 +118,9 @@ def encode(seeds: Iterable[tuple[SavedSeed, KernelTemplate]]) -> dict[str, Tenso
     """The index and the artifacts, by name. The parameters are written by the kernels' own modules."""
     seeds = list(seeds)
     index = _Index(seeds=[saved for saved, _ in seeds])
-    text = index.model_dump_json(exclude_none=True).encode()  # without `ramp`, versions before it read this too
-    size = _HEAD_SIZE + sum(_SEED_SIZE + len(saved.layer.encode("unicode_escape")) for saved, _ in seeds)
+    text = index.model_dump_json(exclude_none=True).encode()  # without what is None, versions before it read this too
+    names = [name.encode("unicode_escape") for saved, _ in seeds for name in (saved.layer, saved.place or "")]
+    size = _HEAD_SIZE + _SEED_SIZE * len(seeds) + sum(map(len, names))
     entries = {INDEX: _to_tensor(text.ljust(size))}
     for _, template in seeds:
         name = ARTIFACT + template.artifact_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,6 +51,9 @@ class KernelBank(nn.Module):
         self._runtime = runtime
         self._stager = stager
         self._layers = dict(layers)
+        names = {name: name for name in layers}
+        self.places: Callable[[], Mapping[str, str]] = lambda: names
+        """Where the layers stand now, by their own names; without those that are gone."""
         self._names = {layer.site: name for name, layer in layers.items()}
         self._plan = DORMANT
         self._expected: tuple[SavedKernel, ...] = ()
@@ -137,12 +140,14 @@ class KernelBank(nn.Module):
         return super().__getattr__(name)
 
     def _saved(self) -> Iterator[tuple[SavedSeed, KernelTemplate]]:
+        places = self.places()
         for site, seeds in self._plan.sites.items():
             layer = self._layers[self._names[site]]
             for each in seeds:
                 seed, state = each.seed, layer.state
                 saved = SavedSeed(
                     layer=layer.layer_name,
+                    place=None if (place := places.get(layer.layer_name)) == layer.layer_name else place,
                     seed=seed,
                     artifact=each.kernel.artifact_id,
                     trainable=each.kernel.trainable,
@@ -171,30 +176,38 @@ class KernelBank(nn.Module):
             return ()
         self._runtime.refuse_in_backward()
         kernels = decode(entries, self._known)
+        standing = self._standing()
         for kernel in kernels:
-            self._check_fits(kernel)
+            self._check_fits(kernel, standing)
         return kernels
+
+    def _standing(self) -> Mapping[str, KasminaLayer]:
+        """The layers by where they stand."""
+        return {place: self._layers[name] for name, place in self.places().items()}
 
     def _known(self, artifact_id: str) -> KernelTemplate | None:
         cached = next(iter(self._layers.values())).kernel_cache.held(artifact_id) if self._layers else None
         return cached.template if cached is not None else None
 
-    def _check_fits(self, kernel: SavedKernel) -> None:
+    @staticmethod
+    def _check_fits(kernel: SavedKernel, standing: Mapping[str, KasminaLayer]) -> None:
         saved, graph = kernel.saved, kernel.template.graph
-        layer = self._layers.get(saved.layer)
+        layer = standing.get(saved.stands_at)
         if layer is None:
-            near = difflib.get_close_matches(saved.layer, self._layers, n=3) or list(self._layers)[:8]
+            near = difflib.get_close_matches(saved.stands_at, standing, n=3) or list(standing)[:8]
             known = f"; there are {', '.join(map(repr, near))}" if near else ""
-            raise CheckpointError(f"the checkpoint has a kernel for layer {saved.layer!r}, which has no seeds{known}")
+            raise CheckpointError(
+                f"the checkpoint has a kernel for layer {saved.stands_at!r}, which has no seeds{known}"
+            )
         if saved.seed >= layer.num_seeds:
             raise CheckpointError(
-                f"the checkpoint has a kernel for seed {saved.seed} of layer {saved.layer!r}, which has "
+                f"the checkpoint has a kernel for seed {saved.seed} of layer {saved.stands_at!r}, which has "
                 f"{layer.num_seeds} seeds; wrap the model with seeds_per_layer={saved.seed + 1} or more"
             )
         if (graph.in_features, graph.out_features) != (layer.input_dim, layer.output_dim):
             raise CheckpointError(
-                f"the checkpoint's kernel for layer {saved.layer!r} maps {graph.in_features} to {graph.out_features} "
-                f"features, but the layer maps {layer.input_dim} to {layer.output_dim}"
+                f"the checkpoint's kernel for layer {saved.stands_at!r} maps {graph.in_features} to "
+                f"{graph.out_features} features, but the layer maps {layer.input_dim} to {layer.output_dim}"
             )
 
     def said_dormant(self, said: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -237,10 +250,10 @@ class KernelBank(nn.Module):
 
     def restore(self, kernels: tuple[SavedKernel, ...]) -> None:
         """Put exactly `kernels`, from :meth:`read`, in force: at once, and whatever is staged or under way."""
-        replacements = []
+        replacements, standing = [], self._standing()
         for kernel in kernels:
             saved = kernel.saved
-            layer = self._layers[saved.layer]
+            layer = standing[saved.stands_at]
             index = layer.first_seed + saved.seed
             loaded = self._with_values(kernel, layer)
             planned = SeedPlan(saved.seed, loaded, saved.isolate, loaded.uses_host, index)

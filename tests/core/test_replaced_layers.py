@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
+from esper.execution.checkpoint import CheckpointError
 from tests.core.seeds import blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
 
@@ -188,3 +189,83 @@ def test_kernels_of_a_deleted_layer_are_not_saved(shelf: KernelShelf, mode: str)
     with pytest.warns(UserWarning, match=r"seeds 0 of layer '2' are unloaded"):
         state = model.state_dict()
     assert list(state) == ["0.fc.weight", "0.fc.bias"]
+
+
+@MODES
+@pytest.mark.parametrize("moved_alike", [False, True], ids=["as it was wrapped", "moved alike"])
+def test_a_checkpoint_has_the_kernels_where_their_layers_stand(
+    shelf: KernelShelf, x: torch.Tensor, mode: str, moved_alike: bool
+) -> None:
+    model: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    _swapped(model)
+    grown, saved = outputs(model, x), model.state_dict()
+    other: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    if moved_alike:
+        _swapped(other)
+    for _ in range(2):
+        other.load_state_dict(saved)
+        torch.testing.assert_close(outputs(other, x), grown)
+        saved = other.state_dict()
+
+
+def test_a_checkpoint_names_the_place_of_a_layer_without_seeds(shelf: KernelShelf) -> None:
+    model: Any = esper.wrap(Two(), platform=shelf.platform)
+    load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5)
+    _put_into_another_module(model)
+    other: Any = esper.wrap(Two(), platform=shelf.platform)
+    with pytest.raises(CheckpointError, match=r"a kernel for layer 'first\.1', which has no seeds; there are 'first'"):
+        other.load_state_dict(model.state_dict())
+    assert states(other)["first"] == ["DORMANT"] * len(states(other)["first"])
+
+
+class Encoder(nn.Module):
+    """Trained through a method of its own, never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.first(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode(x)
+
+
+@MODES
+def test_a_new_layer_that_a_method_calls_first_has_the_kernels(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
+    model: Any = esper.wrap(Encoder(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    model.first = new = nn.Linear(8, 8)
+    first = outputs(model.encode, x)
+    assert not torch.allclose(first, torch.tanh(nn.functional.linear(x, new.weight, new.bias)))
+    assert torch.equal(outputs(model.encode, x), first)
+    assert torch.equal(outputs(model, x), first)
+    assert not new._forward_hooks
+
+
+@MODES
+def test_a_layer_that_is_put_back_before_the_next_forward_is_as_it_was(
+    shelf: KernelShelf, x: torch.Tensor, mode: str
+) -> None:
+    model = wrapped(shelf, mode)
+    load(model, "2", 0, shelf.put(blueprint(8, 4)).id, alpha=0.5, trainable=True)
+    before, layer, other = outputs(model, x), model[2], nn.Linear(8, 4)
+    model[2] = other
+    model[2] = layer
+    assert torch.equal(outputs(model, x), before)
+    torch.testing.assert_close(other(x), nn.functional.linear(x, other.weight, other.bias))
+
+
+@MODES
+def test_a_layer_that_is_set_again_after_it_took_in_another_says_so(
+    shelf: KernelShelf, x: torch.Tensor, mode: str
+) -> None:
+    model = wrapped(shelf, mode)
+    model[2] = model[2]
+    layer = model[2]
+    model[2] = nn.Linear(8, 4)
+    outputs(model, x)
+    with pytest.warns(UserWarning, match="layer '2' has the weights of the layer that replaced it"):
+        model[2] = layer
