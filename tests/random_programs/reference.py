@@ -91,8 +91,14 @@ class Reference:
     scale: float = 1.0
     training: bool = True
     kernels: dict[tuple[str, int], Kernel] = field(default_factory=dict)
+    folded: set[tuple[str, int]] = field(default_factory=set)
+    """Seeds whose fossil became part of its layer's weight."""
     doubled: set[str] = field(default_factory=set)
     """Layers with a hook that doubles their output."""
+
+    def is_fossil(self, layer: str, seed: int) -> bool:
+        kernel = self.kernels.get((layer, seed))
+        return (layer, seed) in self.folded or (kernel is not None and kernel.fossil)
 
     def leaves(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's parameters in float64, as leaves of a graph of their own."""

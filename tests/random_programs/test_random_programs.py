@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import Tensor, nn
 
 import esper
+from esper.execution.lifecycle import LifecycleError
 from tests.kernel_shelf import KernelShelf
 from tests.random_programs.reference import KINDS, LAYERS, Host, Kernel, Reference, kernel_values
 
@@ -85,8 +86,7 @@ class Program(RuleBasedStateMachine):
 
     @rule(layer=layers, seed=seeds, kernel=kernels, ramp=st.none() | ramps)
     def load(self, layer: str, seed: int, kernel: Kernel, ramp: tuple[float, float, int] | None) -> None:
-        before = self.reference.kernels.get((layer, seed))
-        if self.dtype is not torch.float32 or (before is not None and before.fossil):
+        if self.dtype is not torch.float32 or self.reference.is_fossil(layer, seed):
             return
         kernel = copy.copy(kernel)
         alpha: Any = kernel.alpha
@@ -100,9 +100,11 @@ class Program(RuleBasedStateMachine):
 
     @rule(layer=layers, seed=seeds)
     def unload(self, layer: str, seed: int) -> None:
-        kernel = self.reference.kernels.get((layer, seed))
-        if kernel is None or not kernel.fossil:
-            assert self.model.unload_kernel(layer, seed) is (kernel is not None)
+        if self.reference.is_fossil(layer, seed):
+            with pytest.raises(LifecycleError):
+                self.model.unload_kernel(layer, seed)
+        else:
+            assert self.model.unload_kernel(layer, seed) is ((layer, seed) in self.reference.kernels)
             self.reference.kernels.pop((layer, seed), None)
 
     @rule(layer=layers, seed=seeds)
@@ -126,7 +128,8 @@ class Program(RuleBasedStateMachine):
         """The reference's output, its leaves, and its input, after a forward of the model."""
         for key, kernel in list(self.reference.kernels.items()):
             if kernel.fossil and not kernel_values(self.model, *key):
-                del self.reference.kernels[key]  # folded into the host's own weights, which the reference reads
+                del self.reference.kernels[key]  # the reference reads the host's weights
+                self.reference.folded.add(key)
         leaves, given = self.reference.leaves(self.model), x.detach().double().requires_grad_()
         keep = torch.ones(4, 8, dtype=self.dtype)
         if self.reference.training:
@@ -226,6 +229,7 @@ class Program(RuleBasedStateMachine):
             parameter.requires_grad_(old.get_parameter(name).requires_grad)
         fresh.train(self.reference.training)
         fresh.scale = self.reference.scale
+        self.reference.folded.clear()
         self._use(fresh)
 
 
