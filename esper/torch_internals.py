@@ -28,11 +28,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 __all__ = [
     "Ambient",
     "Assumption",
     "NotSendableError",
+    "OpOverload",
     "StaleVariantError",
     "ambient_state",
     "assumption_since",
@@ -51,13 +55,16 @@ __all__ = [
     "fake_inputs",
     "fake_like",
     "fake_tensors",
+    "find_backend",
     "goes_on_after_break",
     "guard_count",
+    "held_elsewhere",
     "inductor_options",
     "inject_parametrizations",
     "inside_backward",
     "load_graph",
     "module_call_code",
+    "nn_functions",
     "operators_being_traced",
     "pack_graph",
     "propagate_values",
@@ -67,9 +74,14 @@ __all__ = [
     "shared_inputs",
     "static_inputs",
     "system_factors",
+    "transforms_active",
     "unpack_graph",
     "without_collections",
+    "write_count",
 ]
+
+nn_functions = torch._C._nn
+"""The functions that `torch.nn.functional` passes calls on to, and that graphs name: `linear`, `gelu`, `pad`, ..."""
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -198,6 +210,51 @@ def saved_tensor_hooks() -> object:
 def inside_backward() -> bool:
     """Whether this thread is executing a backward pass (activation recomputation included)."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def transforms_active() -> bool:
+    """Whether this thread is under a functorch transform, forward-mode AD, jit tracing, or a function or dispatch mode.
+
+    Compiled machine code is opaque to all of these: it would skip the mode, or fail inside the transform. The mode of
+    `torch.set_default_device` does not count, since it only concerns factories of tensors.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or _function_modes_active()
+    )
+
+
+def _function_modes_active() -> bool:
+    return any(
+        not isinstance(torch._C._get_function_stack_at(index), DeviceContext)
+        for index in range(torch._C._len_torch_function_stack())
+    )
+
+
+def write_count(tensor: torch.Tensor) -> int:
+    """How often `tensor`, or an alias of it that autograd knows, has been written in place."""
+    return tensor._version
+
+
+def held_elsewhere(tensor: torch.Tensor) -> bool:
+    """Whether anything but `tensor`'s Python object may hold its memory: a view, an alias, a graph for a backward.
+
+    Autograd holds a tensor that it saved, or a view of it, and what accumulates the gradient of a leaf holds that leaf.
+    """
+    holders: int = tensor._use_count()  # type: ignore[attr-defined]  # torch's stubs leave it out
+    of_memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # counts the storage just asked for, too
+    return holders > 1 or of_memory > 2
+
+
+def find_backend(name: str) -> Callable[..., Any]:
+    """The backend that `torch.compile` has under this name; raises what torch raises if there is none."""
+    import torch._dynamo
+
+    found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return found
 
 
 def compile_with_inductor(

@@ -487,3 +487,57 @@ model.compile()
 assert esper.torch_internals.is_compiled(model)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_would_do_more_with_an_operation_is_known() -> None:
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_internals.transforms_active())
+        return x * 2
+
+    x = torch.ones(2)
+    look(x)
+    with torch.device("cpu"):
+        look(x)
+    assert seen == [False, False]
+    torch.func.vmap(look)(x)
+    torch.func.jvp(look, (x,), (x,))
+    torch.jit.trace(look, (x,), check_trace=False)
+    with torch.overrides.BaseTorchFunctionMode():
+        look(x)
+    assert seen[2:] == [True] * 4
+
+
+def test_who_else_holds_a_tensors_memory_is_known() -> None:
+    tensor = torch.ones(2)
+    assert not torch_internals.held_elsewhere(tensor)
+    view = tensor[:1]
+    assert torch_internals.held_elsewhere(tensor)
+    del view
+    assert not torch_internals.held_elsewhere(tensor)
+    leaf = nn.Parameter(torch.ones(2))
+    loss = (leaf * leaf).sum()
+    assert torch_internals.held_elsewhere(leaf)
+    del loss
+
+
+def test_writes_are_counted() -> None:
+    tensor = torch.ones(2)
+    before = torch_internals.write_count(tensor)
+    tensor[:1].add_(1)
+    assert torch_internals.write_count(tensor) == before + 1
+
+
+def test_a_backend_is_found_by_its_name() -> None:
+    from torch._dynamo.backends.debugging import eager
+
+    assert torch_internals.find_backend("eager") is eager
+    with pytest.raises(Exception, match="no such backend"):
+        torch_internals.find_backend("no such backend")
+
+
+def test_functions_are_named_in_graphs_as_torch_nn_functional_has_them() -> None:
+    assert torch_internals.nn_functions.linear is torch.nn.functional.linear
+    assert torch_internals.nn_functions.gelu is torch.nn.functional.gelu
+    assert isinstance(torch.ops.aten.add.Tensor, torch_internals.OpOverload)

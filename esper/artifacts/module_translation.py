@@ -17,6 +17,7 @@ from esper.artifacts.errors import ArtifactError, BlueprintError
 from esper.artifacts.graph import DTYPES, HOST, INPUT, KernelGraph
 from esper.artifacts.graph_builder import GraphBuilder
 from esper.artifacts.translation import Translation, Value
+from esper.torch_internals import OpOverload
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -93,7 +94,7 @@ def _in_table(program: ExportedProgram) -> ExportedProgram:
 
 
 def _is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _translate(

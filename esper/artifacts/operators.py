@@ -16,6 +16,7 @@ import torch
 
 from esper.artifacts.document import REQUIRED, Json, JsonReader, near_misses
 from esper.artifacts.errors import ArtifactGraphError
+from esper.torch_internals import nn_functions as _nn
 
 __all__ = ["MAX_INPUTS", "MAX_RANK", "OPERATORS", "Attribute", "Call", "Operator", "find_operator"]
 
@@ -168,7 +169,6 @@ def _var(inputs: tuple[Any, ...], attributes: Mapping[str, Any]) -> Call:
     return (*inputs, attributes["dims"]), {"correction": attributes["correction"], "keepdim": attributes["keepdim"]}
 
 
-_nn = torch._C._nn
 _REDUCTION = {"dims": _dimensions(), "keepdim": _flag(False)}
 
 

@@ -18,6 +18,7 @@ from esper.artifacts.document import Json
 from esper.artifacts.errors import ArtifactError, BlueprintError
 from esper.artifacts.graph import DTYPES
 from esper.artifacts.graph_builder import GraphBuilder
+from esper.torch_internals import OpOverload
 
 __all__ = ["Call", "Refusal", "Rule", "Rules", "Translation", "Value", "Values"]
 
@@ -43,7 +44,7 @@ class Value:
 
 Values: TypeAlias = "Value | tuple[Value, ...]"
 Rule: TypeAlias = "Callable[[Call], Values]"
-Rules: TypeAlias = "Mapping[torch._ops.OpOverload, Rule]"
+Rules: TypeAlias = "Mapping[OpOverload, Rule]"
 
 
 class Refusal(ArtifactError):
@@ -94,7 +95,7 @@ class Translation:
             if index >= len(items):
                 raise Refusal("indices of a maximum or minimum are integers; a kernel has one floating dtype")
             return items[index]
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             raise Refusal("it is not an ATen operation; write the module with PyTorch operations only")
         inputs = [self.values[each] for each in node.all_input_nodes]
         if all(isinstance(value, Value) and value.constant is not None for value in inputs):
@@ -108,7 +109,7 @@ class Translation:
             raise Refusal(f"it gives {list(call.shape)}, the table {list(result.shape)}")
         return result
 
-    def _fold(self, node: fx.Node, target: torch._ops.OpOverload) -> Values:
+    def _fold(self, node: fx.Node, target: OpOverload) -> Values:
         """Evaluates what depends on neither the input nor a parameter."""
 
         def concrete(each: fx.Node) -> Any:
@@ -130,7 +131,7 @@ class Call:
     """One ATen call: its arguments by the names of its schema, with exported nodes replaced by their values."""
 
     def __init__(self, translation: Translation, node: fx.Node) -> None:
-        assert isinstance(node.target, torch._ops.OpOverload)
+        assert isinstance(node.target, OpOverload)
         self.node = node
         self.batch = translation.batch
         self.dtype = translation.builder.dtype

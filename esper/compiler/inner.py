@@ -52,9 +52,9 @@ def resolve_inner(mode: str | None, options: Mapping[str, Any] | None) -> InnerC
             'options={"inner": "esper"} would call itself: name another backend, such as "inductor"'
         )
     try:
-        found = cast(InnerCompiler, torch._dynamo.lookup_backend(inner))
+        found = cast(InnerCompiler, torch_internals.find_backend(inner))
     except Exception as error:  # torch raises private types here; all mean "no such backend"
-        known = ", ".join(torch._dynamo.list_backends())
+        known = ", ".join(torch.compiler.list_backends())
         raise BackendOptionError(
             f"there is no backend {inner!r} to use as inner compiler; there are: {known}"
         ) from error

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import EsperError
-from esper.execution.active_transforms import held_elsewhere, write_count
 from esper.execution.fossils import fold, is_added, is_affine, is_cheap
 from esper.execution.plan import Plan, SeedPlan
+from esper.torch_internals import held_elsewhere, write_count
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

@@ -19,7 +19,7 @@ from esper.artifacts.container import Artifact
 from esper.artifacts.graph import DTYPES, KernelGraph
 from esper.artifacts.loading import load_artifact
 from esper.errors import EsperError
-from esper.execution.active_transforms import transforms_active
+from esper.torch_internals import transforms_active
 from esper_passes import SeedGraph
 
 __all__ = [

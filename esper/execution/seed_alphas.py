@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from esper.execution.active_transforms import transforms_active
 from esper.execution.alpha import AlphaSchedule, Schedule
 from esper.execution.state_layout import KasminaStateLayout
+from esper.torch_internals import transforms_active
 
 __all__ = ["SeedAlphas"]
 

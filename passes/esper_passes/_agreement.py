@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from esper_passes._fake_mode import mode_of, undisturbed
 from esper_passes._subgraphs import bodies
+from esper_passes._torch_internals import FakeTensorMode, HigherOrderOperator, tree_leaves
 
 __all__ = ["check_metadata"]
 
@@ -69,7 +67,7 @@ def _compare(node: fx.Node, computed: object, recorded: object) -> None:
 def _describe(value: object) -> list[str] | None:
     """What is compared, or None if it depends on data."""
     described = []
-    for leaf in pytree.tree_leaves(value):
+    for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             sizes = [str(size) for size in leaf.shape]
             if any(size.startswith("u") for size in sizes):  # unbacked: a new symbol at each run
@@ -83,4 +81,4 @@ def _recorded(node: fx.Node) -> Any:
 
 
 def _is_higher_order(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return isinstance(node.target, HigherOrderOperator)

@@ -20,10 +20,11 @@ from torch import fx
 
 from esper_passes._blend import ALPHAS, PARAMETER, carried
 from esper_passes._chains import TO_DTYPE, Chain, addition_of, is_addition, recorded, seed_of
+from esper_passes._torch_internals import nn_functions
 
 __all__ = ["Addend", "Emitter", "LinearMap", "Shares", "addends", "needs_gradient"]
 
-_LINEAR = torch._C._nn.linear
+_LINEAR = nn_functions.linear
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,13 @@ class Shares:
     def all(self) -> fx.Node:
         """`[n + 1]`."""
         emit, keeps, count = self._emit, self._chain.keeps, len(self._chain.alphas) + 1
-        alphas = emit(torch._C._nn.pad, self._vector(self._chain.alphas), (1, 0), "constant", 1.0)
+        alphas = emit(nn_functions.pad, self._vector(self._chain.alphas), (1, 0), "constant", 1.0)
         if all(keeps):
             return alphas
         replaced = alphas
         if any(keeps):
             blended = [0.0 if kept else alpha for alpha, kept in zip(self._chain.alphas, keeps, strict=True)]
-            replaced = emit(torch._C._nn.pad, self._vector(blended), (1, 0), "constant", 1.0)
+            replaced = emit(nn_functions.pad, self._vector(blended), (1, 0), "constant", 1.0)
         left = emit(torch.broadcast_to, emit(torch.rsub, replaced, 1), (count, count))  # what each leaves of the others
         ones = emit(torch.tril, emit(torch.ones_like, left))
         return emit(torch.mul, alphas, emit(torch.prod, emit(torch.add, emit(torch.triu, left, 1), ones), 1))

@@ -6,16 +6,15 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
+
+from esper_passes._torch_internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, tree_leaves
 
 __all__ = ["mode_of", "undisturbed"]
 
 
 def mode_of(values: Iterable[object]) -> FakeTensorMode | None:
     """The fake mode of the first fake tensor among `values`, which may be nested; None if there is no such tensor."""
-    leaves = (leaf for value in values for leaf in pytree.tree_leaves(value))
+    leaves = (leaf for value in values for leaf in tree_leaves(value))
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 

@@ -16,10 +16,10 @@ from torch import fx
 
 from esper_passes._blend import PARAMETER, TYPE_AS
 from esper_passes._chains import recorded, seed_of
+from esper_passes._torch_internals import nn_functions as _nn
 
 __all__ = ["Stacker", "Value"]
 
-_nn = torch._C._nn
 _LINEAR = _nn.linear
 _NORMS: dict[Any, tuple[int, ...]] = {torch.layer_norm: (2, 3), torch.rms_norm: (2,)}  # where the affine ones are
 _LAST_DIMENSION = (torch.softmax, torch.log_softmax)

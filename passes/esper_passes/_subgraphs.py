@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from esper_passes._torch_internals import HigherOrderOperator
+
 __all__ = ["FLAT_OPERANDS", "bodies", "copy_body", "rewrite_bodies", "subgraphs"]
 
 FLAT_OPERANDS = tuple(
@@ -35,7 +37,7 @@ def subgraphs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
 
     Raises `ValueError` if there may be such bodies but the graph belongs to no module, or to several.
     """
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return
     named = [argument for argument in node.all_input_nodes if argument.op == "get_attr"]
     owner = node.graph.owning_module

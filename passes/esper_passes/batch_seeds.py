@@ -27,11 +27,12 @@ from esper_passes._blend_sums import Addend, Emitter, LinearMap, Shares, addends
 from esper_passes._chains import TO_DTYPE, Chain, chains, erase_dead, recorded, release, seed_of
 from esper_passes._stacking import Stacker
 from esper_passes._subgraphs import rewrite_bodies
+from esper_passes._torch_internals import nn_functions
 from esper_passes.base import PassResult
 
 __all__ = ["BatchSeeds"]
 
-_LINEAR = torch._C._nn.linear
+_LINEAR = nn_functions.linear
 _Item = TypeVar("_Item")
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from esper_passes._get_attr import get_attr
 from esper_passes._hooks import hooks_of
+from esper_passes._torch_internals import nn_functions
 from esper_passes.base import PassResult
 
 __all__ = ["ExpandModules"]
@@ -137,24 +138,24 @@ def _embedding(module: nn.Embedding) -> _Call | None:
 
 
 _EXPANSIONS: Mapping[type[nn.Module], _Expansion] = {
-    nn.Linear: lambda _: _Call(torch._C._nn.linear, (_X, _Own("weight"), _Own("bias"))),
+    nn.Linear: lambda _: _Call(nn_functions.linear, (_X, _Own("weight"), _Own("bias"))),
     nn.Conv1d: _conv(torch.conv1d),
     nn.Conv2d: _conv(torch.conv2d),
     nn.Embedding: _embedding,
     nn.LayerNorm: _layer_norm,
     nn.RMSNorm: lambda module: _Call(torch.rms_norm, (_X, module.normalized_shape, _Own("weight"), module.eps)),
     nn.ReLU: _unary(torch.relu),
-    nn.GELU: lambda module: _Call(torch._C._nn.gelu, (_X,), {"approximate": module.approximate}),
-    nn.SiLU: _unary(torch._C._nn.silu),
-    nn.Mish: _unary(torch._C._nn.mish),
-    nn.Hardswish: _unary(torch._C._nn.hardswish),
+    nn.GELU: lambda module: _Call(nn_functions.gelu, (_X,), {"approximate": module.approximate}),
+    nn.SiLU: _unary(nn_functions.silu),
+    nn.Mish: _unary(nn_functions.mish),
+    nn.Hardswish: _unary(nn_functions.hardswish),
     nn.Tanh: _unary(torch.tanh),
     nn.Sigmoid: _unary(torch.sigmoid),
-    nn.LeakyReLU: _unary(torch._C._nn.leaky_relu, "negative_slope"),
-    nn.ELU: _unary(torch._C._nn.elu, "alpha"),
-    nn.Hardtanh: _unary(torch._C._nn.hardtanh, "min_val", "max_val"),
-    nn.ReLU6: _unary(torch._C._nn.hardtanh, "min_val", "max_val"),
-    nn.Softplus: _unary(torch._C._nn.softplus, "beta", "threshold"),
+    nn.LeakyReLU: _unary(nn_functions.leaky_relu, "negative_slope"),
+    nn.ELU: _unary(nn_functions.elu, "alpha"),
+    nn.Hardtanh: _unary(nn_functions.hardtanh, "min_val", "max_val"),
+    nn.ReLU6: _unary(nn_functions.hardtanh, "min_val", "max_val"),
+    nn.Softplus: _unary(nn_functions.softplus, "beta", "threshold"),
     nn.Softmax: _along_dim(torch.softmax),
     nn.LogSoftmax: _along_dim(torch.log_softmax),
     nn.Flatten: _unary(torch.flatten, "start_dim", "end_dim"),

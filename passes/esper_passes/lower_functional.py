@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from esper_passes._torch_internals import nn_functions
 from esper_passes.base import PassResult
 
 __all__ = ["LowerFunctional"]
@@ -75,7 +76,7 @@ def _hardtanh(given: _Arguments) -> _Call | None:
     low, high = given["min_val"], given["max_val"]
     if given["inplace"] is not False or isinstance(low, fx.Node) or isinstance(high, fx.Node) or low > high:
         return None
-    return torch._C._nn.hardtanh, (given["input"], low, high)
+    return nn_functions.hardtanh, (given["input"], low, high)
 
 
 def _layer_norm(given: _Arguments) -> _Call:
@@ -102,14 +103,14 @@ def _dropout(given: _Arguments) -> _Call | None:
 
 _LOWERINGS: Mapping[Any, _Lowering] = {
     functional.relu: _unary(torch.relu),
-    functional.relu6: _unary(torch._C._nn.relu6),
-    functional.silu: _unary(torch._C._nn.silu),
-    functional.mish: _unary(torch._C._nn.mish),
-    functional.hardswish: _unary(torch._C._nn.hardswish),
+    functional.relu6: _unary(nn_functions.relu6),
+    functional.silu: _unary(nn_functions.silu),
+    functional.mish: _unary(nn_functions.mish),
+    functional.hardswish: _unary(nn_functions.hardswish),
     functional.selu: _unary(torch.selu),
     functional.celu: _unary(torch.celu, "alpha"),
-    functional.leaky_relu: _unary(torch._C._nn.leaky_relu, "negative_slope"),
-    functional.elu: _unary(torch._C._nn.elu, "alpha"),
+    functional.leaky_relu: _unary(nn_functions.leaky_relu, "negative_slope"),
+    functional.elu: _unary(nn_functions.elu, "alpha"),
     functional.hardtanh: _hardtanh,
     functional.softmax: _along_dim(torch.softmax),
     functional.log_softmax: _along_dim(torch.log_softmax),

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from esper_passes._subgraphs import subgraphs
+from esper_passes._torch_internals import nn_functions
 
 __all__ = [
     "ENTER",
@@ -181,7 +182,7 @@ def make_linear(node: fx.Node) -> None:
     That is what Dynamo records for an `nn.Linear`. The node keeps its name and its metadata.
     """
     x, weight, bias, _ = site_call(node)
-    node.target = torch._C._nn.linear
+    node.target = nn_functions.linear
     node.args, node.kwargs = (x, weight, bias), {}
 
 
