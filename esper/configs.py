@@ -48,6 +48,7 @@ __all__ = [
     "UrzaClientConfig",
     "UrzaConfig",
     "UrzaToken",
+    "checked_settings",
     "load_config",
     "unknown_variables",
 ]
@@ -274,10 +275,15 @@ class EsperConfig(BaseSettings):
 def load_config(path: str | Path | None = None) -> EsperConfig:
     """Defaults, then the YAML file at `path` or named by `ESPER_CONFIG`, then `ESPER_*` variables.
 
-    Raises :class:`ConfigError` naming the setting and the remedy; secrets do not appear in it.
+    Raises :class:`ConfigError` naming the setting and the remedy; secrets do not appear in it. `TypeError` for a
+    `path` that is none.
     """
     if path is None:
         path = os.environ.get(CONFIG_VARIABLE) or None
+    elif not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"load_config takes the path of a YAML file, not {path!r:.80}; EsperConfig.model_validate(...) takes a dict"
+        )
     _warn_of_unknown_variables()
     content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
 
@@ -301,6 +307,16 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     except SettingsError as cause:
         raise ConfigError(f"the settings cannot be read: {cause}") from cause
     return EsperConfig.model_construct(**{name: getattr(settings, name) for name in EsperConfig.model_fields})
+
+
+def checked_settings(config: object) -> EsperConfig:
+    """`config`, or a `TypeError` if it is anything else than settings."""
+    if not isinstance(config, EsperConfig):
+        raise TypeError(
+            f"config must be an esper.EsperConfig, not a {type(config).__name__}: esper.load_config(path) reads a "
+            "YAML file, EsperConfig.model_validate(...) a dict"
+        )
+    return config
 
 
 _Location = tuple[str, ...]

@@ -313,6 +313,10 @@ class MorphableModel(nn.Module):
         alive. To be called before training begins, as it may have to connect.
         """
         chosen = platform or self._wrapping.options.platform or default_platform()
+        if not hasattr(chosen, "oona"):
+            raise TypeError(f"platform must be one that esper.Platform makes, not {chosen!r:.80}, which has no `oona`")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be the string that commands name this model by, not {name!r:.80}")
         return Listener(self, chosen.oona, name)
 
     def commit(self) -> list[Transition]:
