@@ -333,7 +333,7 @@ class KasminaLayer(nn.Linear):
     @property
     def default_transform(self) -> nn.Linear:
         """The host's path: a linear layer that shares this one's parameters."""
-        linear, bare = plain_linear(self), nn.Module()
+        linear, bare = self.as_linear(), nn.Module()
         linear.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
         return linear
 
