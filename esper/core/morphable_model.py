@@ -291,7 +291,10 @@ class MorphableModel(nn.Module):
         return self._layer(layer_name).unload_kernel(seed_idx)
 
     def set_alpha(self, layer_name: str, seed_idx: int, value_or_schedule: float | AlphaSchedule) -> None:
-        """Set a seed's share in its layer's output, or a schedule (`step -> alpha`) that moves it while training."""
+        """Set a seed's share in its layer's output, or a schedule (`step -> alpha`) that moves it while training.
+
+        For a seed that has a kernel or is loading one; see :meth:`KasminaLayer.set_alpha`.
+        """
         self._layer(layer_name).set_alpha(seed_idx, value_or_schedule)
 
     def fossilize(self, layer_name: str, seed_idx: int) -> bool:

@@ -399,7 +399,9 @@ class KasminaLayer(nn.Linear):
     def set_alpha(self, seed_idx: int, value: float | AlphaSchedule) -> None:
         """Set the share of seed `seed_idx` in the output, or a schedule that moves it with every training forward.
 
-        Takes effect at the next forward and never recompiles. Raises `IndexError` and `AlphaError`.
+        Takes effect at the next forward and never recompiles. During a load it is for the kernel that is loaded. A seed
+        without either has no use for one, since each load brings its own `alpha`: that is logged as a warning, once
+        for each seed. Raises `IndexError`, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         self.stager.set_alpha(self, seed_number(seed_idx), value)
 
