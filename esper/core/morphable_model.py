@@ -287,7 +287,10 @@ class MorphableModel(nn.Module):
         return await layer.load_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 
     def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
-        """Make a seed dormant again, or call off its load; False if there is nothing to unload."""
+        """Make a seed dormant again, or call off its load; False if there is nothing to unload.
+
+        True means staged; see :meth:`KasminaLayer.unload_kernel` for when it is in force.
+        """
         return self._layer(layer_name).unload_kernel(seed_idx)
 
     def set_alpha(self, layer_name: str, seed_idx: int, value_or_schedule: float | AlphaSchedule) -> None:
@@ -304,6 +307,8 @@ class MorphableModel(nn.Module):
         weights to itself, and a bias if the kernel adds a constant; if no seed before it is active, none beside it
         reads the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it
         as part of the host. Any other kernel stays, of a constant share.
+
+        True means staged, and final; see :meth:`KasminaLayer.fossilize` for when the seed is `FOSSILIZED`.
         """
         return self._layer(layer_name).fossilize(seed_idx)
 

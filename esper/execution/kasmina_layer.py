@@ -385,13 +385,24 @@ class KasminaLayer(nn.Linear):
         return staged
 
     def unload_kernel(self, seed_idx: int) -> bool:
-        """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload."""
+        """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload.
+
+        True means staged, as for :meth:`fossilize`. Where the seed keeps its place until a variant is compiled, its
+        alpha is 0 meanwhile (`commit="auto"`). Raises `LifecycleError` for a fossilized seed.
+        """
         staged = self.stager.unload(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
     def fossilize(self, seed_idx: int) -> bool:
-        """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active."""
+        """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
+
+        True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
+        Called on the thread that runs the model, it is in force at the return and the seed `FOSSILIZED`; with
+        `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until the variant is
+        compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so, with the reason
+        in `seed_errors`.
+        """
         staged = self.stager.fossilize(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
