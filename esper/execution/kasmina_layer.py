@@ -472,4 +472,6 @@ class KasminaLayer(nn.Linear):
         return layer_stats(self)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_seeds={self.num_seeds}, active_seeds={len(self._seeds)}"
+        active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))
+        counts = f"num_seeds={self.num_seeds}, active_seeds={active}"
+        return f"{super().extra_repr()}, {counts}{f', fossilized_seeds={fossils}' if fossils else ''}"
