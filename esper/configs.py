@@ -58,6 +58,7 @@ CONFIG_VARIABLE = "ESPER_CONFIG"
 
 _PREFIX = "ESPER_"
 _DELIMITER = "__"
+_WHERE_THEY_ARE = "`esper config show` lists the settings"
 _MOST_BYTES = 2**22  # of a file of settings
 
 
@@ -395,8 +396,17 @@ def unknown_variables() -> str:
     if not unknown:
         return ""
     near = [name for each in unknown for name in difflib.get_close_matches(each.upper(), known, n=1)]
-    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`esper config show` lists the settings"
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else _WHERE_THEY_ARE
     return f"there is no setting for {', '.join(unknown)}; {hint}"
+
+
+def _no_such_setting(location: _Location) -> str:
+    """What to say of a key that no setting has, with the one that may have been meant."""
+    known = [*_variables(EsperConfig.model_fields, ""), *_variables(UrzaToken.model_fields, "URZA__TOKENS__")]
+    wish = _DELIMITER.join(each for each in location if not each.isdigit()).upper()
+    near = difflib.get_close_matches(wish, known, n=1)
+    hint = f"did you mean {near[0].lower().replace(_DELIMITER, '.')}?" if near else _WHERE_THEY_ARE
+    return f"there is no such setting; {hint}"
 
 
 _warned_of: set[str] = set()
@@ -418,6 +428,7 @@ def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Lo
         variable = next((name for each in within if (name := _variable(each)) in os.environ), None)
         line = next((lines[each] for each in within if each in lines), None)
         where = f"{variable}: " if variable else "" if line is None else f"{path}:{line}: "
-        problems.append(f"{where}{'.'.join(location) or 'settings'}: {each['msg']}")
+        what = _no_such_setting(location) if each["type"] == "extra_forbidden" else each["msg"]
+        problems.append(f"{where}{'.'.join(location) or 'settings'}: {what}")
     origin = "the environment" if path is None else f"{path} or the environment"
     return f"settings from {origin} cannot be used:\n  " + "\n  ".join(problems)
