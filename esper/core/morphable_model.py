@@ -357,8 +357,8 @@ class MorphableModel(nn.Module):
 
         To look at, and to run: it shares the model's modules and parameters, and a change of plan is a change of what
         its sites compute. What it is traced for, and what it does not follow, is torch.fx's contract (`docs/modes.md`).
-        With `mode="module"`, and for a model that is not traced whole, there is none: it raises `AttributeError`, and
-        :meth:`explain` says why.
+        With `mode="module"`, and for a model that is not traced whole, there is none, as for an attribute that the
+        model does not have: the `AttributeError` is torch's own, and :meth:`explain` says why, and what to do.
         """
         return self._eager.graph_module
 
