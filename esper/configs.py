@@ -48,6 +48,7 @@ __all__ = [
     "UrzaClientConfig",
     "UrzaConfig",
     "UrzaToken",
+    "checked_settings",
     "load_config",
     "unknown_variables",
 ]
@@ -57,6 +58,7 @@ CONFIG_VARIABLE = "ESPER_CONFIG"
 
 _PREFIX = "ESPER_"
 _DELIMITER = "__"
+_WHERE_THEY_ARE = "`esper config show` lists the settings"
 _MOST_BYTES = 2**22  # of a file of settings
 
 
@@ -274,10 +276,15 @@ class EsperConfig(BaseSettings):
 def load_config(path: str | Path | None = None) -> EsperConfig:
     """Defaults, then the YAML file at `path` or named by `ESPER_CONFIG`, then `ESPER_*` variables.
 
-    Raises :class:`ConfigError` naming the setting and the remedy; secrets do not appear in it.
+    Raises :class:`ConfigError` naming the setting and the remedy; secrets do not appear in it. `TypeError` for a
+    `path` that is none.
     """
     if path is None:
         path = os.environ.get(CONFIG_VARIABLE) or None
+    elif not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"load_config takes the path of a YAML file, not {path!r:.80}; EsperConfig.model_validate(...) takes a dict"
+        )
     _warn_of_unknown_variables()
     content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
 
@@ -301,6 +308,16 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     except SettingsError as cause:
         raise ConfigError(f"the settings cannot be read: {cause}") from cause
     return EsperConfig.model_construct(**{name: getattr(settings, name) for name in EsperConfig.model_fields})
+
+
+def checked_settings(config: object) -> EsperConfig:
+    """`config`, or a `TypeError` if it is anything else than settings."""
+    if not isinstance(config, EsperConfig):
+        raise TypeError(
+            f"config must be an esper.EsperConfig, not a {type(config).__name__}: esper.load_config(path) reads a "
+            "YAML file, EsperConfig.model_validate(...) a dict"
+        )
+    return config
 
 
 _Location = tuple[str, ...]
@@ -379,8 +396,17 @@ def unknown_variables() -> str:
     if not unknown:
         return ""
     near = [name for each in unknown for name in difflib.get_close_matches(each.upper(), known, n=1)]
-    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`esper config show` lists the settings"
+    hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else _WHERE_THEY_ARE
     return f"there is no setting for {', '.join(unknown)}; {hint}"
+
+
+def _no_such_setting(location: _Location) -> str:
+    """What to say of a key that no setting has, with the one that may have been meant."""
+    known = [*_variables(EsperConfig.model_fields, ""), *_variables(UrzaToken.model_fields, "URZA__TOKENS__")]
+    wish = _DELIMITER.join(each for each in location if not each.isdigit()).upper()
+    near = difflib.get_close_matches(wish, known, n=1)
+    hint = f"did you mean {near[0].lower().replace(_DELIMITER, '.')}?" if near else _WHERE_THEY_ARE
+    return f"there is no such setting; {hint}"
 
 
 _warned_of: set[str] = set()
@@ -402,6 +428,7 @@ def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Lo
         variable = next((name for each in within if (name := _variable(each)) in os.environ), None)
         line = next((lines[each] for each in within if each in lines), None)
         where = f"{variable}: " if variable else "" if line is None else f"{path}:{line}: "
-        problems.append(f"{where}{'.'.join(location) or 'settings'}: {each['msg']}")
+        what = _no_such_setting(location) if each["type"] == "extra_forbidden" else each["msg"]
+        problems.append(f"{where}{'.'.join(location) or 'settings'}: {what}")
     origin = "the environment" if path is None else f"{path} or the environment"
     return f"settings from {origin} cannot be used:\n  " + "\n  ".join(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
-from esper.configs import ConfigError, EsperConfig, load_config
+from esper.configs import ConfigError, EsperConfig, checked_settings, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
@@ -80,7 +81,9 @@ class Platform:
         :func:`~esper.configs.load_config`. Nothing is made, opened or started before it is needed, so trouble with the
         folder shows at the first use, as a :class:`~esper.services.errors.StoreError`.
         """
-        config = load_config() if config is None else config
+        config = load_config() if config is None else checked_settings(config)
+        if root is not None and not isinstance(root, (str, os.PathLike)):
+            raise TypeError(f"root must be the path of a folder, not {root!r:.80}; settings are passed as config=...")
         return cls(data_folder(config, root), config, InMemoryBus())
 
     @classmethod
@@ -92,7 +95,7 @@ class Platform:
         key in the data folder. Raises :class:`~esper.configs.ConfigError` if there is no URL, and ``BusError`` for a
         Redis URL that cannot be one.
         """
-        config = load_config() if config is None else config
+        config = load_config() if config is None else checked_settings(config)
         if config.urza.url is None:
             raise ConfigError("to connect, set urza.url (or ESPER_URZA__URL), for example http://localhost:8321")
         from esper.services.urza_client import RemoteKernelSource, RemoteStore  # with httpx, for those who need it

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+import torch
 
 from esper.compiler.inner import BackendOptionError, Inductor, InnerCompiler, resolve_inner
 
@@ -43,6 +46,7 @@ class BackendOptions:
             accepts, wanted = _CHECKS[name]
             if not accepts(value):
                 raise BackendOptionError(f"options[{name!r}] must be {wanted}, not {value!r}")
+        _check_names(remaining)
         inner = resolve_inner(mode, remaining)
         if own.get("cold_start") == "eager" and not isinstance(inner, Inductor):
             raise BackendOptionError(
@@ -51,6 +55,25 @@ class BackendOptions:
             )
         name = remaining.get("inner", "inductor")
         return cls(inner, name if isinstance(name, str) else getattr(name, "__qualname__", repr(name)), **own)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """That each is "inner" or an option of Inductor's."""
+    unknown = [name for name in names if name != "inner"]
+    inductors = torch._inductor.list_options() if unknown else []
+    for name in unknown:
+        if str(name).replace("-", "_") not in inductors:
+            own = sorted({*_CHECKS, "inner"})
+            near = [match for known in (own, inductors) for match in _near(str(name), known)]
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise BackendOptionError(
+                f"there is no option {name!r}{hint} Esper's own options are {', '.join(map(repr, own))}; all others "
+                "are Inductor's, which torch._inductor.list_options() lists"
+            )
+
+
+def _near(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
 
 
 def _is_size(value: object) -> bool:

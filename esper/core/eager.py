@@ -187,8 +187,9 @@ class EagerExecutor:
     def explain(self) -> Explanation:
         """What was traced, what not, and why."""
         runs_in, untraced = self._traced.survey() if self._traced is not None else ({}, {})
+        how = "runs as a module" + ("" if self._traced is not None else ', as mode="module" has it; mode="fx" traces')
         sites = [
-            LinearRow(name, True, runs_in.get(layer), "" if layer in runs_in else "runs as a module")
+            LinearRow(name, True, runs_in.get(layer), "" if layer in runs_in else how)
             for name, layer in self._layers.items()
         ]
         others = [LinearRow(name, False, None, reason) for name, reason in self._selection.refused.items()]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +18,7 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.persistence import give_back
+from esper.core.root_layer import RootLayer
 from esper.core.shadow import plant
 from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
@@ -91,11 +94,13 @@ def assemble(
     cache = KernelCache(options.cache_size_mb * max(len(targets), 1), max(128, seeds), source=source)
     stager = Stager(runtime, cache, attach_from, sink)
     sites = dict(zip(targets, runtime.reserve_sites(len(targets)), strict=True))
+    kind = wrapped_class(model, root_is_site="" in targets)
+    wrapped: MorphableModel = object.__new__(kind) if into is None else into
     layers: dict[str, KasminaLayer] = {}
 
     def replace(name: str, linear: nn.Linear) -> KasminaLayer:
         first = len(layers) * seeds_per_layer
-        layers[name] = KasminaLayer.at_site(
+        layers[name] = (KasminaLayer.at_site if name else functools.partial(RootLayer.of, weakref.ref(wrapped)))(
             linear,
             layer_id=len(layers),
             layer_name=name,
@@ -108,8 +113,6 @@ def assemble(
         )
         return layers[name]
 
-    kind = wrapped_class(model, root_is_site="" in targets)
-    wrapped: MorphableModel = object.__new__(kind) if into is None else into
     plant(model, selection, replace, root=wrapped, watched=options.mode == "fx")
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)

@@ -287,11 +287,17 @@ class MorphableModel(nn.Module):
         return await layer.load_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 
     def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
-        """Make a seed dormant again, or call off its load; False if there is nothing to unload."""
+        """Make a seed dormant again, or call off its load; False if there is nothing to unload.
+
+        True means staged; see :meth:`KasminaLayer.unload_kernel` for when it is in force.
+        """
         return self._layer(layer_name).unload_kernel(seed_idx)
 
     def set_alpha(self, layer_name: str, seed_idx: int, value_or_schedule: float | AlphaSchedule) -> None:
-        """Set a seed's share in its layer's output, or a schedule (`step -> alpha`) that moves it while training."""
+        """Set a seed's share in its layer's output, or a schedule (`step -> alpha`) that moves it while training.
+
+        For a seed that has a kernel or is loading one; see :meth:`KasminaLayer.set_alpha`.
+        """
         self._layer(layer_name).set_alpha(seed_idx, value_or_schedule)
 
     def fossilize(self, layer_name: str, seed_idx: int) -> bool:
@@ -301,6 +307,8 @@ class MorphableModel(nn.Module):
         weights to itself, and a bias if the kernel adds a constant; if no seed before it is active, none beside it
         reads the layer's output, and its input is not detached. Its parameters are gone then, and a checkpoint has it
         as part of the host. Any other kernel stays, of a constant share.
+
+        True means staged, and final; see :meth:`KasminaLayer.fossilize` for when the seed is `FOSSILIZED`.
         """
         return self._layer(layer_name).fossilize(seed_idx)
 
@@ -313,6 +321,10 @@ class MorphableModel(nn.Module):
         alive. To be called before training begins, as it may have to connect.
         """
         chosen = platform or self._wrapping.options.platform or default_platform()
+        if not hasattr(chosen, "oona"):
+            raise TypeError(f"platform must be one that esper.Platform makes, not {chosen!r:.80}, which has no `oona`")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be the string that commands name this model by, not {name!r:.80}")
         return Listener(self, chosen.oona, name)
 
     def commit(self) -> list[Transition]:
@@ -345,8 +357,8 @@ class MorphableModel(nn.Module):
 
         To look at, and to run: it shares the model's modules and parameters, and a change of plan is a change of what
         its sites compute. What it is traced for, and what it does not follow, is torch.fx's contract (`docs/modes.md`).
-        With `mode="module"`, and for a model that is not traced whole, there is none: it raises `AttributeError`, and
-        :meth:`explain` says why.
+        With `mode="module"`, and for a model that is not traced whole, there is none, as for an attribute that the
+        model does not have: the `AttributeError` is torch's own, and :meth:`explain` says why, and what to do.
         """
         return self._eager.graph_module
 

@@ -50,7 +50,8 @@ def select_targets(model: nn.Module, target_layers: Target | Iterable[Target] | 
         if not possible:
             warnings.warn(f"no layer can carry seeds: {_candidates(linears, reasons)}", UserWarning, stacklevel=3)
     else:
-        wanted = [target_layers] if isinstance(target_layers, (str, type)) else list(target_layers)
+        several = isinstance(target_layers, Iterable) and not isinstance(target_layers, (str, type, nn.Module))
+        wanted: list[Target] = list(target_layers) if several else [target_layers]  # type: ignore[arg-type,list-item]  # mypy does not follow `several`
         if not wanted:
             raise TargetError("target_layers is empty: name a type, a dotted name or a pattern, or pass None for all")
         aliases = _aliases(model)
@@ -137,7 +138,7 @@ def _matches(
             raise TargetError(f"layer {target!r} cannot carry seeds: {reasons[aliases.get(target, target)]}")
         roots = [name for name in modules if name == target or fnmatch.fnmatchcase(name, target)]
     else:
-        raise TargetError(f"target_layers takes module types, names and patterns, not {target!r}")
+        raise TargetError(f"target_layers takes module types, names and patterns, not {target!r:.80}")
     inside = {name for root in roots for name in modules if name == root or not root or name.startswith(f"{root}.")}
     found = {aliases.get(name, name) for name in inside}
     if not found & possible.keys():

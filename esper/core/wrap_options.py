@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
+from esper.core.errors import WrapError
 from esper.core.listening import default_platform
 from esper.execution.runtime import CommitMode
 
@@ -39,7 +40,11 @@ class WrapOptions:
         platform: Platform | None,
         config: EsperConfig | None,
     ) -> WrapOptions:
-        """What was asked for; for what is None, the word of `config`, or else of the platform's settings."""
+        """What was asked for; for what is None, the word of `config`, or else of the platform's settings.
+
+        Raises :class:`WrapError` for what is no platform, `TypeError` for what is no settings, and `ValueError`.
+        """
+        _check(telemetry_enabled, platform, config)
         if platform is None and config is not None:
             platform = cast("Platform", default_platform(config))
         if cache_size_mb is None or telemetry_enabled is None:
@@ -47,6 +52,22 @@ class WrapOptions:
             cache_size_mb = settings.execution.cache_size_mb if cache_size_mb is None else cache_size_mb
             telemetry_enabled = settings.telemetry.enabled if telemetry_enabled is None else telemetry_enabled
         return cls(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform)
+
+
+def _check(telemetry_enabled: object, platform: object, config: object) -> None:
+    if telemetry_enabled is not None and not isinstance(telemetry_enabled, bool):
+        raise ValueError(f"telemetry_enabled must be True, False or None, not {telemetry_enabled!r:.80}")
+    if config is not None:
+        from esper.configs import checked_settings  # as below
+
+        checked_settings(config)
+    needed = ("kernel_source",) if telemetry_enabled is False else ("kernel_source", "oona")
+    missing = [name for name in needed if not hasattr(platform, name)]
+    if platform is not None and missing:
+        raise WrapError(
+            "platform must be what esper.Platform.embedded() or esper.Platform.connect() returns, not "
+            f"{platform!r:.80}, which has no `{missing[0]}`; settings are passed as config=..."
+        )
 
 
 def _settings() -> EsperConfig:

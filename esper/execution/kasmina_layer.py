@@ -333,7 +333,7 @@ class KasminaLayer(nn.Linear):
     @property
     def default_transform(self) -> nn.Linear:
         """The host's path: a linear layer that shares this one's parameters."""
-        linear, bare = plain_linear(self), nn.Module()
+        linear, bare = self.as_linear(), nn.Module()
         linear.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
         return linear
 
@@ -385,13 +385,24 @@ class KasminaLayer(nn.Linear):
         return staged
 
     def unload_kernel(self, seed_idx: int) -> bool:
-        """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload."""
+        """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload.
+
+        True means staged, as for :meth:`fossilize`. Where the seed keeps its place until a variant is compiled, its
+        alpha is 0 meanwhile (`commit="auto"`). Raises `LifecycleError` for a fossilized seed.
+        """
         staged = self.stager.unload(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
     def fossilize(self, seed_idx: int) -> bool:
-        """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active."""
+        """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
+
+        True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
+        Called on the thread that runs the model, it is in force at the return and the seed `FOSSILIZED`; with
+        `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until the variant is
+        compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so, with the reason
+        in `seed_errors`.
+        """
         staged = self.stager.fossilize(self, seed_number(seed_idx))
         self.runtime.commit_if_idle()
         return staged
@@ -399,7 +410,9 @@ class KasminaLayer(nn.Linear):
     def set_alpha(self, seed_idx: int, value: float | AlphaSchedule) -> None:
         """Set the share of seed `seed_idx` in the output, or a schedule that moves it with every training forward.
 
-        Takes effect at the next forward and never recompiles. Raises `IndexError` and `AlphaError`.
+        Takes effect at the next forward and never recompiles. During a load it is for the kernel that is loaded. A seed
+        without either has no use for one, since each load brings its own `alpha`: that is logged as a warning, once
+        for each seed. Raises `IndexError`, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         self.stager.set_alpha(self, seed_number(seed_idx), value)
 
@@ -459,4 +472,6 @@ class KasminaLayer(nn.Linear):
         return layer_stats(self)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_seeds={self.num_seeds}, active_seeds={len(self._seeds)}"
+        active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))
+        counts = f"num_seeds={self.num_seeds}, active_seeds={active}"
+        return f"{super().extra_repr()}, {counts}{f', fossilized_seeds={fossils}' if fossils else ''}"

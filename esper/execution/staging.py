@@ -61,6 +61,7 @@ class Stager:
         self._replacer = SeedReplacer(runtime, self._requests, self._records, self._queue)
         self._published: dict[tuple[int, int], tuple[LoadRequest, Change, LoadedKernel]] = {}  # and not yet committed
         self._later_alphas: dict[tuple[int, int], tuple[float | AlphaSchedule, float]] = {}  # set during a load
+        self._told_of_alpha: set[tuple[int, int]] = set()  # seeds whose alpha was set for nothing, and that was said
 
     def load(
         self,
@@ -222,7 +223,8 @@ class Stager:
     def set_alpha(self, layer: KasminaLayer, seed: int, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
 
-        Raises `IndexError`, `AlphaError`, `LifecycleError` when fossilized.
+        Warns once if it has no kernel and is loading none. Raises `IndexError`, `AlphaError`, `LifecycleError` when
+        fossilized.
         """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         with self._runtime.lock:
@@ -230,6 +232,17 @@ class Stager:
             if layer.state.lifecycle(seed) is _State.LOADING:
                 self._later_alphas[layer.site, seed] = alpha, first
             self._runtime.start_alpha(layer.first_seed + seed, alpha, first)
+            key = layer.site, seed
+            idle = layer.state.lifecycle(seed) is not _State.LOADING and not layer.state.in_force(seed)
+            untold = idle and key not in self._told_of_alpha
+            if untold:
+                self._told_of_alpha.add(key)
+        if untold:
+            _LOG.warning(
+                "the alpha set for seed %d of %s has no effect: it has no kernel and is loading none, and the next one "
+                "starts with the alpha of its own load; pass alpha=... to load_kernel or request_kernel, or set it "
+                "after that", seed, layer.layer_name
+            )  # fmt: skip
 
     def replace_all(self, layers: Sequence[KasminaLayer], seeds: Sequence[SeedReplacement]) -> None:
         """Put exactly `seeds` in force at `layers`, see :meth:`SeedReplacer.replace_all`."""

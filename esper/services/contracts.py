@@ -111,6 +111,15 @@ class BlueprintRecord(_Document):
     submitted_at: AwareDatetime
     updated_at: AwareDatetime
 
+    def __repr__(self) -> str:
+        """One line; all of it is in `model_dump()`."""
+        named = f"{', '.join(self.names)}, " if self.names else ""
+        kernel = f", kernel={self.artifact_id[:12]}" if self.artifact_id else ""
+        why = f", reason={self.reason[:80]!r}" if self.reason else ""
+        return f"BlueprintRecord({named}{self.status}{why}{kernel}, id={self.id[:12]})"
+
+    __str__ = __repr__
+
 
 class Claim(_Document):
     """A worker's hold on one blueprint. Whoever shows `token` may renew, finish or release it until it runs out."""
@@ -162,6 +171,14 @@ class CompiledKernelArtifact(_Document):
     """One of each key that signed it. It is for the reader to trust one of them."""
     attachments: tuple[str, ...] = ()
     """Target keys for which compiled code is stored."""
+
+    def __repr__(self) -> str:
+        """One line, with as much of the id as `load_kernel` needs; all of it is in `model_dump()`."""
+        named = f"{self.name}, " if self.name else ""
+        features = f"{self.in_features} -> {self.out_features}"
+        return f"CompiledKernelArtifact({named}{features}, {self.dtype}, {self.status}, id={self.id[:12]})"
+
+    __str__ = __repr__
 
 
 class KernelQuery(_Document):

@@ -22,6 +22,11 @@ WRONG: dict[str, dict[str, Any]] = {
     "no backend 'nope'": {"inner": "nope"},
     "call itself": {"inner": "esper"},
     "epilogue_fusion": {"inner": "eager", "epilogue_fusion": False},
+    "'cold_strat', did you mean 'cold_start'.*'batch_seeds', 'cold_start', 'fallback'": {"cold_strat": "eager"},
+    "'Fallback', did you mean 'fallback'": {"Fallback": "eager", "inner": "eager"},
+    "'iner', did you mean 'inner'": {"iner": "eager"},
+    "'epilog_fusion', did you mean 'epilogue_fusion'": {"epilog_fusion": True},
+    r"no option 'nothing'; Esper's.*Inductor's, which torch\._inductor\.list_options\(\)": {"nothing": 1},
 }
 
 
@@ -34,3 +39,10 @@ def test_an_option_that_cannot_be_used_is_named(named: str, shelf: KernelShelf, 
         torch.compile(model, backend="esper", options=WRONG[named])(x)
     assert isinstance(raised.value.inner_exception, BackendOptionError)
     assert torch.equal(model(x), before)
+
+
+def test_inductors_own_options_are_taken_as_torch_takes_them(shelf: KernelShelf, fresh_dynamo: None) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(4, 4)), platform=shelf.platform)
+    x = torch.randn(2, 4)
+    options = {"epilogue-fusion": False, "triton.cudagraphs": False}
+    assert torch.allclose(torch.compile(model, backend="esper", options=options)(x), model(x))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import esper
-from esper import LinearRamp
+from esper import Blueprint, LinearRamp
 from tests.core.grown import grown, saved
 from tests.core.seeds import GatedPlatform, blueprint, load
 from tests.kernel_shelf import KernelShelf
@@ -122,3 +122,17 @@ def test_a_checkpoint_and_a_transition_go_by_name(shelf: KernelShelf) -> None:
     model.unload_kernel("0", 2)
     model.request_kernel("2", 0, shelf.put(blueprint(6, 4)).id).result(30)
     assert sorted((each.layer_id, each.layer) for each in model.commit()) == [(0, "0"), (1, "2")]
+
+
+def test_the_layer_shows_its_kernels_and_its_fossils(shelf: KernelShelf) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    assert "(0): KasminaLayer(in_features=8, out_features=6, bias=True, num_seeds=4, active_seeds=0)" in repr(model)
+    affine, other = shelf.put(Blueprint.affine(8, 6)).id, shelf.put(blueprint()).id
+    load(model, "0", 0, affine)
+    load(model, "0", 1, other)
+    assert "num_seeds=4, active_seeds=2)" in repr(model)
+    assert model.fossilize("0", 0)  # which the weight takes in
+    assert "num_seeds=4, active_seeds=1, fossilized_seeds=1)" in repr(model)
+    assert model.fossilize("0", 1)  # which stays a kernel
+    assert "num_seeds=4, active_seeds=0, fossilized_seeds=2)" in repr(model)
+    assert model.get_model_stats()["layers"]["0"]["active_seeds"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 import torch
@@ -187,3 +188,37 @@ def test_a_failed_load_leaves_the_schedule_of_the_kernel_in_force(
     assert future.result(30) is False
     model(x)
     assert alpha(model) == 0.5
+
+
+def test_an_alpha_for_a_seed_without_a_kernel_is_a_warning_once(
+    model: esper.MorphableModel, kernel: str, x: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = outputs(model, x)
+    for value in (0.25, esper.LinearRamp(0.0, 1.0, 4)):
+        model.set_alpha("0", 1, value)
+    assert torch.equal(outputs(model, x), before)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(r"seed 1 of 0 has no effect.*pass alpha=\.\.\. to load_kernel", record.getMessage())
+    caplog.clear()
+    load(model, "0", 1, kernel)
+    assert alpha(model, 1) == 1.0
+    model.set_alpha("0", 1, 0.5)
+    assert not caplog.records
+
+
+def test_an_alpha_set_during_a_load_is_no_mistake(
+    shelf: KernelShelf, kernel: str, x: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    gated = GatedPlatform(shelf)
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of one as it needs
+    gate = gated.hold(kernel)
+    staged = model.request_kernel("0", 0, kernel)
+    gated.wait_until_held()
+    model.set_alpha("0", 0, 0.5)
+    gate.set()
+    assert staged.result(30)
+    model.set_alpha("0", 0, 0.75)
+    model(x)
+    assert alpha(model) == 0.75
+    assert not [each for each in caplog.records if "no effect" in each.getMessage()]

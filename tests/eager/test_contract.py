@@ -422,6 +422,8 @@ def test_a_model_in_the_other_mode_has_no_graph() -> None:
     wrapped = esper.wrap(mlp(4, 4), mode="module")
     with pytest.raises(AttributeError, match="graph_module"):
         _ = wrapped.graph_module
+    assert not hasattr(wrapped, "graph_module")
+    assert str(wrapped.explain()).endswith('runs as a module, as mode="module" has it; mode="fx" traces')
     wrapped.retrace()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -254,3 +256,12 @@ def test_a_layer_that_stands_alone_reports(platform: GatedPlatform, x: torch.Ten
     for _ in range(100):
         quiet(x)
     assert quiet.get_layer_stats()["execution_count"] == 0
+
+
+def test_a_signal_that_is_due_while_another_thread_imports_the_platform_is_no_trouble(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "tests.execution.half_imported_platform"]
+    environment = {**os.environ, "ESPER_PLATFORM__ROOT": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True, timeout=250)
+    assert (run.returncode, run.stdout) == (0, "heard\n"), run.stderr
+    assert "telemetry failed" not in run.stderr

@@ -84,8 +84,13 @@ def test_settings_do_not_change() -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("nmae: x", "nmae"),
-        ("tezzeret: {pipelin: fast}", "tezzeret.pipelin"),
+        ("nmae: x", r":1: nmae: there is no such setting; did you mean name\?"),
+        ("tezzeret: {pipelin: fast}", r"tezzeret\.pipelin: there is .* mean tezzeret\.pipeline\?"),
+        ("pipeline: fast", r"pipeline: there is .* mean tezzeret\.pipeline\?"),
+        ("tezzeret: {Pipeline: fast}", r"tezzeret\.Pipeline: there is .* mean tezzeret\.pipeline\?"),
+        ("redis: {uri: 'redis://bus'}", r"redis\.uri: there is .* mean redis\.url\?"),
+        ("urza: {tokens: [{nam: ci}]}", r"urza\.tokens\.0\.nam: there is .* mean urza\.tokens\.name\?"),
+        ("colour: blue", "colour: there is no such setting; `esper config show` lists the settings"),
         ("tezzeret: {pipeline: slow}", "tezzeret.pipeline"),
         ("oona: {queue_size: 0}", "oona.queue_size"),
         ("oona: 3", "oona"),

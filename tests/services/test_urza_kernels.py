@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,17 @@ class TestContent:
         )
         assert again == kernel
         assert len(store.kernels.content(artifact.id)[1]) == 1
+
+    @pytest.mark.parametrize("show", [str, repr])
+    def test_kernels_and_blueprints_are_printed_as_one_line_with_their_ids(
+        self, store: UrzaStore, show: Callable[[object], str]
+    ) -> None:
+        _, kernel = add_kernel(store, blueprint(), "small")
+        record = store.blueprints.get(kernel.blueprint_id)
+        assert show(kernel) == f"CompiledKernelArtifact(small, 4 -> 4, float32, validated, id={kernel.id[:12]})"
+        assert store.kernels.resolve(kernel.id[:12]) == kernel.id
+        ours = f"small, validated, kernel={kernel.id[:12]}, id={record.id[:12]}"
+        assert show(record) == f"BlueprintRecord({ours})"
 
     def test_a_kernel_needs_its_blueprint(self, store: UrzaStore) -> None:
         _, kernel = add_kernel(store, blueprint(0))
