@@ -397,7 +397,7 @@ class KasminaLayer(nn.Linear):
         return staged
 
     def set_alpha(self, seed_idx: int, value: float | AlphaSchedule) -> None:
-        """Set the share of seed `seed_idx` in the output, or a schedule that moves it with every training forward.
+        """Set the share of seed `seed_idx` in the output, or a schedule that moves it with the optimizer's steps.
 
         Takes effect at the next forward and never recompiles. Raises `IndexError` and `AlphaError`.
         """
