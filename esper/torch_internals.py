@@ -59,6 +59,7 @@ __all__ = [
     "goes_on_after_break",
     "guard_count",
     "held_elsewhere",
+    "inductor_option_names",
     "inductor_options",
     "inject_parametrizations",
     "inside_backward",
@@ -272,6 +273,14 @@ def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     wrapper: Any = torch._TorchCompileInductorWrapper
     config: dict[str, Any] = wrapper(mode, dict(options), None).config
     return config
+
+
+def inductor_option_names() -> list[str]:
+    """The names of the settings that Inductor takes as `torch.compile`'s `options`."""
+    import torch._inductor
+
+    names: list[str] = torch._inductor.list_options()
+    return names
 
 
 def copy_of_capture(module: fx.GraphModule) -> fx.GraphModule:

@@ -541,3 +541,7 @@ def test_functions_are_named_in_graphs_as_torch_nn_functional_has_them() -> None
     assert torch_internals.nn_functions.linear is torch.nn.functional.linear
     assert torch_internals.nn_functions.gelu is torch.nn.functional.gelu
     assert isinstance(torch.ops.aten.add.Tensor, torch_internals.OpOverload)
+
+
+def test_inductors_options_have_names() -> None:
+    assert "max_autotune" in torch_internals.inductor_option_names()

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
+from esper import torch_internals
 from esper.compiler.inner import BackendOptionError, Inductor, InnerCompiler, resolve_inner
 
 __all__ = ["BackendOptions", "ColdStart", "Fallback"]
@@ -60,7 +59,7 @@ class BackendOptions:
 def _check_names(names: Iterable[str]) -> None:
     """That each is "inner" or an option of Inductor's."""
     unknown = [name for name in names if name != "inner"]
-    inductors = torch._inductor.list_options() if unknown else []
+    inductors = torch_internals.inductor_option_names() if unknown else []
     for name in unknown:
         if str(name).replace("-", "_") not in inductors:
             own = sorted({*_CHECKS, "inner"})

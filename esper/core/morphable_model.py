@@ -94,6 +94,7 @@ class MorphableModel(nn.Module):
         this = weakref.ref(self)
         runtime.is_training = lambda: (model := this()) is None or model.training
         runtime.on_commit = weakly(wrapping.bank.sync)
+        runtime.on_schedule = weakly(wrapping.bank.count_steps)
         wrapping.bank.places = lambda: layer_places(model) if (model := this()) is not None else {}
         runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
         runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())

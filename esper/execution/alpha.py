@@ -14,7 +14,12 @@ from esper.execution.state_layout import AlphaError, checked_alpha
 __all__ = ["AlphaSchedule", "CosineRamp", "LinearRamp", "SavedRamp", "Schedule"]
 
 AlphaSchedule = Callable[[int], float]
-"""`step -> alpha`: `step` counts the training forwards since the schedule was set, from 0; the result is in [0, 1].
+"""`step -> alpha`: `step` counts the model's steps since its first training forward on the schedule, from 0; the result
+is in [0, 1].
+
+Steps are those of the optimizers of `torch.optim` that hold parameters of the model; alpha moves at the first training
+forward after one. Without any, each training forward is a step. Where several steps were taken between two training
+forwards, `step` goes on by as many.
 
 A schedule with an attribute `steps` ends there: it is asked for `schedule(steps)` last and then forgotten.
 """
@@ -38,7 +43,7 @@ class _Ramp:
 
 @dataclass(frozen=True, slots=True)
 class LinearRamp(_Ramp):
-    """Alpha from `start` to `end` in equal parts over `steps` training forwards."""
+    """Alpha from `start` to `end` in equal parts over `steps` steps of the model's optimizer."""
 
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * self._fraction(step)
@@ -46,7 +51,7 @@ class LinearRamp(_Ramp):
 
 @dataclass(frozen=True, slots=True)
 class CosineRamp(_Ramp):
-    """Alpha from `start` to `end` along half a cosine: slow at both ends."""
+    """Alpha from `start` to `end` along half a cosine over `steps` steps, slow at both ends."""
 
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * (1.0 - math.cos(math.pi * self._fraction(step))) / 2.0

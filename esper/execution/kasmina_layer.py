@@ -408,7 +408,7 @@ class KasminaLayer(nn.Linear):
         return staged
 
     def set_alpha(self, seed_idx: int, value: float | AlphaSchedule) -> None:
-        """Set the share of seed `seed_idx` in the output, or a schedule that moves it with every training forward.
+        """Set the share of seed `seed_idx` in the output, or a schedule that moves it with the optimizer's steps.
 
         Takes effect at the next forward and never recompiles. During a load it is for the kernel that is loaded. A seed
         without either has no use for one, since each load brings its own `alpha`: that is logged as a warning, once

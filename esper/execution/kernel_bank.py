@@ -25,7 +25,8 @@ from esper.execution.checkpoint import (
 )
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
-from esper.execution.optimizers import KernelParameter, kernels_changed
+from esper.execution.optimizer_steps import OptimizerSteps
+from esper.execution.optimizers import KernelParameter, count_steps, kernels_changed
 from esper.execution.plan import DORMANT, Plan, SeedPlan
 from esper.execution.runtime import Runtime
 from esper.execution.seed_replacement import SeedReplacement
@@ -89,6 +90,15 @@ class KernelBank(nn.Module):
     def model_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the whole model."""
         return self._runtime.entries.parameters()
+
+    @property
+    def optimizer_steps(self) -> OptimizerSteps:
+        """Where steps of the model's optimizers are counted."""
+        return self._runtime.optimizer_steps
+
+    def count_steps(self) -> None:
+        """Have steps of the model's optimizers counted from now on: an alpha is to move."""
+        count_steps(self)
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """The parameters that learn."""

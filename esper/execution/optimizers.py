@@ -2,11 +2,13 @@
 
 - Kernels added as a group of their own, beside a learning-rate scheduler that was made before, join the group of their
   layer's weight: most schedulers cannot go on with more groups than they were made for.
+- Steps are counted for the models whose parameters an optimizer holds, see `esper.execution.optimizer_steps`.
 - A loaded state is given back by name, see `esper.execution.optimizer_state`.
 - Gradients of kernels that learn, and stand in no optimizer, are dropped after each step of the host's: nothing else
   would, and they would add up. That is said once.
 
-The hooks are process-wide, as there is no other way to hear of an optimizer, and are there once a kernel is in force.
+The hooks are process-wide, as there is no other way to hear of an optimizer, and are there once a kernel is in force or
+is to come with an alpha that moves.
 They look twice only where an optimizer's groups or the kernels in force are others than at its last step. No device is
 waited for.
 """
@@ -28,9 +30,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from esper.execution.optimizer_state import KernelParameter, give_back, name_states
+from esper.execution.optimizer_steps import OptimizerSteps
 from esper.forking import ModuleLock
 
-__all__ = ["KernelParameter", "Kernels", "kernels_changed"]
+__all__ = ["KernelParameter", "Kernels", "count_steps", "kernels_changed"]
 
 _LOG = logging.getLogger("esper.execution")
 _NOT_OPTIONS = frozenset({"params", "param_names"})
@@ -49,6 +52,11 @@ class Kernels(Protocol):
         """Those of the whole model."""
         ...
 
+    @property
+    def optimizer_steps(self) -> OptimizerSteps:
+        """Where steps of its optimizers are counted."""
+        ...
+
 
 @dataclass(slots=True)
 class _Seen:
@@ -58,6 +66,8 @@ class _Seen:
     loaded: bool = True
     """Whether its state may be another one since."""
     names_kernels: bool = False
+    steps: list[OptimizerSteps] = field(default_factory=list)
+    """Those of the models whose parameters this optimizer holds."""
     unheld: list[KernelParameter] = field(default_factory=list)
     """Kernels that learn, beside parameters of this optimizer, and stood in no optimizer so far."""
 
@@ -77,8 +87,10 @@ class _Optimizers:
         """Others: at how many steps of the host they had a gradient."""
         self._hooked = False
 
-    def changed(self, model: Kernels) -> None:
+    def follow(self, model: Kernels, *, changed: bool) -> None:
         with self._lock.held():
+            if not changed and model in self._models:
+                return
             self._models.add(model)
             self._version = next(self._numbers)
             if not self._hooked:
@@ -131,10 +143,15 @@ class _Optimizers:
         seen.loaded = False
         with self._lock.held():
             models = list(self._models)
+        held = []
+        for model in models:
+            holds_any = any(id(parameter) in holds for parameter in model.model_parameters())
+            model.optimizer_steps.know(optimizer, holds=holds_any)
+            held += [model] if holds_any else []
+        seen.steps = [model.optimizer_steps for model in held]
         seen.unheld = [
             each
-            for model in models
-            if any(id(parameter) in holds for parameter in model.model_parameters())
+            for model in held
             for each in model.kernel_parameters_in_force()
             if each.parameter.requires_grad and each.parameter not in self._held
         ]
@@ -159,7 +176,11 @@ class _Optimizers:
         if torch.compiler.is_compiling():
             return
         seen = self._seen.get(optimizer)
-        if seen is None or not seen.unheld:
+        if seen is None:
+            return
+        for steps in seen.steps:
+            steps.note_step(optimizer)
+        if not seen.unheld:
             return
         found: list[str] = []
         try:
@@ -254,4 +275,9 @@ _optimizers = _Optimizers()
 
 def kernels_changed(model: Kernels) -> None:
     """Other kernels of `model` are in force than before."""
-    _optimizers.changed(model)
+    _optimizers.follow(model, changed=True)
+
+
+def count_steps(model: Kernels) -> None:
+    """Count the steps of `model`'s optimizers from now on."""
+    _optimizers.follow(model, changed=False)

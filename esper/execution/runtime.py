@@ -26,6 +26,7 @@ from esper.execution.commit import Commit
 from esper.execution.entries import Entries
 from esper.execution.executor import CalledOffError, Executor, Preparation
 from esper.execution.lifecycle import Transition
+from esper.execution.optimizer_steps import OptimizerSteps
 from esper.execution.plan import DORMANT, Plan
 from esper.execution.seed_alphas import SeedAlphas
 from esper.execution.state_layout import KasminaStateLayout
@@ -56,6 +57,8 @@ class Runtime:
         self.commit_mode: CommitMode = commit
         self.is_training: Callable[[], bool] = lambda: True
         self.on_commit: Callable[[Plan], None] = lambda _: None
+        self.on_schedule: Callable[[], None] = lambda: None
+        """An alpha that moves is asked for."""
         self.uses_of: Callable[[torch.Tensor], int] = lambda _: 1
         """In how many places of the model a parameter stands."""
         self.runs_eagerly: Callable[[], bool] = lambda: True
@@ -81,7 +84,8 @@ class Runtime:
         self._staged: list[Change] = []
         self._commit: Commit | None = None  # the one under way, or cut short by an interrupt: then it is completed
         self._committing = threading.RLock()  # held by whoever carries it out
-        self._alphas = SeedAlphas(state)
+        self.optimizer_steps = OptimizerSteps()
+        self._alphas = SeedAlphas(state, self.optimizer_steps)
         self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
         self._renewed: weakref.WeakSet[Executor] = weakref.WeakSet()
         self.executors_added = 0
@@ -434,8 +438,10 @@ class Runtime:
         return self._alphas.reader([seed.alpha_index for seed in own])
 
     def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float, step: int = 0) -> None:
-        """Set a seed's alpha to `first`, already checked; a schedule moves it at every training forward from the next
-        one on, where it is called with `step`."""
+        """Set a seed's alpha to `first`, already checked.
+
+        A schedule moves it from the next training forward on, where it is called with `step`.
+        """
         with self.lock:
             if callable(alpha):  # before there is a schedule: an interrupt must not leave one that nobody moves
                 self.scheduled = True
@@ -444,7 +450,7 @@ class Runtime:
             self.scheduled = self._alphas.moving
 
     def schedule(self, alpha_index: int) -> Schedule | None:
-        """What moves this alpha, if anything does."""
+        """What moves this alpha, if anything does, and where it is."""
         return self._alphas.schedule(alpha_index)
 
     def forget_schedules(self, alpha_indices: Iterable[int]) -> None:
@@ -456,5 +462,6 @@ class Runtime:
     def _advance_schedules(self) -> None:
         ended = self._alphas.advance()
         if ended:
-            with self.lock:  # another thread may have set another schedule meanwhile
-                self.forget_schedules([i for i, schedule in ended.items() if self.schedule(i) is schedule])
+            with self.lock:
+                self._alphas.end(ended)
+                self.scheduled = self._alphas.moving

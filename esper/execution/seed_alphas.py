@@ -1,13 +1,15 @@
-"""The alphas of a model's seeds: what moves them from forward to forward, and how forwards read them."""
+"""The alphas of a model's seeds: what moves them while the model trains, and how forwards read them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from esper.execution.alpha import AlphaSchedule, Schedule
+from esper.execution.optimizer_steps import OptimizerSteps
 from esper.execution.state_layout import KasminaStateLayout
 from esper.torch_internals import transforms_active
 
@@ -16,54 +18,94 @@ __all__ = ["SeedAlphas"]
 _LOG = logging.getLogger("esper.execution")
 
 
+@dataclass(slots=True)
+class _Moving:
+    """A schedule at work."""
+
+    alpha: AlphaSchedule
+    step: int
+    """That of the latest training forward; before the first one, that which it will have."""
+    origin: int | None = None
+    """How many steps the model's optimizers had taken at step 0, by those that they had at the first forward."""
+
+    def due(self, steps: OptimizerSteps) -> int:
+        """The step of the next training forward.
+
+        Forwards before an optimizer was known may have been more than its steps: then the steps catch up.
+        """
+        if self.origin is None:
+            return self.step
+        due = max(self.step if steps.awaited else self.step + 1, steps.taken - self.origin)
+        return due if self.last is None else min(due, self.last)
+
+    @property
+    def last(self) -> int | None:
+        """The step at which it ends."""
+        last = getattr(self.alpha, "steps", None)
+        return last if isinstance(last, int) else None
+
+
 class SeedAlphas:
-    """The alphas in `state`, which holds all of a model's seeds, and their schedules.
+    """The alphas in `state`, which holds all of a model's seeds, and their schedules, which go by the optimizers'
+    `steps`.
 
     They are changed under the runtime's lock; :meth:`advance` is for the thread that runs the model, readers for any.
     """
 
-    def __init__(self, state: KasminaStateLayout) -> None:
+    def __init__(self, state: KasminaStateLayout, steps: OptimizerSteps) -> None:
         self._state = state
-        self._schedules: dict[int, Schedule] = {}
+        self._steps = steps
+        self._moving: dict[int, _Moving] = {}
 
     @property
     def moving(self) -> bool:
         """Whether there are schedules."""
-        return bool(self._schedules)
+        return bool(self._moving)
 
     def start(self, index: int, alpha: float | AlphaSchedule, first: float, step: int) -> None:
         """Set an alpha to `first`. A schedule in `alpha` moves it from then on, and is called next with `step`."""
         self._state.set_alpha(index, first)
-        self._schedules.pop(index, None)
+        self._moving.pop(index, None)
         if callable(alpha):
-            self._schedules[index] = Schedule(alpha, step)
+            self._moving[index] = _Moving(alpha, step)
 
     def schedule(self, index: int) -> Schedule | None:
         """What moves this alpha, if anything does."""
-        return self._schedules.get(index)
+        moving = self._moving.get(index)
+        return None if moving is None else Schedule(moving.alpha, moving.due(self._steps))
 
     def forget(self, indices: Iterable[int]) -> None:
         """Stop moving these alphas."""
         for index in indices:
-            self._schedules.pop(index, None)
+            self._moving.pop(index, None)
 
-    def advance(self) -> dict[int, Schedule]:
-        """Take every schedule a step further, without the lock: it is the user's code. Returns those at their end."""
+    def end(self, ended: Mapping[int, object]) -> None:
+        """Forget the schedules that :meth:`advance` returned, but for those that others have replaced meanwhile."""
+        self.forget([index for index, moving in ended.items() if self._moving.get(index) is moving])
+
+    def advance(self) -> Mapping[int, object]:
+        """A training forward begins: take every schedule to the step that is due. Returns those at their end.
+
+        Without the lock: it is the user's code.
+        """
         ended = {}
-        for index, schedule in list(self._schedules.items()):
-            try:
-                self._state.set_alpha(index, schedule.alpha(schedule.step))
-            except Exception as error:  # noqa: BLE001  # a user's schedule must not end a user's training
-                _LOG.error(
-                    "the alpha schedule of seed %d raised at step %d; alpha stays: %r", index, schedule.step, error
-                )
-                self._state.record_error(index)
-                ended[index] = schedule
+        for index, moving in list(self._moving.items()):
+            step = moving.due(self._steps)
+            if moving.origin is not None and step == moving.step:
                 continue
-            last = getattr(schedule.alpha, "steps", None)
-            if last is not None and schedule.step >= last:
-                ended[index] = schedule
-            schedule.step += 1
+            try:
+                self._state.set_alpha(index, moving.alpha(step))
+            except Exception as error:  # noqa: BLE001  # a user's schedule must not end a user's training
+                _LOG.error("the alpha schedule of seed %d raised at step %d; alpha stays: %r", index, step, error)
+                self._state.record_error(index)
+                ended[index] = moving
+                continue
+            if moving.last is not None and step >= moving.last:
+                ended[index] = moving
+            if moving.origin is None:
+                moving.origin = self._steps.taken - step
+            moving.step = step
+        self._steps.note_forward()
         return ended
 
     def reader(self, indices: Sequence[int]) -> Callable[[], torch.Tensor]:

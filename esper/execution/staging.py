@@ -82,6 +82,8 @@ class Stager:
             hint = "; pass its id" if hasattr(reference, "id") else ""
             raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        if callable(alpha):
+            self._runtime.on_schedule()
         self._runtime.note_settings()
         with self._runtime.lock:
             self._requests.refuse_fossil(layer, seed)

@@ -95,6 +95,7 @@ def equip(
     runtime.entries.of_modules(lambda: (layer,) if (layer := this()) is not None else ())
     bank = KernelBank(runtime, stager, {name: layer})
     runtime.on_commit = bank.sync
+    runtime.on_schedule = bank.count_steps
     layer.add_module(BANK_NAME, bank)
     if meter is not None:
         runtime.telemetry = Telemetry({site: layer}, runtime.state, reports)
