@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from esper.forking import reset_after_fork
 
-__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "waiting"]
+__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "rest", "waiting"]
 
 _Result = TypeVar("_Result")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
@@ -27,6 +27,7 @@ _SLOW_SECONDS = 0.2
 _IDLE_SECONDS = 5.0
 _MOST_THREADS = 64
 _LONGEST_EXIT = 10.0
+_LONGEST_REST = 0.05
 
 
 class _Exit:
@@ -56,17 +57,41 @@ def waiting() -> Iterator[None]:
         _exit.waiting.discard(thread)
 
 
+class _Work(threading.local):
+    """What this thread has done: its times of a processor, in seconds."""
+
+    rest = 0.0
+    """How often as long as it works it rests; 0 if it is none of those that do."""
+    rested = 0.0
+    """When it rested last."""
+
+
+_work = _Work()
+
+
+def rest() -> None:
+    """Leave the interpreter to whoever trains for as long as this job has worked since it did so last.
+
+    To be called between any two parts of a job that work for some milliseconds. Other threads need not rest.
+    """
+    if _work.rest:
+        time.sleep(min(_work.rest * (time.thread_time() - _work.rested), _LONGEST_REST))
+        _work.rested = time.thread_time()
+
+
 class BackgroundThreads:
     """Runs jobs on daemon threads, `at_once` of them side by side.
 
     A job that takes longer than a fifth of a second waits for something, and does not count any more: others begin
     beside it, on as many as `most` threads. Threads start when they are needed and end when they have had nothing to
-    do for a while. They are daemons, so that a process may end while a download hangs. After a fork the child has
+    do for a while. Jobs of threads with `rest` call :func:`rest`, and begin one after the other where they do not wait,
+    so that they leave that many times as much time as they take to whoever trains, who wants the interpreter as they
+    do. They are daemons, so that a process may end while a download hangs. After a fork the child has
     threads of its own; jobs that were waiting in the parent stay the parent's.
     """
 
-    def __init__(self, name: str, at_once: int, most: int = _MOST_THREADS) -> None:
-        self._name, self._at_once, self._most = name, at_once, most
+    def __init__(self, name: str, at_once: int, most: int = _MOST_THREADS, rest: float = 0.0) -> None:
+        self._name, self._at_once, self._most, self._rest = name, at_once, most, rest
         self.after_fork()
         reset_after_fork(self)
         atexit.register(self._end)
@@ -87,6 +112,8 @@ class BackgroundThreads:
         self._jobs: deque[_Job] = deque()
         self._threads: set[threading.Thread] = set()
         self._running: dict[int, float] = {}  # since when, by thread
+        self._work = _LONGEST_REST / 4  # seconds of a processor that a job takes, by the last ones
+        self._resting_until = 0.0
 
     def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
         """Run `job`; the future has its result or its exception. Raises `RuntimeError` if there is no thread for it."""
@@ -123,6 +150,7 @@ class BackgroundThreads:
         while (taken := self._next()) is not None:
             job, future = taken
             if future.set_running_or_notify_cancel():
+                _work.rest, _work.rested = self._rest, (began := time.thread_time())
                 try:
                     result = job()
                 except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
@@ -130,7 +158,13 @@ class BackgroundThreads:
                 else:
                     future.set_result(result)
                     del result
+                rest()
+                self._note_work(time.thread_time() - began)
             del job, future, taken  # what they refer to need not live until the next job
+
+    def _note_work(self, seconds: float) -> None:
+        with self._lock:
+            self._work += (min(seconds, _LONGEST_REST) - self._work) / 2
 
     def _next(self) -> _Job | None:
         """A job, once it may begin; None after a while without any."""
@@ -142,12 +176,16 @@ class BackgroundThreads:
             while True:
                 now = time.monotonic()
                 has_jobs = bool(self._jobs) and not _exit.has_begun
-                if has_jobs and self._fresh() < self._at_once:
+                if has_jobs and now < self._resting_until:
+                    self._changed.wait(self._resting_until - now)
+                elif has_jobs and self._fresh() < self._at_once:
                     self._running[thread] = now
                     job = self._jobs.popleft()
+                    if self._rest:
+                        self._resting_until = now + (1.0 + self._rest) * self._work
                     self._staff()
                     return job
-                if has_jobs:
+                elif has_jobs:
                     fresh = sorted(self._running.values())[-self._at_once :]
                     self._changed.wait(max(fresh[0] + _SLOW_SECONDS - now, 0.001))
                 elif now < end:
@@ -203,7 +241,7 @@ class JobQueue:
                 raise
 
 
-FETCHING = BackgroundThreads("esper-fetching", at_once=4)
+FETCHING = BackgroundThreads("esper-fetching", at_once=4, rest=1.0)
 """For what asks kernel sources, which may be slow or hang, and makes kernels of what they answer."""
 STAGING = BackgroundThreads("esper-staging", at_once=1)
 """For what makes models ready for new plans, and waits for compile workers."""

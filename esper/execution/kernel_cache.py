@@ -16,7 +16,7 @@ import torch
 
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
-from esper.execution.background import FETCHING, waiting
+from esper.execution.background import FETCHING, rest, waiting
 from esper.execution.defaults import kernel_source
 from esper.execution.kernel_pool import (
     MB,
@@ -247,6 +247,7 @@ class KernelCache:
                 f"kernel {artifact_id[:12]} has {size / MB:.2f} MB, more than the whole cache of "
                 f"{allowed / MB:g} MB; make the cache larger (cache_size_mb)."
             )
+        rest()
         with torch.inference_mode(False):  # weights must stay usable in a backward, whoever asked for them
             artifact = load_artifact(
                 fetched.data,
@@ -255,6 +256,7 @@ class KernelCache:
                 trust=source.trust(),
                 limits=self._limits,
             )
+            rest()
             return KernelTemplate.from_artifact(artifact).place()
 
     def _take(self, kernel: LoadedKernel, reference: str, pin: bool) -> LoadedKernel:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from esper.execution.alpha import AlphaSchedule
+from esper.execution.background import rest
 from esper.execution.change import Change
 from esper.execution.defaults import AttachKernel, TelemetrySink
 from esper.execution.folding import CannotFoldError, Fold
@@ -279,7 +280,9 @@ class Stager:
             self._failed(request, error)
 
         def before_publishing() -> None:  # the model may have been moved or cast meanwhile
-            kernel.module.to(layer.weight.device, layer.weight.dtype)
+            weight = layer.weight
+            if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in kernel.parameters):
+                kernel.module.to(weight.device, weight.dtype)
             self._published[request.key] = request, change, kernel
 
         change = Change(lambda plan: plan.with_seed(layer.site, planned), applied)
@@ -295,6 +298,7 @@ class Stager:
             cached.check_fits(layer.input_dim, layer.output_dim, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=request.trainable)
             source = layer.kernel_cache.source
+            rest()
             if self._attach is not None and source is not None and self._runtime.runs_eagerly():
                 self._attach(source, kernel)
         except BaseException:

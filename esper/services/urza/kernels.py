@@ -178,14 +178,13 @@ class KernelRecords:
         Raises :class:`UnknownKernelReferenceError` or ``StoreCorruptError``.
         """
         with self._database.reading() as session:
-            row = _row(session, artifact_id)
-            size, signatures = row.size_bytes, _signatures(row)
+            size, signatures = _file(session, artifact_id)
         return self._blobs.get(artifact_id, size), signatures
 
     def signatures(self, artifact_id: str) -> tuple[Signature, ...]:
         """The artifact's signatures, one of each key, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
-            return _signatures(_row(session, artifact_id))
+            return _file(session, artifact_id)[1]
 
     def attachment(self, artifact_id: str, target_key: str, signers: Collection[str] | None = None) -> bytes | None:
         """The packed attachment for a target, its signature not checked; None if there is none.
@@ -265,6 +264,20 @@ def _row(session: Session, artifact_id: str) -> KernelRow:
     if row is None:
         raise _unknown(session, artifact_id)
     return row
+
+
+def _file(session: Session, artifact_id: str) -> tuple[int, tuple[Signature, ...]]:
+    """An artifact's size in bytes and its signatures: of a record no more than trainers wait for."""
+    statement = (
+        select(KernelRow.size_bytes, SignatureRow.document)
+        .outerjoin(KernelRow.signatures)
+        .where(KernelRow.id == artifact_id)
+        .order_by(SignatureRow.created_at, SignatureRow.key_id)
+    )
+    rows = session.execute(statement).all()
+    if not rows:
+        raise _unknown(session, artifact_id)
+    return rows[0].size_bytes, tuple(Signature.from_json(each.document) for each in rows if each.document is not None)
 
 
 def _by_prefix(session: Session, prefix: str) -> str:
