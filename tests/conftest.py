@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -65,6 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     if hasattr(config, "workerinput"):  # in a process of pytest-xdist
         items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None and "slow" not in item.keywords)
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected stays to the end, and no garbage collection needs to look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
