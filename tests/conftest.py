@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
     if hasattr(config, "workerinput"):  # in a process of pytest-xdist
         items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None and "slow" not in item.keywords)
+
+
+def pytest_collection_finish() -> None:
+    """What has been collected stays to the end, and no garbage collection needs to look through it again and again.
+
+    And the programs that tests start have no pool of compiling processes, each of which imports torch first. This
+    process keeps its own, as users have it, and so do the programs whose ends and forks are tested.
+    """
+    if "torch._inductor.config" in sys.modules:  # it has read the variable
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

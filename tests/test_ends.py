@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.programs import environment_with_pool
+
 _TIMES = int(os.environ.get("TEST_ENDS_TIMES", "1"))
 """How often each program is run; 12 makes a hundred."""
 
@@ -17,7 +19,8 @@ _STATUS = {"exits": 3, "raises": 1}
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
     program = [sys.executable, "-m", "tests.ending_programs", *arguments]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(program, env=environment_with_pool(), stdout=pipe, stderr=pipe, text=True)
 
 
 def _check_end(process: subprocess.Popen[str], kind: str) -> None:

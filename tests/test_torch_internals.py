@@ -6,6 +6,7 @@ import gc
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,15 @@ def test_settings_that_dynamo_does_not_guard_on_are_renewed_and_restored() -> No
             torch_internals._set_flag(name, value)
 
 
-def test_an_import_without_collections_leaves_nothing_young_to_look_through() -> None:
+@pytest.fixture
+def thawed() -> Iterator[None]:
+    """Nothing is frozen, as in a program that does not ask for it."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+def test_an_import_without_collections_leaves_nothing_young_to_look_through(thawed: None) -> None:
     collections = [each["collections"] for each in gc.get_stats()]
     with torch_internals.without_collections():
         made = [[] for _ in range(200_000)]  # type: list[list[int]]

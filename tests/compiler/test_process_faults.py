@@ -12,16 +12,16 @@ import pytest
 
 from tests.compiler.moody_compiler import MoodyCompiler
 from tests.compiler.worker_processes import ROOT, assert_gone
-from tests.services.programs import Program
+from tests.services.programs import Program, environment_with_pool
 
 pytestmark = [pytest.mark.xdist_group("compile workers"), pytest.mark.slow]
 PROMPT = 10.0  # seconds within which a program that is told to end has ended
 
 
-def program(folder: Path, call: str, environment: Mapping[str, str] | None = None) -> Program:
+def program(folder: Path, call: str, environment: Mapping[str, str] = os.environ) -> Program:
     """The program of `faulty_programs` that is called so; it keeps its kernels in `folder`."""
     source = f"from tests.compiler.faulty_programs import *\n{call}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **(environment or {})}
+    env = {**environment, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     return Program(source, folder, env=env)
 
 
@@ -33,7 +33,7 @@ def said(running: Program) -> list[dict[str, Any]]:
 def test_a_worker_that_hangs_is_killed_in_time_and_another_one_serves_the_next_load(
     tmp_path: Path, empty_store: Path
 ) -> None:
-    limit = {"ESPER_EXECUTION__COMPILE_TIMEOUT": "15"}
+    limit = {**os.environ, "ESPER_EXECUTION__COMPILE_TIMEOUT": "15"}
     failed, loaded = said(program(tmp_path, "has_a_worker_that_stops()", limit))
     assert failed.pop("seconds") < 60
     reason = failed.pop("reason")
@@ -50,7 +50,8 @@ def test_a_worker_that_hangs_is_killed_in_time_and_another_one_serves_the_next_l
 
 def without_a_compiler(call: str, folder: Path, **missing: str) -> list[dict[str, Any]]:
     """What is said by a program that has none, after it has said what was raised."""
-    raised, *rest = said(program(folder, call, {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **missing}))
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **missing}
+    raised, *rest = said(program(folder, call, environment))
     assert "needs a C++ compiler: install g++, or name one in CXX" in raised["raised"]
     assert 'options={"fallback": "eager"} runs such graphs uncompiled' in raised["raised"]
     return rest
@@ -79,7 +80,7 @@ def test_without_a_compiler_a_load_says_what_to_do_and_the_fallback_runs_uncompi
 def test_a_program_that_ends_in_mid_compilation_ends_at_once_with_all_that_it_started(
     when: str, tmp_path: Path, compiler: MoodyCompiler
 ) -> None:
-    running = program(tmp_path, f"ends({when!r})")
+    running = program(tmp_path, f"ends({when!r})", environment_with_pool())
     ending = json.loads(running.read_line())
     assert len(ending["pids"]) == 2, "a worker and its compiler"
     assert ending["state"] == ("DORMANT" if when == "cold start" else "LOADING")
@@ -90,7 +91,7 @@ def test_a_program_that_ends_in_mid_compilation_ends_at_once_with_all_that_it_st
 
 @pytest.mark.timeout(400)
 def test_a_forked_child_and_its_parent_both_go_on(tmp_path: Path, empty_store: Path) -> None:
-    lines = said(program(tmp_path, "forks()"))
+    lines = said(program(tmp_path, "forks()", environment_with_pool()))
     well = {"changed": True, "state": "ACTIVE", "errors": 0, "reason": ""}
     for loaded, where in ((None, []), (True, ["worker"]), (None, ["worker"])):  # the first time it is only wrapped
         child, ended, parent, lines = *lines[:3], lines[3:]

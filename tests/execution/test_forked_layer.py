@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.services.programs import environment_with_pool
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
@@ -32,8 +34,7 @@ def test_a_child_that_is_forked_while_other_threads_hold_locks_or_fetch_can_do_e
 
 def output_of(module: str) -> list[str]:
     """The lines that a program prints, which has to end well."""
-    program = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module], capture_output=True, text=True, timeout=120, check=False
-    )
+    command, env = [sys.executable, "-W", "ignore", "-m", module], environment_with_pool()
+    program = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert program.returncode == 0, program.stderr
     return program.stdout.splitlines()

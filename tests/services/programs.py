@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import IO, TypeVar
 
-__all__ = ["Program", "forked", "obey_permissions", "race"]
+__all__ = ["Program", "environment_with_pool", "forked", "obey_permissions", "race"]
 
 _ROOT = Path(__file__).parents[2]
 _Result = TypeVar("_Result")
@@ -45,6 +45,11 @@ def obey_permissions() -> None:
     for index in (0, 1):  # the effective and the permitted set
         data[index] &= ~0b110
     assert libc.capset(header, data) == 0
+
+
+def environment_with_pool() -> dict[str, str]:
+    """This process's, in which a program has Inductor's own pool of compiling processes, as it has for users."""
+    return {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
 
 
 class Program:
