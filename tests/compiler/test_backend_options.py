@@ -44,5 +44,5 @@ def test_an_option_that_cannot_be_used_is_named(named: str, shelf: KernelShelf, 
 def test_inductors_own_options_are_taken_as_torch_takes_them(shelf: KernelShelf, fresh_dynamo: None) -> None:
     model = esper.wrap(nn.Sequential(nn.Linear(4, 4)), platform=shelf.platform)
     x = torch.randn(2, 4)
-    options = {"epilogue-fusion": False, "triton.cudagraphs": False}
+    options: Any = {"epilogue-fusion": False, "triton.cudagraphs": False}
     assert torch.allclose(torch.compile(model, backend="esper", options=options)(x), model(x))
