@@ -65,7 +65,7 @@ class Entries:
         for thread, frame in frames.items():
             outermost = look.outermost(frame)
             if outermost is not None:
-                look.begun.setdefault(thread, (outermost, None))
+                look.under_way[thread] = outermost
         look.watching = True
 
     def forget(self) -> None:
@@ -80,8 +80,9 @@ class Entries:
         steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
         """
         look = self._look  # one and the same until the end, though there may be nothing to commit by then
-        if look is None:
-            return False
+        if look is None:  # since a moment ago: a part may be in the middle of a forward, the model begins one
+            return whole
+        watching = look.watching  # before the rest: a forward that began before is known by then
         frame = sys._getframe(1)
         outermost = look.outermost(frame)
         thread = threading.get_ident()
@@ -91,7 +92,7 @@ class Entries:
         begun, before = look.begun.get(thread, (None, None))
         if begun is not outermost:
             look.begun[thread] = outermost, None
-            return look.watching
+            return watching and look.under_way.get(thread) is not outermost
         if not whole:
             return False
         now = steps()
@@ -105,6 +106,8 @@ class _Look:
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.begun: dict[int, tuple[FrameType, Any]] = {}
         """The outermost call on each thread that has begun a forward, and the steps that were taken by then."""
+        self.under_way: dict[int, FrameType] = {}
+        """The outermost call on each thread that was in the model when it began."""
         self.watching = False
         self._ids = frozenset(map(id, modules))
         self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
