@@ -105,9 +105,10 @@ class EagerExecutor:
             model.__dict__["_run"] = self._begin if in_parts and run == self._current else run
 
     def _point_to(self, run: _Run) -> None:
-        self._generated = run
-        if not self._armed:
-            self._set(run)
+        with self._runtime.lock:  # whoever arms meanwhile has the last word
+            self._generated = run
+            if not self._armed:
+                self._set(run)
 
     def refresh(self) -> None:
         """The model's training state may have changed."""
@@ -153,7 +154,8 @@ class EagerExecutor:
         """Run the next forward through the site modules, each of which times its calls."""
 
         def sampled(*args: Any, **kwargs: Any) -> Any:
-            self._set(self._enter if self._armed else self._current)
+            with self._runtime.lock:  # a commit may be prepared just now, which arms
+                self._set(self._enter if self._armed else self._current)
             if self._armed:
                 self._runtime.enter(whole=True)
             calls: list[int] = []
@@ -167,8 +169,9 @@ class EagerExecutor:
                     layer.end_sample()
                 telemetry.watch(self, calls)
 
-        if self.counter.value and not self._armed:
-            self._set(sampled)
+        with self._runtime.lock:
+            if self.counter.value and not self._armed:
+                self._set(sampled)
 
     # -- what was traced -------------------------------------------------------------------------------------------
 

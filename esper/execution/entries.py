@@ -113,14 +113,16 @@ class _Look:
         self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
 
     def outermost(self, frame: FrameType | None) -> FrameType | None:
-        """The outermost call of the modules that `frame` is in."""
-        found = None
+        """The outermost call of the modules that `frame` is in.
+
+        From the outside: of calls further in, which may be another thread's and go on meanwhile, no variable is read.
+        """
+        calls = []
         while frame is not None:
-            code = frame.f_code
-            if _key(code) in self._codes and id(_first_argument(frame)) in self._ids:
-                found = frame
+            if _key(frame.f_code) in self._codes:
+                calls.append(frame)
             frame = frame.f_back
-        return found
+        return next((call for call in reversed(calls) if id(_first_argument(call)) in self._ids), None)
 
 
 def _goes_on(frame: FrameType | None) -> bool:
