@@ -92,7 +92,7 @@ class Entries:
         begun, before = look.begun.get(thread, (None, None))
         if begun is not outermost:
             look.begun[thread] = outermost, None
-            return watching and look.under_way.get(thread) is not outermost
+            return watching and look.under_way.pop(thread, None) is not outermost
         if not whole:
             return False
         now = steps()
