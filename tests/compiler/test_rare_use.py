@@ -321,7 +321,7 @@ def test_what_a_worker_cannot_compile_is_compiled_here(special: Any, shelf: Kern
 def test_an_option_of_the_wrong_type_is_refused(x: Tensor) -> None:
     with pytest.raises(Exception, match="epilogue_fusion"):
         torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"epilogue_fusion": "yes"})(x)
-    with pytest.raises(Exception, match="there is no option .no_such_option."):
+    with pytest.raises(Exception, match="there is no option 'no_such_option'"):
         torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"no_such_option": True})(x)
 
 
