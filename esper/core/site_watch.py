@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from esper.core.targets import unfit_reason
+from esper.execution import site_marker
 from esper.execution.kasmina_layer import KasminaLayer
 
 if TYPE_CHECKING:
@@ -63,12 +64,14 @@ def _exchanged_while_traced(old: nn.Module | None, new: nn.Module | None) -> Non
 
 
 def _called_before_it_is_known(new: nn.Module, args: Any, kwargs: Any, _: Any) -> Any:
-    """A hook of layers that have just been put where one with seeds stood: what that site computes, if they still are.
-
-    Compiled code looks for layers before it is traced.
-    """
+    """A hook of layers that were put where one with seeds stood: what that site computes, if they still are there."""
     if torch.compiler.is_dynamo_compiling():
-        return None
+        site_marker.traced_by_esper()  # whoever asks may call what follows between two graphs
+        return site_marker.call_uncompiled(_of_the_site, new, args, kwargs)
+    return _of_the_site(new, args, kwargs)
+
+
+def _of_the_site(new: nn.Module, args: Any, kwargs: Any) -> Any:
     layer = _known(new)
     if layer is not None:
         layer.runtime.look_for_layers()

@@ -269,3 +269,19 @@ def test_a_layer_that_is_set_again_after_it_took_in_another_says_so(
     outputs(model, x)
     with pytest.warns(UserWarning, match="layer '2' has the weights of the layer that replaced it"):
         model[2] = layer
+
+
+@pytest.mark.parametrize("backend", ["esper", "eager"])
+def test_a_new_layer_that_a_compiled_method_calls_first_has_the_kernels(
+    shelf: KernelShelf, x: torch.Tensor, backend: str, fresh_dynamo: None
+) -> None:
+    model: Any = esper.wrap(Encoder(), platform=shelf.platform)
+    load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
+    options: Any = {"options": {"inner": "eager"}} if backend == "esper" else {}
+    run = torch.compile(model.encode, backend=backend, **options)
+    before = outputs(run, x)
+    model.first = nn.Linear(8, 8)
+    first = outputs(run, x)
+    assert not torch.allclose(first, before)
+    torch.testing.assert_close(first, outputs(model.encode, x))
+    torch.testing.assert_close(outputs(run, x), first)
