@@ -22,16 +22,6 @@ HEX = "ab" * 32
 
 
 @pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
-@pytest.fixture
-def kernel(shelf: KernelShelf) -> str:
-    return shelf.put(blueprint()).id
-
-
-@pytest.fixture
 def other(shelf: KernelShelf) -> str:
     return shelf.put(blueprint(seed=2)).id
 

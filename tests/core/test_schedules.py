@@ -15,21 +15,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
-@pytest.fixture
-def kernel(shelf: KernelShelf) -> str:
-    return shelf.put(blueprint()).id
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-
-
 def alpha(model: esper.MorphableModel, seed: int = 0) -> float:
     return float(model.kasmina_layers["0"].state.alpha_blend[seed])
 

@@ -13,24 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import esper
-from tests.core.seeds import GatedPlatform, blueprint, load
+from tests.core.seeds import GatedPlatform, load
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
-@pytest.fixture
-def kernel(shelf: KernelShelf) -> str:
-    return shelf.put(blueprint()).id
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
 
 
 def alpha(model: esper.MorphableModel, layer: str = "0") -> float:

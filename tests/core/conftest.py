@@ -1,0 +1,26 @@
+"""A small model, a kernel for its first layer, and a batch for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import esper
+from tests.core.seeds import blueprint
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 8)
+
+
+@pytest.fixture
+def kernel(shelf: KernelShelf) -> str:
+    return shelf.put(blueprint()).id
+
+
+@pytest.fixture
+def model(shelf: KernelShelf) -> esper.MorphableModel:
+    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
