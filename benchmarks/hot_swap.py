@@ -9,6 +9,7 @@ lost in all, and nothing paid while no kernel is there.
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 import statistics
 import tempfile
@@ -43,6 +44,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             details["models"][name] = measured(name, Path(folder), options, failures)
+            write(details, options)  # what follows may be cut off
+    failures.finish()
+
+
+def write(details: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print and write what has been measured so far."""
+    details = copy.deepcopy(details)
     cases = {
         (name, way): f"{WORKLOADS[name].title}, {WORKLOADS[name].blocks} blocks: {title}"
         for name, sides in details["models"].items()
@@ -67,7 +75,6 @@ def main() -> None:
         ],
         panels=(max(len(details["models"]), 1), 1),
     )
-    failures.finish()
 
 
 def _extend(parser: argparse.ArgumentParser) -> None:

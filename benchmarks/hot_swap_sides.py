@@ -1,8 +1,6 @@
 """The ways to give a kernel to a model that is training, each as a function that `benchmarks.apart` can call.
 
-Every side trains the same model on one core and records each step. Garbage collection is off while it does, and what
-exists is frozen: a collection of the objects that a compiler leaves behind takes longer than many steps, whatever one
-swaps.
+Every side trains the same model on one core and records each step, with garbage collection as in a user's program.
 """
 
 from __future__ import annotations

@@ -980,6 +980,7 @@ def _load_ahead(graph: Any, marshalled: bytes, pause: Callable[[], None]) -> Non
     vars(namespace)[_LIBRARIES] = _Libraries(pause)
     exec(marshal.loads(marshalled), vars(namespace))
     pause()
+    _settle_triton_kernels(vars(namespace).values())
 
     def after_deserialization(constants: Any) -> str:
         vars(namespace).update(constants.unwrap(graph))
@@ -989,6 +990,19 @@ def _load_ahead(graph: Any, marshalled: bytes, pause: Callable[[], None]) -> Non
         return namespace.__name__
 
     graph.after_deserialization = after_deserialization
+
+
+def _settle_triton_kernels(values: Iterable[Any]) -> None:
+    """Have Triton kernels run the first of their configurations, where none has been measured to be the best before.
+
+    Else the first call, on the thread that trains, would time each of them: 0.4 s were seen on a GPU.
+    """
+    heuristics = sys.modules.get("torch._inductor.runtime.triton_heuristics")
+    if heuristics is None:
+        return
+    for value in list(values):
+        if isinstance(value, heuristics.CachingAutotuner):
+            value.launchers = value.launchers[:1]
 
 
 class _Libraries:

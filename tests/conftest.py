@@ -25,9 +25,19 @@ from esper import EsperConfig, Platform
 from tests.kernel_shelf import COMPILED, KernelShelf
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--default-device", default=None, help="torch's default device in all tests, as users set it")
+
+
 @pytest.fixture(autouse=True)
-def _deterministic() -> None:
+def _deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
+    device = request.config.getoption("default_device")
+    if device is not None:
+        torch.set_default_device(device)
+    yield
+    if device is not None:
+        torch.set_default_device(None)
 
 
 @pytest.fixture

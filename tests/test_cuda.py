@@ -41,6 +41,24 @@ def test_a_swap_in_a_training_model_never_waits_for_the_device(
         torch.cuda.set_sync_debug_mode(before)
 
 
+def test_the_training_thread_times_no_configurations_of_a_new_kernels_code(
+    shelf: KernelShelf, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    model = esper.wrap(mlp(8, 6, 4).cuda(), platform=shelf.platform)
+    run = torch.compile(model, backend="esper")
+    x = torch.randn(16, 8, device="cuda")
+    run(x).sum().backward()
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=3, start="kaiming", activation="gelu")).id
+    assert model.request_kernel("0", 0, kernel, alpha=0.5, trainable=True).result(250)
+    timed: list[object] = []
+    monkeypatch.setattr(CachingAutotuner, "autotune_to_one_config", lambda *arguments, **_: timed.append(arguments))
+    run(x).sum().backward()
+    assert model.kasmina_layers["0"].state.in_force(0)
+    assert timed == []
+
+
 def test_a_model_that_moves_to_the_device_takes_its_seeds_along(shelf: KernelShelf, fresh_dynamo: None) -> None:
     host = mlp(8, 6, 4)
     model = esper.wrap(host, platform=shelf.platform)

@@ -88,10 +88,16 @@ class Dispatcher:
         self._plan = self._planned()
         self._unresolved: Boxed | None = None
         self._current: Boxed = self._at(self._plan)
+        if any(runtime.begun_with is not runtime.following for runtime in runtimes if runtime not in roots):
+            self._current = Transition(runtimes, self._as_begun, self._current, self._settle)
         self.variant: Boxed = self._current
-        if not roots:  # a graph after a graph break, or of a part of the model that was compiled alone
-            for runtime in runtimes:
+        """What a call runs."""
+        for runtime in runtimes:
+            if roots:
+                runtime.may_divide()
+            else:  # a graph after a graph break, or of a part of the model that was compiled alone
                 runtime.divide()
+        self.disarm()
         for runtime in runtimes:
             runtime.add_executor(self)
             if runtime.telemetry is not None:
@@ -190,13 +196,20 @@ class Dispatcher:
 
     def _planned(self, plan: Plan | None = None, runtime: Runtime | None = None) -> GraphPlan:
         """The plans in force for this graph's sites, by their numbers in it; that of `runtime` would be `plan`."""
+        return self._joined(lambda each: each.following if plan is None or each is not runtime else plan)
+
+    def _joined(self, plan_of: Callable[[Runtime], Plan]) -> GraphPlan:
         seeds = {}
         for index, (site, owner) in self._sites.items():
-            current = owner()
-            if current is not None:
-                in_force = current.following if plan is None or current is not runtime else plan
-                seeds[index] = in_force.sites.get(site, ())
+            runtime = owner()
+            if runtime is not None:
+                seeds[index] = plan_of(runtime).sites.get(site, ())
         return GraphPlan({index: each for index, each in seeds.items() if each}, self._device)
+
+    def _as_begun(self, inputs: list[Any]) -> Any:
+        """Run the plan that this thread's forward began with: the graph was compiled after a commit overtook that."""
+        plan = self._joined(lambda runtime: runtime.begun_with)
+        return self._bound(self.variants.here(plan), plan)(inputs)
 
     def _point_to(self, variant: Boxed) -> None:
         self._current = variant

@@ -35,7 +35,7 @@ class SeedPlan:
         return self.kernel.graph.digest, self.isolate, requires_grad, self.constant_alpha
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Plan:
     """Active seeds by site id, each site's in ascending seed order; a site without active seeds has no entry."""
 

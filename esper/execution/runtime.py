@@ -40,9 +40,26 @@ _LOG = logging.getLogger("esper.execution")
 
 CommitMode = Literal["auto", "manual"]
 
+_KEPT_PLANS = 64
+
 
 class CommitError(EsperError, RuntimeError):
     """A commit was asked for at a moment at which the plan must not change."""
+
+
+class _FirstForward:
+    """The forward in which the beginning of forwards was compiled, on one thread."""
+
+    def __init__(self, thread: int) -> None:
+        self._thread = thread
+        self._has_begun = False
+
+    def is_over(self) -> bool:
+        """Whether the forward that begins now is the next one."""
+        if threading.get_ident() != self._thread:
+            return False
+        begun, self._has_begun = self._has_begun, True
+        return begun
 
 
 class Runtime:
@@ -76,10 +93,12 @@ class Runtime:
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False
         """Whether a forward consists of several parts, so that :meth:`begin` has to be called where it begins."""
+        self._first_forward: _FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
+        self._earlier: list[tuple[int, weakref.ref[Plan]]] = []  # plans that some forward may have begun with
         self._target = DORMANT
         self._staged: list[Change] = []
         self._commit: Commit | None = None  # the one under way, or cut short by an interrupt: then it is completed
@@ -129,6 +148,19 @@ class Runtime:
         return self.version if commit is None or commit.plan is None else commit.version
 
     @property
+    def begun_with(self) -> Plan:
+        """The plan that this thread's forward goes on with: :attr:`following`, unless a commit has overtaken it."""
+        with self.lock:
+            start = self.starts.of_this_thread(self.upcoming)
+            if start >= self.upcoming:
+                return self.following
+            if start >= self.version:
+                return self._plan
+            earlier = [plan for version, plan in self._earlier if version <= start]
+            found = earlier[-1]() if earlier else None
+            return self.following if found is None else found
+
+    @property
     def applying(self) -> object:
         """The staged change that a commit is carrying out just now, or None."""
         return None if self._commit is None else self._commit.at
@@ -149,13 +181,36 @@ class Runtime:
     def divide(self) -> None:
         """From now on a forward consists of several parts."""
         with self.lock:
+            self._first_forward = None
+            self._note_beginnings()
+
+    def may_divide(self) -> None:
+        """The beginning of a forward was compiled: until the next one nobody knows whether it is all of it."""
+        with self.lock:
             if not self.in_parts:
-                self.in_parts = True
-                self._arm()  # whoever begins a forward learns of it when the boundary is behind it
+                self._first_forward = _FirstForward(threading.get_ident())
+                self._note_beginnings()
+
+    def _note_beginnings(self) -> None:
+        if not self.in_parts:
+            self.starts.forget_before(self.version)
+            self.in_parts = True
+            self._arm()  # whoever begins a forward learns of it when the boundary is behind it
 
     def begin(self) -> None:
         """A forward begins on this thread; called at least where :attr:`in_parts`."""
         self.starts.note(self)
+        first = self._first_forward
+        if first is not None and first.is_over():
+            self._stays_whole(first)
+
+    def _stays_whole(self, first: _FirstForward) -> None:
+        with self.lock:
+            if self._first_forward is first:
+                self._first_forward, self.in_parts = None, False
+                if not self.armed:
+                    for executor in list(self._executors):
+                        executor.disarm()
 
     def executors(self) -> list[Any]:
         """Those alive now."""
@@ -381,6 +436,8 @@ class Runtime:
     def _conclude(self, commit: Commit) -> None:
         with self.lock:
             if commit.plan is not None and commit.changes:
+                self._earlier = [each for each in self._earlier if each[1]() is not None][-_KEPT_PLANS:]
+                self._earlier.append((self.version, weakref.ref(self._plan)))
                 self._plan = commit.plan
                 self.version = commit.version  # from here on forwards that consist of parts run the new plan
             self._staged = [change for change in self._staged if not commit.contains(change)]

@@ -104,7 +104,7 @@ class StateStorage:
                 if len(indices) == 1:
                     tensor[indices[0] : indices[0] + 1].fill_(values.item(indices[0]))
                 elif indices:
-                    where, what = torch.tensor(indices), torch.from_numpy(values[indices])
+                    where, what = torch.tensor(indices, device="cpu"), torch.from_numpy(values[indices])
                     device = tensor.device
                     tensor.index_copy_(0, where.to(device, non_blocking=True), what.to(device, non_blocking=True))
                 del self.behind[name]

@@ -9,10 +9,13 @@ its last forward and call parts of the model by themselves since.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from esper.execution.plan import Plan
 
 __all__ = ["ForwardStarts", "Transition"]
 
@@ -36,16 +39,16 @@ class ForwardStarts:
         """The version at which this thread's forward began; `otherwise` if none ever did."""
         return self._starts.get(threading.get_ident(), otherwise)
 
+    def forget_before(self, version: int) -> None:
+        """Forget forwards that began before `version`: nobody has noted for a while whether others have begun since."""
+        for thread, start in self._starts.copy().items():
+            if start < version:
+                self._starts.pop(thread, None)
+
     def settled(self, version: int) -> bool:
         """Whether no living thread can be in a forward that began before `version`."""
         earlier = [thread for thread, start in self._starts.copy().items() if start < version]
-        if not earlier:
-            return True
-        alive = {thread.ident for thread in threading.enumerate()}
-        for thread in earlier:
-            if thread not in alive:
-                self._starts.pop(thread, None)
-        return not alive.intersection(earlier)
+        return not earlier or not sys._current_frames().keys() & earlier
 
 
 class Versioned(Protocol):
@@ -58,6 +61,9 @@ class Versioned(Protocol):
     def upcoming(self) -> int:
         """The version of what is being followed just now: during a commit, the one that it leads to."""
         ...
+
+    @property
+    def plan(self) -> Plan: ...
 
     @property
     def starts(self) -> ForwardStarts: ...
@@ -78,6 +84,8 @@ class Transition:
         settle: Callable[[Transition], None],
     ) -> None:
         self._since = [(runtime, runtime.upcoming) for runtime in runtimes]
+        self._plans = [runtime.plan for runtime in runtimes]
+        """What threads may go on with: graphs that are compiled meanwhile ask the runtime, which has no hold on it."""
         self._old = old
         self._settle = settle
         self._end = time.monotonic() + _LONGEST_FORWARD

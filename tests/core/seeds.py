@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 import esper
 from esper.artifacts import Blueprint
@@ -37,7 +37,7 @@ def states(model: esper.MorphableModel) -> dict[str, list[str]]:
     }
 
 
-def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def outputs(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What the model computes, without moving any schedule."""
     with torch.no_grad():
         result: torch.Tensor = model(x)

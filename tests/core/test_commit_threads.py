@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import esper
 from tests.core.seeds import blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
+
+Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Twice(nn.Module):
@@ -155,6 +159,50 @@ class Halted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.halt(self.first(x).tanh()))
+
+
+def _recording_gradients(run: Run, x: torch.Tensor) -> torch.Tensor:
+    return run(x).detach()
+
+
+def _of_other_rows(run: Run, x: torch.Tensor) -> torch.Tensor:
+    return outputs(run, x.repeat(2, 1))[: len(x)]
+
+
+def _with_a_default_device(run: Run, x: torch.Tensor) -> torch.Tensor:
+    with torch.device("cpu"):
+        return outputs(run, x)
+
+
+@pytest.mark.parametrize("mode", ["fx", "module"])
+@pytest.mark.parametrize("call", [None, _recording_gradients, _of_other_rows, _with_a_default_device])
+def test_what_is_compiled_in_the_middle_of_an_overtaken_forward_goes_on_as_that_began(
+    shelf: KernelShelf, mode: Any, call: Callable[[Run, torch.Tensor], torch.Tensor] | None, fresh_dynamo: None
+) -> None:
+    host = Halted()
+    model = esper.wrap(host, platform=shelf.platform, mode=mode)
+    run = torch.compile(model, backend="esper", options={"inner": "eager"})
+    kernels, x = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(2)], torch.randn(5, 8)
+    before = outputs(esper.unwrap(model), x)
+    if call is None:  # the first forward of all
+        call = outputs
+    else:
+        outputs(run, x)
+    results: list[torch.Tensor] = []
+    host.arrived.clear()
+    host.go_on.clear()
+    thread = threading.Thread(target=lambda: results.append(call(run, x)))
+    thread.start()
+    assert host.arrived.wait(30)
+    for layer, kernel in zip(("first", "second"), kernels, strict=True):
+        assert model.request_kernel(layer, 0, kernel, alpha=0.5).result(30)
+    model.commit()
+    host.go_on.set()
+    thread.join()
+    torch.testing.assert_close(results[0], before)
+    after = outputs(model, x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(call(run, x), after)
 
 
 @pytest.mark.parametrize("mode", ["fx", "module", "compiled"])
