@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.harness import RESULTS, machine
 
+COLUMNS = ["part", "state", "seconds", "last line"]
 ROOT = Path(__file__).parent.parent
 _LEAST = 20.0  # seconds that a part is worth starting with
 
@@ -110,9 +111,10 @@ def main() -> None:
     for part in parts(options.results.resolve()):
         if part.name in options.parts:
             outcomes.append(run(part, end - time.perf_counter()))
-            document = {"machine": machine("cuda"), "parts": [asdict(each) for each in outcomes]}
+            rows = [list(astuple(each)) for each in outcomes]
+            document = {"machine": machine("cuda"), "columns": COLUMNS, "rows": rows}
             (options.results / "on_gpu.json").write_text(json.dumps(document, indent=1) + "\n")
-    table = Table("part", "state", "seconds", "last line")
+    table = Table(*COLUMNS)
     for each in outcomes:
         table.add_row(each.part, each.state, f"{each.seconds:.0f}", each.last_line[:100])
     Console(width=160).print(table)
