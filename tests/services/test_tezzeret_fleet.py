@@ -209,6 +209,8 @@ def test_a_worker_that_is_killed_at_its_work_loses_nothing_and_is_replaced(fleet
     fleet.store.blueprints.submit(blueprint(1))
     child = fleet.compiling_child()
     (worker,) = (each for each in fleet.workers() if each == child.parent())
+    log = fleet.team.log("tezzeret").read_text()
+    assert f"esper.services.tezzeret.fleet: worker {worker.pid} is ready" in log
     worker.kill()
     wait_until_gone(child, 60)  # at a low priority, beside other tests
     (record,) = _final(fleet.team, fleet.store, blueprint(1))

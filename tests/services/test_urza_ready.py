@@ -76,6 +76,7 @@ def test_urza_reaches_its_blobs_before_it_is_asked_for_one_and_starts_without(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{black_hole.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(warm_up, "_PATIENCE", 1.0)
     folder.mkdir()
     with (
