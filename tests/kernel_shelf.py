@@ -26,6 +26,7 @@ class KernelShelf:
     """An embedded platform in `root` and a way to put a blueprint's kernel into its store at once."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.platform = Platform.embedded(root)
         self._key = SigningKey.load_or_create(root / "signing.pem")  # the platform's own
 

@@ -11,8 +11,9 @@ from esper.artifacts.errors import ArtifactGraphError
 from esper.artifacts.graph import DTYPES, HOST, INPUT, KernelGraph, Node
 from esper.artifacts.limits import Limits
 from esper.artifacts.operators import find_operator
+from esper.torch_internals import without_collections
 
-__all__ = ["LEADING", "check_shapes"]
+__all__ = ["LEADING", "check_shapes", "import_meta_kernels"]
 
 LEADING: tuple[tuple[int, ...], ...] = ((1,), (5,), (2, 3), (0, 2), (3, 1, 2))
 """Leading dimensions that every kernel is checked with, besides none at all."""
@@ -30,6 +31,16 @@ def check_shapes(graph: KernelGraph, leads: tuple[tuple[int, ...], ...], limits:
     _check(_Structure(graph), leads, limits)
 
 
+@functools.cache
+def import_meta_kernels() -> None:
+    """Imports what torch's operators need on the meta device: Dynamo, Inductor's shapes and SymPy, which take seconds.
+
+    Torch does so at the first call of one. A server calls this before it answers; later checks import nothing.
+    """
+    with without_collections(), torch.no_grad():
+        torch.addmm(*(torch.empty(2, 2, device="meta") for _ in range(3)))
+
+
 class _Structure:
     """A graph that equals those of the same structure."""
 
@@ -45,6 +56,7 @@ class _Structure:
 
 @functools.lru_cache(maxsize=256)
 def _check(structure: _Structure, leads: tuple[tuple[int, ...], ...], limits: Limits) -> None:
+    import_meta_kernels()
     graph = structure.graph
     batched = _batched(graph)
     if graph.output not in batched:

@@ -27,7 +27,7 @@ __all__ = ["tezzeret", "up", "urza_app"]
 
 urza_app = typer.Typer(help="The store's service, and its upkeep.")
 
-_READY_SECONDS = 60.0
+_READY_SECONDS = 120.0
 Port = Annotated[
     int | None, typer.Option(min=0, max=65535, help="Urza's port, in place of urza.port; 0 takes a free one.")
 ]

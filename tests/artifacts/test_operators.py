@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from esper.artifacts import OPERATORS, ArtifactGraphError, KernelGraph, Limits, Node, TensorSpec
 from esper.artifacts.shapes import LEADING, check_shapes
+from tests.services.programs import Program
 
 LEADS = ((), (1,), (4,), (2, 3), (0, 2))
 SIZE = 12
@@ -199,6 +200,27 @@ def test_matches_torch_through_fx_and_module(case: Case) -> None:
 
 def test_every_operator_has_a_case() -> None:
     assert {case.op for case in CASES} == set(OPERATORS)
+
+
+ALL_CHECKS = """
+import sys
+from esper.artifacts import Limits
+from esper.artifacts.shapes import LEADING, check_shapes, import_meta_kernels
+from tests.artifacts.test_operators import CASES, build
+
+graphs = [build(case)[0] for case in CASES]
+modules = [set(sys.modules)]
+import_meta_kernels()
+modules.append(set(sys.modules))
+for graph in graphs:
+    check_shapes(graph, LEADING, Limits())
+modules.append(set(sys.modules))
+print("torch._dynamo" in modules[1] - modules[0], sorted(modules[2] - modules[1]))
+"""
+
+
+def test_checks_import_nothing_once_meta_kernels_were_imported() -> None:
+    assert Program(ALL_CHECKS).finish() == ["True []"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)

@@ -17,6 +17,7 @@ from esper.artifacts import TrustStore
 from esper.execution.sources import FetchedKernel, KernelSource
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
+from tests.services.programs import Program
 
 
 class HostReads(TorchDispatchMode):
@@ -144,3 +145,24 @@ def test_a_hanging_store_holds_up_nothing_but_its_own_load(shelf: KernelShelf) -
     assert not request.done()
     source.go_on.set()
     assert request.result(30)
+
+
+FIRST_LOAD = """
+import gc, sys
+from torch import nn
+import esper
+
+full = []
+with esper.Platform.embedded(sys.argv[1]) as platform:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=platform)
+    gc.collect()
+    gc.callbacks.append(lambda phase, about: full.append(phase) if about["generation"] == 2 else None)
+    modules = set(sys.modules)
+    assert model.request_kernel("0", 0, sys.argv[2]).result(100), model.kasmina_layers["0"].seed_errors
+print(len(set(sys.modules) - modules) > 100, full, gc.isenabled())
+"""
+
+
+def test_the_first_load_imports_much_and_has_nobody_wait_for_a_full_collection(shelf: KernelShelf) -> None:
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=3)).id
+    assert Program(FIRST_LOAD, shelf.root, kernel).finish() == ["True [] True"]

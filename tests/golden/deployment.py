@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.services.urza_server import http_client
 from tests.services.valkey_server import free_port
 
 __all__ = ["TOKENS", "Deployment", "deployment"]
@@ -74,6 +75,10 @@ class Deployment:
             return httpx.get(f"{self.url}/health/ready", timeout=2.0).status_code == httpx.codes.OK
         except httpx.TransportError:
             return False
+
+    def client(self, token: str | None = None) -> httpx.Client:
+        """Of Urza, to be closed by the caller."""
+        return http_client(self.url, token)
 
     def log(self, name: str) -> Path:
         """The file with what the process has printed."""

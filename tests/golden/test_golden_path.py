@@ -20,6 +20,7 @@ from esper import Blueprint
 from esper.contracts.messages import HealthSignal, OonaMessage, TopicNames
 from tests.golden.backends import BACKENDS, settings_of
 from tests.golden.deployment import TOKENS, Deployment, deployment
+from tests.services.urza_server_calls import submit
 from tests.services.valkey_server import ValkeyProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("golden")]
@@ -42,14 +43,12 @@ def team(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Deployment]
 def test_from_a_blueprint_to_a_kernel_that_runs_in_another_process(team: Deployment, tmp_path: Path) -> None:
     torch.manual_seed(7)
     network = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8))
-    headers = {"Authorization": f"Bearer {TOKENS['submitter']}"}
-    body = {"blueprint": json.loads(Blueprint.from_module(network, 8).to_json()), "name": "golden"}
-    submitted = httpx.post(f"{team.url}/api/v1/blueprints", json=body, headers=headers)
-    assert submitted.status_code == httpx.codes.CREATED, submitted.text
-
-    address = f"{team.url}/api/v1/blueprints/{submitted.json()['id']}"
-    team.wait_for(lambda: httpx.get(address, headers=headers).json()["status"] in ("validated", "invalid"), "compiled")
-    record = httpx.get(address, headers=headers).json()
+    with team.client(TOKENS["submitter"]) as client:
+        submitted = submit(client, Blueprint.from_module(network, 8), "golden")
+        assert submitted.status_code == httpx.codes.CREATED, submitted.text
+        address = f"/api/v1/blueprints/{submitted.json()['id']}"
+        team.wait_for(lambda: client.get(address).json()["status"] in ("validated", "invalid"), "compiled")
+        record = client.get(address).json()
     assert record["status"] == "validated", record
     assert record["attempts"] == 1
 

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import psutil  # type: ignore[import-untyped]  # psutil ships no types
 import pytest
 import redis
@@ -25,6 +25,7 @@ from esper.services.urza import UrzaStore
 from tests.golden.deployment import Deployment, deployment
 from tests.services.children import wait_until_gone
 from tests.services.shelf import blueprint, exponential
+from tests.services.urza_server import http_client
 from tests.services.valkey_server import ValkeyProcess
 
 pytestmark = pytest.mark.xdist_group("fleet")
@@ -161,6 +162,31 @@ def test_a_submission_does_not_wait_for_a_server_that_is_away(store: UrzaStore) 
         assert time.monotonic() - started < 5
 
 
+def test_what_a_server_that_was_away_missed_is_told_while_submissions_go_on(
+    store: UrzaStore, valkey: ValkeyProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    missed, done, enough = store.blueprints.submit(blueprint()).id, list[str](), threading.Event()
+    messages = CompilationQueue(_settings(valkey.url))
+    valkey.stop()
+
+    def go_on() -> None:
+        while not enough.wait(0.05):
+            dispatch.submitted("a" * 64)
+
+    others = threading.Thread(target=go_on)
+    with Dispatch(store.blueprints, messages, sweep_seconds=0.5) as dispatch:
+        dispatch.submitted(missed)
+        others.start()
+        try:
+            _until(lambda: "workers are not told" in caplog.text)
+            valkey.start()
+            with messages.consumed_by(done.append):
+                _until(lambda: missed in done, seconds=20)
+        finally:
+            enough.set()
+            others.join()
+
+
 def _length(messages: CompilationQueue) -> int:
     try:
         return len(messages)
@@ -183,6 +209,8 @@ def test_a_worker_that_is_killed_at_its_work_loses_nothing_and_is_replaced(fleet
     fleet.store.blueprints.submit(blueprint(1))
     child = fleet.compiling_child()
     (worker,) = (each for each in fleet.workers() if each == child.parent())
+    log = fleet.team.log("tezzeret").read_text()
+    assert f"esper.services.tezzeret.fleet: worker {worker.pid} is ready" in log
     worker.kill()
     wait_until_gone(child, 60)  # at a low priority, beside other tests
     (record,) = _final(fleet.team, fleet.store, blueprint(1))
@@ -251,7 +279,8 @@ def test_esper_up_says_where_things_are_and_takes_everything_down_at_ctrl_c(tmp_
             while not told.endswith("\n}\n") and (text := process.stdout.readline()):
                 told += text
             where = json.loads(told)["environment"]
-            assert httpx.get(f"{where['ESPER_URZA__URL']}/health/ready").status_code == httpx.codes.OK
+            with http_client(where["ESPER_URZA__URL"]) as client:
+                assert client.get("/health/ready").status_code == 200
             redis.Redis.from_url(where["ESPER_REDIS__URL"]).ping()
             up = psutil.Process(process.pid)
             team.wait_for(lambda: bool(_descendants(process.pid, _CHILD)), "Valkey and Urza run, and a worker compiles")

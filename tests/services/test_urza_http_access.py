@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from esper.configs import ConfigError, EsperConfig, UrzaConfig
@@ -14,7 +13,7 @@ from esper.services.urza import UrzaStore
 from esper.services.urza.app import create_app
 from esper.services.urza.server import run_server
 from tests.services.shelf import blueprint
-from tests.services.urza_server import RunningUrza, assert_problem, raw_connection, settings
+from tests.services.urza_server import RunningUrza, assert_problem, http_client, raw_connection, settings
 from tests.services.urza_server_calls import claim, submit
 
 TOKENS = {
@@ -185,7 +184,7 @@ class TestExposure:
             environment="production",
             urza=UrzaConfig.model_validate({"host": "0.0.0.0", "port": 0, "tokens": tokens()}),
         )
-        with RunningUrza(store, config) as urza, httpx.Client(trust_env=False) as client:
+        with RunningUrza(store, config) as urza, http_client() as client:
             assert client.get(f"http://127.0.0.1:{urza.port}/health").status_code == 200
             assert_problem(client.get(f"http://127.0.0.1:{urza.port}/metrics"), 401, "unauthorised")
 

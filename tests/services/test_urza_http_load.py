@@ -32,7 +32,7 @@ with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(rounds):
-        claimed = client.post("/internal/v1/blueprints/claim", json={"worker": name})
+        claimed = client.post("/internal/v1/blueprints/claim", json={"worker": name, "lease_seconds": 600})
         if claimed.status_code == 204:
             continue
         assert claimed.status_code == 200, claimed.text
@@ -221,7 +221,7 @@ real = time.time
 time.time = lambda: real() + float(sys.argv[2])
 import httpx
 claimed = httpx.post(sys.argv[1] + "/internal/v1/blueprints/claim", json={"worker": sys.argv[2], "lease_seconds": 5},
-                     trust_env=False)
+                     trust_env=False, timeout=60)
 print(claimed.status_code, claimed.text)
 """
 

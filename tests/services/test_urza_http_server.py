@@ -24,7 +24,7 @@ from esper.services.urza import UrzaStore, slow_clients
 from esper.services.urza.server import UrzaServer
 from tests.services.programs import Program
 from tests.services.shelf import add_kernel, blueprint
-from tests.services.urza_server import SERVE, RunningUrza, locked, raw_connection, settings
+from tests.services.urza_server import SERVE, RunningUrza, http_client, locked, raw_connection, settings
 from tests.services.urza_server_calls import claim, submission, submit
 
 
@@ -34,7 +34,8 @@ class TestProcess:
         program = Program(SERVE, folder)
         found = re.fullmatch(r"Urza listens at (http://127\.0\.0\.1:\d+)", program.read_line())
         assert found is not None
-        assert httpx.get(f"{found[1]}/health", trust_env=False).status_code == 200
+        with http_client(found[1]) as client:
+            assert client.get("/health").status_code == 200
         with socket.create_connection(("127.0.0.1", int(found[1].rpartition(":")[2]))):  # idle: not waited for
             program.process.send_signal(number)
             assert program.finish(timeout=20) == ["closed"], "what comes after the server is run"

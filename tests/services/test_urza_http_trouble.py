@@ -8,7 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 from sqlalchemy import make_url
@@ -17,7 +16,7 @@ from esper.services.urza import UrzaStore
 from tests.services.postgres import Postgres
 from tests.services.programs import Program
 from tests.services.shelf import add_kernel, blueprint
-from tests.services.urza_server import SERVE, RunningUrza, assert_problem, locked, settings
+from tests.services.urza_server import SERVE, RunningUrza, assert_problem, http_client, locked, settings
 from tests.services.urza_server_calls import claim, submit
 
 
@@ -119,7 +118,7 @@ def test_a_full_disk_refuses_what_does_not_fit_and_serves_the_rest(folder: Path)
     )
     program = Program(limited, folder)
     url = program.read_line().rpartition(" ")[2]
-    with httpx.Client(base_url=url, trust_env=False) as client:
+    with http_client(url) as client:
         detail = assert_problem(submit(client, blueprint(1)), 507, "store-full", "nothing was stored")
         assert str(folder) not in detail
         assert client.get(f"/api/v1/kernels/{artifact.id}/content").content == artifact.data

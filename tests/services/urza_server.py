@@ -18,7 +18,7 @@ from esper.services.problems import MEDIA_TYPE, TYPE_PREFIX
 from esper.services.urza import UrzaStore
 from esper.services.urza.server import UrzaServer
 
-__all__ = ["SERVE", "RunningUrza", "assert_problem", "locked", "raw_connection", "settings"]
+__all__ = ["SERVE", "RunningUrza", "assert_problem", "http_client", "locked", "raw_connection", "settings"]
 
 
 SERVE = """
@@ -38,6 +38,12 @@ print("closed", flush=True)
 def settings(**urza: Any) -> EsperConfig:
     """Settings for tests, with these in the section `urza`."""
     return EsperConfig(environment="test", urza=UrzaConfig.model_validate({"port": 0, **urza}))
+
+
+def http_client(url: str = "", token: str | None = None, timeout: float = 60.0) -> httpx.Client:
+    """A client of the server at `url` with time for a machine under load: what is tested is not speed."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    return httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
 
 class RunningUrza:
@@ -74,8 +80,7 @@ class RunningUrza:
     @contextlib.contextmanager
     def client(self, token: str | None = None, timeout: float = 60.0) -> Iterator[httpx.Client]:
         """A client of it, with connections of its own."""
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False) as client:
+        with http_client(self.url, token, timeout) as client:
             yield client
 
 

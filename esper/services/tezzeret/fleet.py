@@ -25,9 +25,8 @@ from esper.services.tezzeret.worker import Worker
 
 __all__ = ["FleetWorker", "main", "run_fleet"]
 
-_log = logging.getLogger(__name__)
-
 _MODULE = "esper.services.tezzeret.fleet"
+_log = logging.getLogger(_MODULE)  # a worker runs it as __main__
 _LOOK_EVERY = 0.5
 _MOST_PATIENCE = 60.0  # seconds between two attempts of a worker that cannot work, or two starts of one that dies
 _STOP_SECONDS = 20.0

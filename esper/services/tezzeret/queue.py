@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -124,11 +125,13 @@ class Dispatch:
         self._submitted.put(blueprint_id)
 
     def _run(self) -> None:
+        sweep_at = time.monotonic() + self._sweep_seconds
         while True:
             try:
-                blueprint_id = self._submitted.get(timeout=self._sweep_seconds)
+                blueprint_id = self._submitted.get(timeout=max(0.0, sweep_at - time.monotonic()))
             except queue.Empty:
                 self._guarded(self._sweep)
+                sweep_at = time.monotonic() + self._sweep_seconds
                 continue
             if blueprint_id is None:
                 return

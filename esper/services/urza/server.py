@@ -17,6 +17,7 @@ from esper.services.urza.app import create_app
 from esper.services.urza.auth import check_exposure
 from esper.services.urza.slow_clients import MAX_HEAD_BYTES, PatientProtocol
 from esper.services.urza.store import UrzaStore
+from esper.services.urza.warm_up import warm_up
 
 __all__ = ["UrzaServer", "listen", "run_server"]
 
@@ -53,9 +54,13 @@ class UrzaServer:
     def __init__(
         self, config: EsperConfig, store: UrzaStore, *, on_submit: Callable[[str], None] | None = None
     ) -> None:
-        """Binds `urza.host` and `urza.port`. Raises :class:`ConfigError` if it cannot, or must not without tokens."""
+        """Binds `urza.host` and `urza.port` when all is there that requests need, which takes seconds to import.
+
+        Raises :class:`ConfigError` if it cannot, or must not without tokens.
+        """
         check_exposure(config)
         app = create_app(store, config, on_submit=on_submit)
+        warm_up(store.blobs)  # before anybody can connect, and take that for an answer
         self._socket = listen(config.urza.host, config.urza.port)
         host, self.port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
@@ -77,11 +82,12 @@ class UrzaServer:
             )
         )
 
-    def run(self) -> None:
+    def run(self, on_started: Callable[[], None] | None = None) -> None:
         """Serve until :meth:`stop`, SIGTERM or SIGINT; then answer what has begun, for some seconds, and return.
 
-        Signals are looked at on the main thread only.
+        `on_started` is called once requests are answered. Signals are looked at on the main thread only.
         """
+        self._server.on_started = on_started
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -94,6 +100,13 @@ class UrzaServer:
 
 class _Server(uvicorn.Server):
     """Returns after a signal, where uvicorn sends it to itself again, so that the caller can end in its own way."""
+
+    on_started: Callable[[], None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.on_started is not None:
+            self.on_started()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -117,13 +130,16 @@ def run_server(
 ) -> None:
     """Serve `store` until SIGTERM or SIGINT.
 
-    `on_listening` is called with the server's URL once it is bound, and connections made from then on are answered; the
-    default prints it. The store stays the caller's to close. Raises :class:`ConfigError`.
+    `on_listening` is called with the server's URL once requests are answered; the default prints it. The store stays
+    the caller's to close. Raises :class:`ConfigError`.
     """
     server = UrzaServer(config, store, on_submit=on_submit)
-    (on_listening or _print)(server.url)
-    _log.info("Urza listens at %s", server.url)
-    server.run()
+
+    def tell() -> None:
+        (on_listening or _print)(server.url)
+        _log.info("Urza listens at %s", server.url)
+
+    server.run(tell)
     _log.info("Urza has ended")
 
 
