@@ -23,12 +23,11 @@ from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout
 from esper.logs import configure_logs
+from esper.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig, load_config
     from esper.platform import Platform
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Blueprint",

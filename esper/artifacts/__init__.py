@@ -2,7 +2,8 @@
 
 from esper.artifacts.attachment import Attachment, Target
 from esper.artifacts.blueprint import Blueprint
-from esper.artifacts.container import Artifact, artifact_id, build_artifact
+from esper.artifacts.building import build_artifact
+from esper.artifacts.container import Artifact, artifact_id
 from esper.artifacts.errors import (
     ArtifactCorruptError,
     ArtifactError,

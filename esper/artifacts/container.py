@@ -9,20 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from esper.artifacts import safetensors_file
-from esper.artifacts.blueprint import Blueprint
-from esper.artifacts.document import Json, canonical_json
+from esper.artifacts.document import Json
 from esper.artifacts.graph import KernelGraph
-from esper.artifacts.limits import Limits
-from esper.artifacts.shapes import LEADING, check_shapes
-from esper.artifacts.weights import check_finite, ordinary_tensors
 
-__all__ = ["ID_PATTERN", "MANIFEST_KEY", "SCHEMA", "Artifact", "artifact_id", "build_artifact"]
+__all__ = ["ID_PATTERN", "MANIFEST_KEY", "SCHEMA", "Artifact", "artifact_id"]
 
 SCHEMA = 1
 MANIFEST_KEY = "esper"
@@ -66,41 +59,3 @@ class Artifact:
 def artifact_id(data: bytes) -> str:
     """The hex SHA-256 of an artifact's bytes."""
     return hashlib.sha256(data).hexdigest()
-
-
-@ordinary_tensors()
-def build_artifact(
-    blueprint: Blueprint,
-    *,
-    toolchain: Mapping[str, str] | None = None,
-    parent: str | None = None,
-    limits: Limits | None = None,
-) -> Artifact:
-    """Builds, checks and packs `blueprint`'s kernel.
-
-    `toolchain` says what built it (default: the versions of esper and torch, without torch's build suffix) and `parent`
-    is the id of the artifact that this one grew from; both become provenance, hence part of the id. The same arguments
-    give the same bytes in any process. Raises :class:`ArtifactError`.
-    """
-    from esper.artifacts.loading import load_artifact
-
-    graph, tensors = blueprint.build()
-    check_finite(tensors)
-    check_shapes(graph, LEADING, limits or Limits())
-    manifest: dict[str, Json] = {
-        "schema": SCHEMA,
-        "graph": graph.to_json(),
-        "provenance": {
-            "blueprint": blueprint.id,
-            "parent": parent,
-            "toolchain": dict(sorted((toolchain if toolchain is not None else _toolchain()).items())),
-        },
-    }
-    data = safetensors_file.write(tensors, {MANIFEST_KEY: canonical_json(manifest)})
-    return load_artifact(data, limits=limits)
-
-
-def _toolchain() -> Mapping[str, str]:
-    from esper import __version__
-
-    return MappingProxyType({"esper": __version__, "torch": torch.__version__.split("+")[0]})

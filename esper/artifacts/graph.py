@@ -104,7 +104,8 @@ class KernelGraph:
     Nodes read ``"x"`` (the site's input), ``"host"`` (what the site has computed so far, ``[*, out_features]``: its own
     linear output and what the seeds before this one have made of it), tensors, and earlier nodes, by name. Every tensor
     and node is needed for the output. All tensors have the kernel's `dtype`.
-    Raises :class:`ArtifactGraphError` when built from anything else; shapes are checked by :meth:`shape_check`.
+    Raises :class:`ArtifactGraphError` when built from anything else; shapes are checked by
+    `esper.artifacts.shapes.check_shapes`.
     """
 
     in_features: int
@@ -248,16 +249,6 @@ class KernelGraph:
                 raise ArtifactGraphError(
                     f"tensor {spec.name!r} has shape {tuple(tensors[spec.name].shape)}, the graph needs {spec.shape}"
                 )
-
-    def shape_check(self, lead: tuple[int, ...] = (2, 3), *, limits: Limits | None = None) -> None:
-        """Runs the graph on the meta device with leading dimensions `lead`.
-
-        Raises :class:`ArtifactGraphError` unless every value keeps the leading dimensions as they are and the output is
-        ``[*lead, out_features]``, and ``ArtifactLimitError`` if a value is too large.
-        """
-        from esper.artifacts.shapes import check_shapes
-
-        check_shapes(self, (lead,), limits or Limits())
 
 
 _RESERVED = frozenset(dir(fx.GraphModule)) | frozenset(vars(nn.Module())) | {"graph", "meta", "torch", "self"}

@@ -21,14 +21,16 @@ LEADING: tuple[tuple[int, ...], ...] = ((1,), (5,), (2, 3), (0, 2), (3, 1, 2))
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_shapes(graph: KernelGraph, leads: tuple[tuple[int, ...], ...], limits: Limits) -> None:
+def check_shapes(
+    graph: KernelGraph, leads: tuple[tuple[int, ...], ...] = LEADING, limits: Limits | None = None
+) -> None:
     """Runs `graph` on the meta device without leading dimensions and with each of `leads`.
 
     A value that depends on an input must have, with leading dimensions, the shape that it has without them, behind
     them: so a kernel never reads across leading positions. Raises :class:`ArtifactGraphError` or
     ``ArtifactLimitError``. A graph that passed is not run again: kernels of one family differ in their weights only.
     """
-    _check(_Structure(graph), leads, limits)
+    _check(_Structure(graph), leads, limits or Limits())
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from esper.artifacts import AttachmentError
 from esper.child_processes import describe_exit, end_with_parent, read_tail, start_child, wait_for_family
+from esper.compiler.attachment_code import load_attachment
 
 __all__ = ["main", "try_attachment"]
 
@@ -42,8 +43,6 @@ def main() -> NoReturn:
     """Unpack the attachment of the file and end."""
     parent, path = int(sys.argv[1]), Path(sys.argv[2])
     end_with_parent(parent)
-    from esper.compiler.attachment import load_attachment
-
     load_attachment(path.read_bytes())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -25,7 +25,8 @@ from esper.artifacts import (
     UntrustedArtifactError,
     load_artifact,
 )
-from esper.compiler.attachment import load_attachment, read_payload
+from esper.compiler.attachment import read_payload
+from esper.compiler.attachment_code import load_attachment
 from esper.configs import EsperConfig, TezzeretConfig
 from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
 from esper.execution.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError

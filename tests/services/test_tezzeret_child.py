@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from esper.artifacts import Blueprint, Target, load_artifact
-from esper.compiler.attachment import load_attachment, read_payload
+from esper.compiler.attachment import read_payload
+from esper.compiler.attachment_code import load_attachment
 from esper.services.tezzeret import child
 from esper.services.tezzeret.child import compile_blueprint
 from esper.services.tezzeret.limits import PIPELINES, sets_worth_trying

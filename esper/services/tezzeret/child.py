@@ -19,7 +19,8 @@ import torch
 
 from esper.artifacts import Artifact, Blueprint, KernelGraph, Node, Target, build_artifact
 from esper.child_processes import end_with_parent
-from esper.compiler.attachment import compile_attachment, load_attachment, with_latencies
+from esper.compiler.attachment import with_latencies
+from esper.compiler.attachment_code import compile_attachment, load_attachment
 from esper.contracts.validation import AttachmentReport, LatencyMeasurement, ValidationCheck, ValidationReport
 from esper.services.contracts import KernelMetadata
 from esper.services.tezzeret.latency import measure_latencies

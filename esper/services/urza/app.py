@@ -20,6 +20,7 @@ from esper.services.urza.request_log import RequestLog
 from esper.services.urza.store import UrzaStore
 from esper.services.urza.store_threads import StoreThreads
 from esper.services.urza.worker_routes import add_claim_routes, add_upload_routes
+from esper.version import __version__
 
 __all__ = ["create_app"]
 
@@ -33,8 +34,6 @@ def create_app(store: UrzaStore, config: EsperConfig, *, on_submit: Callable[[st
     once and not raise, as `esper.services.tezzeret.queue.Dispatch.submitted` does. The store stays the caller's to
     close. Raises :class:`~esper.configs.ConfigError` if there are no tokens although strangers could ask.
     """
-    from esper import __version__
-
     check_exposure(config)
     urza = config.urza
 
