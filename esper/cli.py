@@ -15,8 +15,8 @@ import esper
 from esper.commands import contents, services, settings
 from esper.commands.doctor import doctor
 from esper.commands.watch import watch
-from esper.configs import CONFIG_VARIABLE
 from esper.errors import EsperError
+from esper.variables import CONFIG_VARIABLE
 
 __all__ = ["app", "main"]
 

@@ -26,14 +26,12 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from esper.compiler.debug import DEBUG_DIR_VARIABLE
 from esper.errors import EsperError
-from esper.logs import LOGS_VARIABLE
 from esper.ownership import UnsafePathError, check_own
 from esper.regular_files import read_regular
+from esper.variables import CONFIG_VARIABLE, DEBUG_DIR_VARIABLE, LOGS_VARIABLE
 
 __all__ = [
-    "CONFIG_VARIABLE",
     "ConfigError",
     "DatabaseConfig",
     "EsperConfig",
@@ -52,9 +50,6 @@ __all__ = [
     "load_config",
     "unknown_variables",
 ]
-
-CONFIG_VARIABLE = "ESPER_CONFIG"
-"""Names the YAML file where `load_config` is given none."""
 
 _PREFIX = "ESPER_"
 _DELIMITER = "__"

@@ -14,10 +14,9 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["LOGS_VARIABLE", "PARTS", "configure_logs", "set_up_service_log"]
+from esper.variables import LOGS_VARIABLE
 
-LOGS_VARIABLE = "ESPER_LOGS"
-"""The environment variable; it is read when `esper` is imported."""
+__all__ = ["PARTS", "configure_logs", "set_up_service_log"]
 
 PARTS = MappingProxyType(
     {

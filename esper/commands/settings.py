@@ -12,8 +12,9 @@ import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 
 from esper.artifacts import SigningKey
 from esper.commands.output import AsJson, print_facts, print_json
-from esper.configs import CONFIG_VARIABLE, ConfigError, load_config, unknown_variables
+from esper.configs import ConfigError, load_config, unknown_variables
 from esper.services.parts import data_folder, signing_key
+from esper.variables import CONFIG_VARIABLE
 
 __all__ = ["config_app", "keys_app"]
 

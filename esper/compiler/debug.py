@@ -11,11 +11,11 @@ import os
 import re
 from pathlib import Path
 
+from esper.variables import DEBUG_DIR_VARIABLE
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Timings, chain
 
-__all__ = ["DEBUG_DIR_VARIABLE", "pass_callback"]
+__all__ = ["pass_callback"]
 
-DEBUG_DIR_VARIABLE = "ESPER_DEBUG_DIR"
 """Names the folder for dumps; without it, or if it is empty, nothing is dumped."""
 
 _LOG = logging.getLogger("esper.compiler")
