@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 import esper
+from esper.services.oona_client import OonaClient
 from tests.core.seeds import blueprint, load, outputs
 from tests.kernel_shelf import KernelShelf
 
@@ -59,6 +61,10 @@ class _Interrupt:
             sys.settrace(None)
             signal.signal(signal.SIGINT, usual)
         return False
+
+
+class _Note(BaseModel):
+    text: str = "a message"
 
 
 class _Trial:
@@ -160,3 +166,14 @@ def test_an_interrupt_at_any_line_leaves_a_whole_model(shelf: KernelShelf, mode:
 
 def test_an_interrupt_where_a_commit_begins_leaves_no_lock_to_wait_for(shelf: KernelShelf) -> None:
     assert _interrupts(shelf, "module", "commit", lambda lines: set(range(1, 17))) == 16
+
+
+def test_an_interrupt_of_the_first_message_does_not_keep_back_later_ones() -> None:
+    note, whole = _Note(), _Interrupt(0)
+    whole(lambda: OonaClient().publish("notes", note))
+    for line in range(1, whole.lines + 1):
+        client = OonaClient()
+        _Interrupt(line)(lambda client=client: client.publish("notes", note))  # type: ignore[misc]  # bound here
+        client.publish("notes", note)
+        assert client.flush(20), f"after an interrupt at line {line}"
+        client.close()
