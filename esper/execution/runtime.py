@@ -383,17 +383,19 @@ class Runtime:
         An interrupt (Ctrl-C) on the way is raised once everything is in force. Another thread that is committing is
         waited for, without `wait` only if it changes no more than pointers.
         """
-        if not self._committing.acquire(blocking=False):
-            commit = self._commit
-            if not wait and commit is not None and commit.plan is None and commit.has_first:
-                return []
-            self._committing.acquire()
+        held = False
         transitions: list[Transition] = []
         try:
-            while self._commit is not None or self._begin_commit(now):
-                transitions += self._carried_out()
+            [held] = map(self._committing.acquire, (False,))  # between a call and `held` an interrupt could come
+            commit = None if held else self._commit
+            if not wait and commit is not None and commit.plan is None and commit.has_first:
+                return []
+            with self._committing:
+                while self._commit is not None or self._begin_commit(now):
+                    transitions += self._carried_out()
         finally:
-            self._committing.release()
+            if held:
+                self._committing.release()
         return transitions
 
     def _begin_commit(self, now: Callable[[Change], bool]) -> bool:

@@ -184,17 +184,18 @@ class OonaClient:
     # -- the sender thread -------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if not self._starting.acquire(blocking=False):
-            return  # another thread, or the code that this signal handler interrupted, is starting it
+        held = False
         try:
-            if self._thread is None:
+            [held] = map(self._starting.acquire, (False,))  # between a call and `held` an interrupt could come
+            if held and self._thread is None:  # else another thread, or what this handler interrupted, is starting it
                 thread = threading.Thread(target=self._run, name="esper-oona-sender", daemon=True)
                 thread.start()
                 self._thread = thread
         except RuntimeError as error:  # no thread can be had, for instance while the interpreter ends
             _log.warning("messages are queued but not sent: %s", error)
         finally:
-            self._starting.release()
+            if held:
+                self._starting.release()
 
     def _run(self) -> None:
         ended = False
