@@ -99,6 +99,7 @@ def test_no_swap_in_a_traced_model_makes_dynamo_trace_again(name: str, shelf: Ke
     _live(name, "fx", "aot_eager", shelf, (_TRAINING, _EVALUATION, _INFERENCE))
 
 
-@pytest.mark.parametrize("name", ["vit", "nn.TransformerEncoder", "LSTM"])
-def test_no_swap_under_inductor_makes_dynamo_trace_again(name: str, shelf: KernelShelf) -> None:
-    _live(name, "module", "inductor", shelf, (_TRAINING, _INFERENCE))
+@pytest.mark.slow
+def test_no_swap_under_inductor_makes_dynamo_trace_again(shelf: KernelShelf) -> None:
+    """Of one architecture: what Dynamo guards on does not depend on the inner compiler."""
+    _live("LSTM", "module", "inductor", shelf, (_TRAINING, _INFERENCE))
