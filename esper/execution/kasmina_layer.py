@@ -143,23 +143,23 @@ class KasminaLayer(nn.Linear):
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
             marks = marked_by_esper()
             if self._backward_hooks or self._backward_pre_hooks:
-                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._with_backward_hooks, x)
+                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._with_backward_hooks, input)
                 return uncompiled
             if marks:
                 if self._stands_alone:
                     TAGGED_ENTER(self._runtime_tag)
-                marked: torch.Tensor = TAGGED_SITE(x, self.weight, self.bias, self._site_tag)
+                marked: torch.Tensor = TAGGED_SITE(input, self.weight, self.bias, self._site_tag)
                 return marked
             if self._stands_alone:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
                 if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
                     site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
-            return self._traced(x)
-        return self._run(x)
+            return self._traced(input)
+        return self._run(input)
 
     def _get_backward_hooks(self) -> tuple[list[Any], list[Any]]:
         """What torch calls around the layer: with kernels in force, not the layer's own, which see its linear layer.

@@ -82,6 +82,9 @@ class Stager:
         if not isinstance(reference, str):
             hint = "; pass its id" if hasattr(reference, "id") else ""
             raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
+        for name, flag in (("trainable", trainable), ("isolate", isolate)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, not {flag!r:.60}")
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         if callable(alpha):
             self._runtime.on_schedule()

@@ -40,6 +40,14 @@ def test_what_wrap_cannot_take_is_named_with_the_remedy(case: str) -> None:
     assert vars(host) == before
 
 
+@pytest.mark.parametrize("flag", ["trainable", "isolate"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_flag_of_a_load_is_true_or_false(model: esper.MorphableModel, kernel: str, flag: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, not {value!r}"):
+        model.request_kernel("0", 0, kernel, **{flag: value})
+    assert model.kasmina_layers["0"].state.lifecycle(0) is esper.SeedLifecycleState.DORMANT
+
+
 def test_a_platform_without_messages_is_enough_without_telemetry() -> None:
     silent: Any = SimpleNamespace(kernel_source=None)
     esper.wrap(nn.Sequential(nn.Linear(3, 3)), telemetry_enabled=False, platform=silent)
