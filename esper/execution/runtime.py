@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import sys
 import threading
 import weakref
 from collections import deque
@@ -58,9 +59,9 @@ class _FirstForward:
         self._has_begun = False
 
     def is_over(self) -> bool:
-        """Whether the forward that begins now is the next one."""
+        """Whether the forward that begins now is the thread's next one, or the thread has ended."""
         if threading.get_ident() != self._thread:
-            return False
+            return self._thread not in sys._current_frames()
         begun, self._has_begun = self._has_begun, True
         return begun
 
@@ -194,6 +195,7 @@ class Runtime:
             if not self.in_parts:
                 self._first_forward = _FirstForward(threading.get_ident())
                 self._note_beginnings()
+                self.starts.note(self)  # it counts as under way for whoever is told to look from now on
 
     def _note_beginnings(self) -> None:
         if not self.in_parts:
