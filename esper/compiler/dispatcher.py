@@ -88,7 +88,7 @@ class Dispatcher:
         self._plan = self._planned()
         self._unresolved: Boxed | None = None
         self._current: Boxed = self._at(self._plan)
-        if any(runtime.begun_with is not runtime.following for runtime in runtimes if runtime not in roots):
+        if not all(runtime.starts.settled(runtime.upcoming) for runtime in runtimes if runtime not in roots):
             self._current = Transition(runtimes, self._as_begun, self._current, self._settle)
         self.variant: Boxed = self._current
         """What a call runs."""
@@ -207,7 +207,7 @@ class Dispatcher:
         return GraphPlan({index: each for index, each in seeds.items() if each}, self._device)
 
     def _as_begun(self, inputs: list[Any]) -> Any:
-        """Run the plan that this thread's forward began with: the graph was compiled after a commit overtook that."""
+        """Run the plan that this thread's forward began with, which a commit overtook before the graph was compiled."""
         plan = self._joined(lambda runtime: runtime.begun_with)
         return self._bound(self.variants.here(plan), plan)(inputs)
 

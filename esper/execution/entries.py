@@ -23,6 +23,7 @@ __all__ = ["Entries"]
 
 _Code = tuple[str, int, str]
 _SUSPENDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR: such a call is under way for long
+_MOST_TRIES = 100  # to see all calls of a thread; one that was started in a generator never looks whole
 
 
 class Entries:
@@ -60,12 +61,9 @@ class Entries:
         look = self._look
         if look is None or look.watching:
             return
-        frames = sys._current_frames()
-        frames[threading.get_ident()] = sys._getframe(1)  # a frame that refers to itself would live, with all callers
-        for thread, frame in frames.items():
-            outermost = look.outermost(frame)
-            if outermost is not None:
-                look.under_way[thread] = outermost
+        threads, tries = list(sys._current_frames()), _MOST_TRIES
+        while threads and tries:
+            threads, tries = look.note_under_way(threads), tries - 1
         look.watching = True
 
     def forget(self) -> None:
@@ -112,17 +110,39 @@ class _Look:
         self._ids = frozenset(map(id, modules))
         self._codes = frozenset({torch_internals.module_call_code()}.union(*map(_methods, {type(m) for m in modules})))
 
+    def note_under_way(self, threads: Collection[int]) -> list[int]:
+        """Learn in which calls `threads` are; returns those of which that cannot be told, since they went on meanwhile.
+
+        A thread may leave a generator while its frames are gone through, which has no hold on its caller then.
+        """
+        again = []
+        frames = {thread: frame for thread, frame in sys._current_frames().items() if thread in threads}
+        if threading.get_ident() in frames:
+            frames[threading.get_ident()] = sys._getframe(1)  # one that refers to itself would live, with all callers
+        for thread, frame in frames.items():
+            outermost, is_whole = self._walk(frame)
+            if outermost is not None:
+                self.under_way[thread] = outermost
+            if not is_whole:
+                again.append(thread)
+        return again
+
     def outermost(self, frame: FrameType | None) -> FrameType | None:
         """The outermost call of the modules that `frame` is in.
 
         From the outside: of calls further in, which may be another thread's and go on meanwhile, no variable is read.
         """
-        calls = []
+        return self._walk(frame)[0]
+
+    def _walk(self, frame: FrameType | None) -> tuple[FrameType | None, bool]:
+        """The outermost call that `frame` is in, and whether all calls around `frame` were seen."""
+        calls, last = [], None
         while frame is not None:
             if _key(frame.f_code) in self._codes:
                 calls.append(frame)
-            frame = frame.f_back
-        return next((call for call in reversed(calls) if id(_first_argument(call)) in self._ids), None)
+            frame, last = frame.f_back, frame
+        outermost = next((call for call in reversed(calls) if id(_first_argument(call)) in self._ids), None)
+        return outermost, last is None or not last.f_code.co_flags & _SUSPENDS
 
 
 def _goes_on(frame: FrameType | None) -> bool:

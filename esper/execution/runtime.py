@@ -7,10 +7,13 @@ traced or compiled. A forked child has a lock of its own.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal
@@ -32,6 +35,7 @@ from esper.execution.seed_alphas import SeedAlphas
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.execution.transition import ForwardStarts
+from esper.execution.transition import Transition as Between
 from esper.forking import reset_after_fork
 
 __all__ = ["CommitError", "CommitMode", "Runtime"]
@@ -55,9 +59,9 @@ class _FirstForward:
         self._has_begun = False
 
     def is_over(self) -> bool:
-        """Whether the forward that begins now is the next one."""
+        """Whether the forward that begins now is the thread's next one, or the thread has ended."""
         if threading.get_ident() != self._thread:
-            return False
+            return self._thread not in sys._current_frames()
         begun, self._has_begun = self._has_begun, True
         return begun
 
@@ -98,6 +102,7 @@ class Runtime:
         self.scheduled = False  # as above, for schedules
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
+        self._transitions: deque[weakref.ref[Between]] = deque()  # that are not known to have settled, by age
         self._earlier: list[tuple[int, weakref.ref[Plan]]] = []  # plans that some forward may have begun with
         self._target = DORMANT
         self._staged: list[Change] = []
@@ -190,6 +195,7 @@ class Runtime:
             if not self.in_parts:
                 self._first_forward = _FirstForward(threading.get_ident())
                 self._note_beginnings()
+                self.starts.note(self)  # it counts as under way for whoever is told to look from now on
 
     def _note_beginnings(self) -> None:
         if not self.in_parts:
@@ -200,9 +206,24 @@ class Runtime:
     def begin(self) -> None:
         """A forward begins on this thread; called at least where :attr:`in_parts`."""
         self.starts.note(self)
+        if self._transitions:
+            self._settle_transitions()
         first = self._first_forward
         if first is not None and first.is_over():
             self._stays_whole(first)
+
+    def note_transition(self, transition: Between) -> None:
+        """Have `transition` settle, also where nobody calls it: what is not run any more keeps no kernels."""
+        self._transitions.append(weakref.ref(transition))
+
+    def _settle_transitions(self) -> None:
+        with contextlib.suppress(IndexError):  # other threads may be at the same
+            while True:
+                each = self._transitions.popleft()
+                transition = each()
+                if transition is not None and not transition.settle_if_over():
+                    self._transitions.appendleft(each)
+                    return
 
     def _stays_whole(self, first: _FirstForward) -> None:
         with self.lock:

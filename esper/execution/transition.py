@@ -12,7 +12,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from esper.execution.plan import Plan
@@ -20,6 +21,7 @@ from esper.execution.plan import Plan
 __all__ = ["ForwardStarts", "Transition"]
 
 _LONGEST_FORWARD = 60.0  # seconds
+_BEGINNING = -1  # a version before all others
 
 
 class ForwardStarts:
@@ -31,8 +33,7 @@ class ForwardStarts:
     def note(self, runtime: Versioned) -> None:
         """A forward of `runtime`'s model begins on this thread, with the plan in force."""
         thread = threading.get_ident()
-        if thread not in self._starts:
-            self._starts[thread] = -1  # before the version is read: others may settle until then, and not after
+        self._starts[thread] = _BEGINNING  # before the version is read: others may settle until then, and not after
         self._starts[thread] = runtime.version
 
     def of_this_thread(self, otherwise: int) -> int:
@@ -49,6 +50,11 @@ class ForwardStarts:
         """Whether no living thread can be in a forward that began before `version`."""
         earlier = [thread for thread, start in self._starts.copy().items() if start < version]
         return not earlier or not sys._current_frames().keys() & earlier
+
+    def of_living_threads(self) -> dict[int, int]:
+        """The starts by thread, `_BEGINNING` while one is being noted."""
+        starts = self._starts.copy()
+        return {thread: starts[thread] for thread in sys._current_frames() if thread in starts}
 
 
 class Versioned(Protocol):
@@ -68,12 +74,41 @@ class Versioned(Protocol):
     @property
     def starts(self) -> ForwardStarts: ...
 
+    def note_transition(self, transition: Transition) -> None:
+        """See to it that it settles, also where nobody calls it."""
+
+
+class _Overtaken:
+    """What a commit puts an end to: `call`, for forwards that began before it. Keeps no runtime alive."""
+
+    def __init__(self, call: Callable[..., Any], runtimes: Sequence[Versioned]) -> None:
+        self.call = call
+        self.end = time.monotonic() + _LONGEST_FORWARD
+        self._versions = [(weakref.ref(runtime), runtime.upcoming) for runtime in runtimes]
+        self._plans = [runtime.plan for runtime in runtimes]
+        """What threads may go on with: graphs that are compiled meanwhile ask the runtime, which has no hold on it."""
+
+    def versions(self) -> Iterator[tuple[Versioned, int]]:
+        """The version of each model's plan with which the commit comes into force."""
+        return ((runtime, version) for each, version in self._versions if (runtime := each()) is not None)
+
+    def is_for_this_thread(self) -> bool:
+        """Whether this thread's forward began before the commit."""
+        return any(each.starts.of_this_thread(each.version) < version for each, version in self.versions())
+
+    def is_over(self) -> bool:
+        """Whether no living thread can be in such a forward."""
+        return time.monotonic() >= self.end or all(
+            each.version >= version and each.starts.settled(version) for each, version in self.versions()
+        )
+
 
 class Transition:
     """Calls `old` on threads whose forward began before the commit that is under way, and `new` on all others.
 
     Made before the runtime's version becomes that of the commit, which is the moment at which all parts of a forward
-    change together. `settle` is called once nobody needs `old` any more.
+    change together. Where `old` is a transition, that of it is kept which some thread's forward began with, and not
+    what came and went meanwhile. `settle` is called once nobody needs anything but `new`.
     """
 
     def __init__(
@@ -83,22 +118,39 @@ class Transition:
         new: Callable[..., Any],
         settle: Callable[[Transition], None],
     ) -> None:
-        self._since = [(runtime, runtime.upcoming) for runtime in runtimes]
-        self._plans = [runtime.plan for runtime in runtimes]
-        """What threads may go on with: graphs that are compiled meanwhile ask the runtime, which has no hold on it."""
-        self._old = old
-        self._settle = settle
-        self._end = time.monotonic() + _LONGEST_FORWARD
         self.new = new
+        before = old._needed() if isinstance(old, Transition) else []
+        latest = _Overtaken(old.new if isinstance(old, Transition) else old, runtimes)
+        self._overtaken = [*before, latest]  # the earliest first
+        self._settle = settle
+        for runtime in runtimes:
+            runtime.note_transition(self)
+
+    def _needed(self) -> list[_Overtaken]:
+        """What forwards that are under way began with."""
+        overtaken = [each for each in self._overtaken if time.monotonic() < each.end]
+        starts = {each: each.starts.of_living_threads() for one in overtaken for each, _ in one.versions()}
+        if any(_BEGINNING in each.values() for each in starts.values()):
+            return overtaken
+        needed = []
+        for thread in set[int]().union(*starts.values()):
+            for one in overtaken:
+                if any(starts[each].get(thread, version) < version for each, version in one.versions()):
+                    needed.append(one)
+                    break
+        return [one for one in overtaken if one in needed]
+
+    def settle_if_over(self) -> bool:
+        """Settle, unless some thread may need what is overtaken."""
+        over = self._overtaken[-1].is_over()
+        if over:
+            self._settle(self)
+        return over
 
     def __call__(self, *args: Any) -> Any:
-        if time.monotonic() < self._end:
-            for runtime, version in self._since:
-                if runtime.starts.of_this_thread(runtime.version) < version:
-                    return self._old(*args)
-            if any(
-                runtime.version < version or not runtime.starts.settled(version) for runtime, version in self._since
-            ):
-                return self.new(*args)
-        self._settle(self)
+        now = time.monotonic()
+        for each in self._overtaken:
+            if now < each.end and each.is_for_this_thread():
+                return each.call(*args)
+        self.settle_if_over()
         return self.new(*args)

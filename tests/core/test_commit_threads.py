@@ -174,13 +174,17 @@ def _with_a_default_device(run: Run, x: torch.Tensor) -> torch.Tensor:
         return outputs(run, x)
 
 
-@pytest.mark.parametrize("mode", ["fx", "module"])
+@pytest.mark.parametrize(("mode", "telemetry"), [("fx", True), ("fx", False), ("module", True)])
 @pytest.mark.parametrize("call", [None, _recording_gradients, _of_other_rows, _with_a_default_device])
 def test_what_is_compiled_in_the_middle_of_an_overtaken_forward_goes_on_as_that_began(
-    shelf: KernelShelf, mode: Any, call: Callable[[Run, torch.Tensor], torch.Tensor] | None, fresh_dynamo: None
+    shelf: KernelShelf,
+    mode: Any,
+    telemetry: bool,
+    call: Callable[[Run, torch.Tensor], torch.Tensor] | None,
+    fresh_dynamo: None,
 ) -> None:
     host = Halted()
-    model = esper.wrap(host, platform=shelf.platform, mode=mode)
+    model = esper.wrap(host, platform=shelf.platform, mode=mode, telemetry_enabled=telemetry)
     run = torch.compile(model, backend="esper", options={"inner": "eager"})
     kernels, x = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(2)], torch.randn(5, 8)
     before = outputs(esper.unwrap(model), x)
@@ -203,6 +207,53 @@ def test_what_is_compiled_in_the_middle_of_an_overtaken_forward_goes_on_as_that_
     after = outputs(model, x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(call(run, x), after)
+
+
+def test_a_model_in_one_graph_is_known_as_such_after_the_thread_of_its_first_forward_has_ended(
+    shelf: KernelShelf, fresh_dynamo: None
+) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode="fx", telemetry_enabled=False)
+    run, x = torch.compile(model, backend="esper", options={"inner": "eager"}), torch.randn(5, 8)
+    thread = threading.Thread(target=lambda: outputs(run, x))
+    thread.start()
+    thread.join()
+    outputs(run, x)
+    assert not model.runtime.in_parts  # so that nothing is done for that where later forwards begin
+
+
+@pytest.mark.parametrize("mode", ["fx", "module"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_overtaken_forward_ends_as_it_began_in_what_the_overtaking_thread_has_compiled(
+    shelf: KernelShelf, mode: Any, alone: bool, fresh_dynamo: None
+) -> None:
+    host = nn.Sequential(nn.Linear(8, 8), Halted()) if alone else Halted()
+    halted = host.get_submodule("1") if alone else host
+    assert isinstance(halted, Halted)
+    model = esper.wrap(host, platform=shelf.platform, mode=mode)
+    options: dict[str, Any] = {"inner": "eager"}
+    if alone:
+        model.get_submodule("1").compile(backend="esper", options=options)
+    run = model if alone else torch.compile(model, backend="esper", options=options)
+    kernel, x = shelf.put(blueprint(8, 8)).id, torch.randn(5, 8)
+    before = outputs(esper.unwrap(model), x)
+    results: list[torch.Tensor] = []
+    halted.arrived.clear()
+    halted.go_on.clear()
+    thread = threading.Thread(target=lambda: results.append(outputs(run, x)))
+    thread.start()
+    assert halted.arrived.wait(30)
+    for layer in model.kasmina_layers:
+        assert model.request_kernel(layer, 0, kernel, alpha=0.5).result(30)
+    model.commit()
+    slow, halted.go_on = halted.go_on, threading.Event()
+    model.get_submodule("1" if alone else "").go_on = halted.go_on  # type: ignore[assignment]  # an attribute of the host
+    halted.go_on.set()
+    after = outputs(run, x)
+    slow.set()
+    thread.join()
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(results[0], before)
+    torch.testing.assert_close(outputs(run, x), after)
 
 
 @pytest.mark.parametrize("mode", ["fx", "module", "compiled"])
