@@ -100,6 +100,7 @@ class Dispatcher:
         self.disarm()
         for runtime in runtimes:
             runtime.add_executor(self)
+            runtime.called.update(self.site_calls)
             if runtime.telemetry is not None:
                 runtime.telemetry.watch(self, self.site_calls)
         reset_after_fork(self)

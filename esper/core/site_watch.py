@@ -137,7 +137,7 @@ class SiteWatch:
             self._adopt(model, layer, new)
             _LOG.info("layer %r was replaced: its seeds stand at the new one", name)
             return
-        what = "removed" if new is None else f"replaced by a {type(new).__name__}"
+        what = "removed" if new is None else f"replaced by {type(new).__name__}"
         layer.absence = f"layer {name!r} was {what} after wrapping: nothing computes with its seeds"
         self._give_up(layer, name, f"it was {what}")
 

@@ -241,6 +241,7 @@ class Part:
         plain = [traced.members[path] for path in gone]
         if any(isinstance(below, KasminaLayer) for path in left for below in traced.members[path].modules()):
             self._runtime.divide()  # a commit may come between this code and what it calls
+        self._runtime.called.update(each.site for each in plain if isinstance(each, KasminaLayer))
         function = generate(
             owner.graph,
             traced,

@@ -100,6 +100,8 @@ class Runtime:
         self._first_forward: _FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
+        self.called: set[int] = set()
+        """Sites that forwards have run with kernels in force, or compiled: whoever reads a layer's weight runs none."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
         self._transitions: deque[weakref.ref[Between]] = deque()  # that are not known to have settled, by age

@@ -198,7 +198,8 @@ class Stager:
 
         def refused(error: Exception) -> None:
             if isinstance(error, CannotFoldError):
-                _LOG.info("the fossil in seed %d of %s stays a kernel: %s", seed, layer.layer_name, error)
+                level = logging.INFO if layer.site in self._runtime.called else logging.WARNING
+                _LOG.log(level, "the fossil in seed %d of %r stays a kernel: %s", seed, layer.layer_name, error)
                 with self._runtime.lock:
                     self._queue.publish_when_ready(request, self._kept(fold))
             else:
@@ -322,7 +323,7 @@ class Stager:
         if error is not None:
             reason = layer.seed_errors[seed]
             _LOG.warning(
-                "kernel %s was not loaded into seed %d of %s: %s", request.reference, seed, layer.layer_name, reason
+                "kernel %s was not loaded into seed %d of %r: %s", request.reference, seed, layer.layer_name, reason
             )
             self._records.report(layer, seed, reason)
         request.answer(False)

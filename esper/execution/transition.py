@@ -147,10 +147,10 @@ class Transition:
             self._settle(self)
         return over
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         now = time.monotonic()
         for each in self._overtaken:
             if now < each.end and each.is_for_this_thread():
-                return each.call(*args)
+                return each.call(*args, **kwargs)
         self.settle_if_over()
-        return self.new(*args)
+        return self.new(*args, **kwargs)

@@ -139,6 +139,33 @@ def test_weights_that_others_depend_on_are_left_alone(shelf: KernelShelf) -> Non
         assert all(map(torch.equal, host.parameters(), weights))
 
 
+class ReadsItsWeight(nn.Module):
+    """A host whose linear layer nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.read.weight, self.read.bias)
+
+
+@pytest.mark.parametrize("mode", ["module", "fx", "compiled"])
+def test_the_weight_of_a_layer_that_is_not_called_is_left_alone(
+    shelf: KernelShelf, x: torch.Tensor, mode: Any, caplog: pytest.LogCaptureFixture, fresh_dynamo: None
+) -> None:
+    model = esper.wrap(ReadsItsWeight(), mode="fx" if mode == "fx" else "module", platform=shelf.platform)
+    run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
+    before = outputs(run, x)
+    load(model, "read", 0, shelf.put(Blueprint.affine(8, 6, start="kaiming")).id, alpha=0.5)
+    assert torch.equal(outputs(run, x), before)
+    assert model.fossilize("read", 0)
+    for _ in range(2):
+        assert torch.equal(outputs(run, x), before)
+    assert states(model)["read"][0] == "FOSSILIZED"
+    assert "'read' stays a kernel: no forward has called the layer with its kernels" in caplog.text
+
+
 @pytest.mark.parametrize("start", ["kaiming", "identity"])
 def test_a_seed_blended_in_later_does_not_mind(shelf: KernelShelf, x: torch.Tensor, start: Any) -> None:
     model = wrapped(shelf)

@@ -82,7 +82,7 @@ def test_nothing_is_loaded_where_no_layer_is(shelf: KernelShelf, x: torch.Tensor
     layer, kernel = model[2], shelf.put(blueprint(8, 4)).id
     model[2] = nn.Identity()
     assert model.request_kernel("2", 0, kernel, alpha=0.5).result(30) is False
-    assert "replaced by a Identity" in layer.seed_errors[0]
+    assert "replaced by Identity" in layer.seed_errors[0]
     model[2] = layer
     outputs(model, x)
     assert model.request_kernel("2", 0, kernel, alpha=0.5).result(30)
