@@ -85,7 +85,7 @@ class Fold:
             raise CannotFoldError("something holds the weights' memory at every forward")
         if self.layer.site not in self.layer.runtime.called:
             raise CannotFoldError(
-                "no forward has called the layer with its kernels. Where code reads its weight instead, they have no effect"
+                "no forward has called the layer with its kernels; where code reads its weight, they have no effect"
             )
         if not self.is_exact(self.layer.runtime.plan):
             raise CannotFoldError("a kernel was put before it meanwhile")
