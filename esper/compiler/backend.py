@@ -73,6 +73,8 @@ def esper_backend(
     if plan.is_dormant:
         graph.provide(plan, _compile_host(numbered, graph.kept(inputs), chosen, compiler.name))
         compiler.note_guards()
+    elif has_sites:  # now, so that Dynamo's own guards have what it assumes of sizes
+        graph.variants.here(plan, while_captured=True)
     if has_sites and not compiler.remote and not compiler.reason:
         compiler.make_sendable()
     if not plan.is_dormant:

@@ -72,11 +72,14 @@ class GraphVariants:
             shared = self._under_way[structure] = _Shared(started)
         return Preparation(self, structure, shared)
 
-    def here(self, plan: GraphPlan) -> Variant:
-        """The variant for `plan`, compiled at once if it is not there. On the thread that runs the model."""
+    def here(self, plan: GraphPlan, *, while_captured: bool = False) -> Variant:
+        """The variant for `plan`, compiled at once if it is not there. On the thread that runs the model.
+
+        `while_captured` says that Dynamo is calling the backend.
+        """
         variant = self.cache.get(plan.structure)
         if variant is None:
-            variant = self.compiler.compile_here(plan)
+            variant = self.compiler.compile_here(plan, while_captured)
             self.cache.put(plan.structure, variant)
         return variant
 

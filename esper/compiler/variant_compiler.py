@@ -279,8 +279,11 @@ class VariantCompiler:
         forward = self._specialised(plan).forward
         return Variant(lambda inputs: forward(*inputs), "uncompiled", reason=reason)
 
-    def compile_here(self, plan: GraphPlan) -> Variant:
-        """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model."""
+    def compile_here(self, plan: GraphPlan, while_captured: bool = False) -> Variant:
+        """A variant for `plan`, compiled on this thread: it traces, so it must be the thread that runs the model.
+
+        What it assumes about sizes it checks at each call, unless that is `while_captured`: then Dynamo's guards do.
+        """
         module = self._specialised(plan)
         inputs = torch_internals.fake_inputs(module.graph)
         started = time.perf_counter()
@@ -291,6 +294,8 @@ class VariantCompiler:
             _LOG.warning("the inner compiler failed on a graph with seeds; it runs uncompiled", exc_info=error)
             return self.uncompiled(plan, f"{type(error).__name__}: {error}")
         call = torch_internals.boxed(compiled)
+        if while_captured:
+            self.note_guards()
         assumption = torch_internals.assumption_since(inputs, self._known_guards)
         if assumption is not None:
             call = self._guarded(call, assumption, plan)

@@ -54,6 +54,20 @@ def test_batches_of_any_size_before_and_after_a_swap(
     agree(5, 1, 0, 12)
 
 
+@pytest.mark.slow
+def test_a_model_that_is_first_compiled_with_a_kernel_runs_no_size_uncompiled(
+    shelf: KernelShelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = esper.wrap(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1)), platform=shelf.platform)
+    load(model, "0", 0, shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id)
+    run = torch.compile(model, backend="esper")
+    for size in (32, 7, 32):  # Inductor assumes of the second that it is small
+        agrees(run, model, torch.randn(size, 8), rtol=1e-5, atol=1e-5)
+    variants = [variant for graph in model.compile_report().graphs for variant in graph.variants if variant.in_force]
+    assert [variant.origin for variant in variants] == ["in process"] * 2
+    assert "runs uncompiled" not in caplog.text
+
+
 def test_a_dimension_that_is_marked_dynamic(model: esper.MorphableModel, shelf: KernelShelf) -> None:
     run = compiled(model)
 
