@@ -83,9 +83,9 @@ class Fold:
             return
         if self._asked > _PATIENCE:
             raise CannotFoldError("something holds the weights' memory at every forward")
-        if self.layer.site not in self.layer.runtime.called:
+        if self.layer.runtime.is_passed_over(self.layer.site):
             raise CannotFoldError(
-                "no forward has called the layer with its kernels; where code reads its weight, they have no effect"
+                "no forward has called the layer; where code reads its weight, kernels have no effect"
             )
         if not self.is_exact(self.layer.runtime.plan):
             raise CannotFoldError("a kernel was put before it meanwhile")

@@ -237,9 +237,18 @@ class KasminaLayer(nn.Linear):
         """What `_run` is while nothing is timed."""
         if self._armed:
             return self._enter
+        if self.site not in self.runtime.called:
+            return self._first
         return self._current if self._meter is None else self._counted
 
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        with self.runtime.lock:
+            self.runtime.called.add(self.site)
+            self._run = self._at_rest()
+        return self._run(x)
+
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        self.runtime.called.add(self.site)
         self._begin()
         return self._counted(x)
 

@@ -101,7 +101,7 @@ class Runtime:
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
         self.called: set[int] = set()
-        """Sites that forwards have run with kernels in force, or compiled: whoever reads a layer's weight runs none."""
+        """Sites that a forward has called, or that were compiled."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
         self._transitions: deque[weakref.ref[Between]] = deque()  # that are not known to have settled, by age
@@ -166,6 +166,10 @@ class Runtime:
             earlier = [plan for version, plan in self._earlier if version <= start]
             found = earlier[-1]() if earlier else None
             return self.following if found is None else found
+
+    def is_passed_over(self, site: int) -> bool:
+        """Whether forwards have run, and none has called `site`: code reads its layer's weight, or does without it."""
+        return self._has_run and site not in self.called and not self.begun_while_tracing
 
     @property
     def applying(self) -> object:

@@ -44,11 +44,10 @@ def dormant_path(layer: KasminaLayer) -> SitePath:
 def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
     """The host's layer and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call."""
     host_path, called_back = dormant_path(layer), (layer._backward_hooks, layer._backward_pre_hooks)
-    this, site, called = weakref.ref(layer), layer.site, layer.runtime.called
+    this = weakref.ref(layer)
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        called.add(site)
         y = with_backward_hooks(alive(this), host_path, x) if any(called_back) else host_path(x)
         try:
             for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):

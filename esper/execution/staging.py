@@ -198,7 +198,7 @@ class Stager:
 
         def refused(error: Exception) -> None:
             if isinstance(error, CannotFoldError):
-                level = logging.INFO if layer.site in self._runtime.called else logging.WARNING
+                level = logging.WARNING if self._runtime.is_passed_over(layer.site) else logging.INFO
                 _LOG.log(level, "the fossil in seed %d of %r stays a kernel: %s", seed, layer.layer_name, error)
                 with self._runtime.lock:
                     self._queue.publish_when_ready(request, self._kept(fold))

@@ -27,10 +27,10 @@ def test_the_first_call_compiles_nothing_and_compiled_code_follows(
 ) -> None:
     model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform, commit=commit)  # type: ignore[arg-type]
     run, x, before, done = torch.compile(model, backend="esper", options=COLD), torch.randn(3, 4), _uncompiled(), jobs()
-    dormant = agrees(run, model, x)
-    assert in_force(model) == ["uncompiled"]
+    run(x)
     (variant,) = model.compile_report().graphs[0].variants
-    assert variant.reason == "waits for a compile worker"
+    assert (variant.origin, variant.reason) == ("uncompiled", "waits for a compile worker")
+    dormant = agrees(run, model, x)
     wait_until(lambda: train(run, x) and in_force(model) == ["worker"], "a compiled dormant variant")
     assert torch.allclose(agrees(run, model, x), dormant)
     assert jobs() == done + 1

@@ -163,7 +163,7 @@ def test_the_weight_of_a_layer_that_is_not_called_is_left_alone(
     for _ in range(2):
         assert torch.equal(outputs(run, x), before)
     assert states(model)["read"][0] == "FOSSILIZED"
-    assert "'read' stays a kernel: no forward has called the layer with its kernels" in caplog.text
+    assert "'read' stays a kernel: no forward has called the layer; where" in caplog.text
 
 
 @pytest.mark.parametrize("start", ["kaiming", "identity"])
