@@ -88,6 +88,7 @@ class _Trial:
 
     def check(self) -> None:
         """That the model computes what its seeds' states say, and that device and mirror agree."""
+        assert torch.is_grad_enabled()
         model, x = self.model, self.x
         before = outputs(model, x)
         expected = x
@@ -120,7 +121,7 @@ class _Trial:
 
 
 _ACTIONS: dict[str, Callable[[_Trial], object]] = {
-    "forward": lambda trial: outputs(trial.model, trial.x),
+    "forward": lambda trial: trial.model(trial.x),
     "commit": lambda trial: trial.model.commit(),
     "unload": lambda trial: trial.model.unload_kernel("0", 0),
     "alpha": lambda trial: trial.model.set_alpha("0", 0, 0.75),
