@@ -91,6 +91,24 @@ def test_a_cast_reaches_host_and_kernels(shelf: KernelShelf, x: torch.Tensor, ca
     assert model.kasmina_layers["0"].state.alpha_blend.dtype == torch.float16
 
 
+@pytest.mark.parametrize("mode", ["fx", "module"])
+def test_a_dormant_forward_takes_no_lock(shelf: KernelShelf, x: torch.Tensor, mode: Any) -> None:
+    class Held:
+        def __enter__(self) -> None:
+            raise AssertionError("a dormant forward took the lock")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode, telemetry_enabled=False)
+    for _ in range(2):  # the first one commits, and notes which layers are called
+        model(x)
+    lock, model.runtime.lock = model.runtime.lock, Held()  # type: ignore[assignment]  # whatever asks for it fails
+    try:
+        model(x).sum().backward()
+    finally:
+        model.runtime.lock = lock
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["fx", "module"])
 def test_a_model_moves_with_its_kernels(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
