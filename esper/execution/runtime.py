@@ -44,7 +44,7 @@ _LOG = logging.getLogger("esper.execution")
 
 CommitMode = Literal["auto", "manual"]
 
-_KEPT_PLANS = 64
+_KEPT_PLANS = 64  # of earlier versions, so that a thread that idles for long does not make the list grow
 
 
 class CommitError(EsperError, RuntimeError):
