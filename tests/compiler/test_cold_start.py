@@ -27,7 +27,7 @@ def test_the_first_call_compiles_nothing_and_compiled_code_follows(
 ) -> None:
     model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform, commit=commit)  # type: ignore[arg-type]
     run, x, before, done = torch.compile(model, backend="esper", options=COLD), torch.randn(3, 4), _uncompiled(), jobs()
-    run(x)
+    run(x.clone().requires_grad_())
     (variant,) = model.compile_report().graphs[0].variants
     assert (variant.origin, variant.reason) == ("uncompiled", "waits for a compile worker")
     dormant = agrees(run, model, x)
