@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,10 @@ import torch
 
 from esper import EsperConfig, Platform
 from tests.kernel_shelf import COMPILED, KernelShelf
+
+# Else pytest's handler is added to the log of torch's structured traces, since it does not propagate, and where that
+# log has a handler torch writes down every graph and all generated code of every compilation.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
