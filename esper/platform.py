@@ -106,6 +106,10 @@ class Platform:
         platform.kernel_source = RemoteKernelSource(remote, lambda: platform.trust)
         return platform
 
+    def __repr__(self) -> str:
+        where = f"embedded in {self.root}" if self._is_embedded else f"connected to {self.config.urza.url}"
+        return f"<Platform {where}{', closed' if self._closed else ''}>"
+
     def __deepcopy__(self, memo: object) -> Platform:
         return self  # shared by copies of a model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -106,7 +107,8 @@ def test_kernels_are_listed_shown_pulled_and_verified(line: CommandLine, kernel:
 def test_a_kernel_of_a_stranger_is_not_verified(line: CommandLine) -> None:
     with UrzaStore.in_folder(_folder(line)) as store:
         _, kernel = add_kernel(store, blueprint(), key=SigningKey.generate())
-    assert "not trusted; add its public key" in line.run("kernels", "verify", kernel.id, status=1).replace("\n", " ")
+    told = line.run("kernels", "verify", kernel.id, status=1).replace("\n", " ")
+    assert "not trusted; to trust it, add its public key" in told
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,21 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do(line: CommandLine) -> None
     ):
         assert part in told
         assert remedy in told
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(line: CommandLine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for arguments in (("up", "--port", port), ("up",)):
+            told = line.run(*arguments, status=1, ESPER_URZA__PORT=port).replace("\n", " ")
+            assert f"port {port} of 127.0.0.1 cannot be had" in told
+            assert "choose another with --port" in told
+    assert not line.folder.exists()
+
+
+def test_counts_are_said_to_be_of_this_folder_where_another_store_is_in_use(line: CommandLine) -> None:
+    told = line.run("urza", "stats", ESPER_URZA__URL="http://127.0.0.1:1").replace("\n", " ")
+    assert f"of the data in {line.folder}, not of the store at http://127.0.0.1:1" in told
 
 
 def test_counts_and_collection(line: CommandLine, kernel: str) -> None:

@@ -269,7 +269,8 @@ class TrustStore:
         key = self._keys.get(signature.key_id)
         if key is None:
             raise UntrustedArtifactError(
-                f"the signature is by key {signature.key_id[:12]}, which is not trusted; add its public key"
+                f"the signature is by key {signature.key_id[:12]}, which is not trusted; to trust it, add its "
+                "public key (`esper keys show` tells it, where the key is) to platform.trusted_keys"
             )
         try:
             key.verify(signature.value, message)

@@ -88,11 +88,14 @@ def collect(
 @urza_app.command("stats")
 def stats(as_json: AsJson = False) -> None:
     """Count what the store in this data folder holds."""
-    with open_local_store(load_config()) as store:
+    config = load_config()
+    with open_local_store(config) as store:
         counts = store.stats()
     if as_json:
         print_json(counts)
         return
+    elsewhere = "" if config.urza.url is None else f", not of the store at {config.urza.url}"
+    typer.echo(f"of the data in {data_folder(config)}{elsewhere}")
     by_status = ", ".join(f"{count} {status}" for status, count in counts.blueprints.items())
     typer.echo(f"blueprints: {by_status}")
     typer.echo(f"kernels: {counts.kernels} of {counts.artifact_bytes / 2**20:.1f} MiB")
@@ -117,13 +120,15 @@ def up(
 ) -> None:
     """Run everything on this machine: Urza, workers, and a Valkey unless redis.url names a server."""
     config = _with_workers(load_config(), workers)
+    port = config.urza.port if port is None else port
+    _refuse_taken(port)
     set_up_service_log(config.logging.level, config.logging.format)
     stop = _stopped_by_signals()
     with ExitStack() as stack:
         if config.redis.url is None:
             os.environ["ESPER_REDIS__URL"] = stack.enter_context(_valkey())
         signing_key(config)  # before Urza looks which keys it knows
-        url = stack.enter_context(_urza(config.urza.port if port is None else port))
+        url = stack.enter_context(_urza(port or _free_port()))
         os.environ["ESPER_URZA__URL"] = url
         settings = {name: os.environ[name] for name in ("ESPER_URZA__URL", "ESPER_REDIS__URL") if name in os.environ}
         if as_json:
@@ -166,7 +171,6 @@ def _valkey() -> Iterator[str]:
 @contextmanager
 def _urza(port: int) -> Iterator[str]:
     """The URL of an Urza in a process of its own, once it is ready."""
-    port = port or _free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "esper.cli", "urza", "--host", "127.0.0.1", "--port", str(port)]
     # What `esper up --json` prints is its own, and so is Ctrl-C: workers give back to Urza what they work on.
@@ -189,6 +193,19 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _refuse_taken(port: int) -> None:
+    """Raise `EsperError` if something serves `port`: what is asked of it would seem to be answered by our Urza."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what just ended there keeps nobody out
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as cause:
+            raise EsperError(
+                f"port {port} of 127.0.0.1 cannot be had: {cause.strerror}; "
+                "choose another with --port, or --port 0 for any free one"
+            ) from cause
 
 
 def _wait_until_ready(address: str, process: subprocess.Popen[bytes]) -> None:

@@ -138,7 +138,8 @@ def _matches(
             raise TargetError(f"layer {target!r} cannot carry seeds: {reasons[aliases.get(target, target)]}")
         roots = [name for name in modules if name == target or fnmatch.fnmatchcase(name, target)]
     else:
-        raise TargetError(f"target_layers takes module types, names and patterns, not {target!r:.80}")
+        hint = "; pass it as platform=..." if hasattr(target, "kernel_source") else ""
+        raise TargetError(f"target_layers takes module types, names and patterns, not {target!r:.80}{hint}")
     inside = {name for root in roots for name in modules if name == root or not root or name.startswith(f"{root}.")}
     found = {aliases.get(name, name) for name in inside}
     if not found & possible.keys():

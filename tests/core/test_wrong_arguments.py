@@ -40,6 +40,11 @@ def test_what_wrap_cannot_take_is_named_with_the_remedy(case: str) -> None:
     assert vars(host) == before
 
 
+def test_a_platform_in_the_place_of_the_targets_is_named_with_the_remedy(shelf: KernelShelf) -> None:
+    with pytest.raises(TargetError, match="pass it as platform="):
+        esper.wrap(nn.Sequential(nn.Linear(3, 3)), shelf.platform)  # type: ignore[arg-type]  # the wrong place
+
+
 @pytest.mark.parametrize("flag", ["trainable", "isolate"])
 @pytest.mark.parametrize("value", ["no", 1, None])
 def test_a_flag_of_a_load_is_true_or_false(model: esper.MorphableModel, kernel: str, flag: str, value: Any) -> None:

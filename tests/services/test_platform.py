@@ -289,6 +289,14 @@ class TestClosing:
         assert "was closed" in str(caught.get(timeout=5))
         thread.join()
 
+    def test_it_says_where_it_is_and_whether_it_is_closed(self, tmp_path: Path) -> None:
+        with Platform.embedded(tmp_path) as platform:
+            assert repr(platform) == f"<Platform embedded in {tmp_path}>"
+        assert repr(platform).endswith(", closed>")
+        config = EsperConfig.model_validate({"urza": {"url": "http://127.0.0.1:1"}})
+        with Platform.connect(config) as platform:
+            assert repr(platform) == "<Platform connected to http://127.0.0.1:1>"
+
     async def test_a_closed_platform_refuses(self, tmp_path: Path) -> None:
         async with Platform.embedded(tmp_path, config=FAST) as platform:
             add_kernel(platform.store, blueprint(), "small")
