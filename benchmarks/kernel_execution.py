@@ -19,7 +19,7 @@ from benchmarks.harness import arguments, paired, ratio, report
 from esper import Blueprint
 from esper.artifacts import Target
 from esper.execution.kernel_cache import KernelCache
-from esper.execution.loaded_kernel import AttachedKernel
+from esper.execution.kernels.loaded_kernel import AttachedKernel
 
 BLUEPRINTS: dict[str, Callable[[int], Blueprint]] = {
     "low rank 16": lambda width: Blueprint.low_rank(width, width, rank=16, start="kaiming"),

@@ -19,8 +19,8 @@ from esper.artifacts.document import canonical_json, parse_json
 from esper.compiler.attachment_code import load_attachment
 from esper.compiler.attachment_trial import try_attachment
 from esper.execution.background import waiting
-from esper.execution.loaded_kernel import CompiledAttachment, LoadedKernel
-from esper.execution.sources import KernelSource
+from esper.execution.kernels.loaded_kernel import CompiledAttachment, LoadedKernel
+from esper.execution.kernels.sources import KernelSource
 
 __all__ = ["attach_from", "read_payload", "with_latencies"]
 

@@ -15,7 +15,7 @@ from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.variant_compiler import Compilation
 from esper.errors import EsperError
 from esper.execution.background import BackgroundThreads
-from esper.execution.executor import ShutDownError
+from esper.execution.plans.executor import ShutDownError
 
 __all__ = ["prepare_dormant", "start_cold"]
 

@@ -1,7 +1,7 @@
 """A graph that Dynamo captured, and everybody whose forward runs it.
 
-Sites and models are inputs of the graph, as tags (see `esper.execution.registry`): layers and models of one structure
-share it, as plain ones do. At a call the tags among the inputs say for which sites it is, and the
+Sites and models are inputs of the graph, as tags (see `esper.execution.plans.registry`): layers and models of one
+structure share it, as plain ones do. At a call the tags among the inputs say for which sites it is, and the
 :class:`Dispatcher` of these sites runs it. Tags are told apart by identity, never read.
 """
 
@@ -20,8 +20,8 @@ from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.graph_variants import GraphVariants
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompiler
-from esper.execution.registry import runtime_by_id, runtime_of_site, tag_number
-from esper.execution.runtime import Runtime
+from esper.execution.plans.registry import runtime_by_id, runtime_of_site, tag_number
+from esper.execution.plans.runtime import Runtime
 from esper.forking import reset_after_fork
 from esper_passes import is_site, markers_in, site_calls_in
 

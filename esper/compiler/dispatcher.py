@@ -22,10 +22,10 @@ from esper.compiler.variant_cache import Boxed, Variant
 from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
 from esper.execution.call_counter import CallCounter
-from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
+from esper.execution.plans.handover import Transition
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.runtime import Runtime
 from esper.execution.telemetry import Telemetry
-from esper.execution.transition import Transition
 from esper.forking import reset_after_fork
 
 __all__ = ["Dispatcher", "SiteNumber", "report_on"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esper.execution.plan import Plan
+from esper.execution.plans.plan import Plan
 
 __all__ = ["GraphPlan"]
 

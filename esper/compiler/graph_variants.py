@@ -11,7 +11,7 @@ from esper.compiler.errors import WorkersClosedError
 from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.variant_cache import Variant, VariantCache
 from esper.compiler.variant_compiler import Compilation, VariantCompiler
-from esper.execution.executor import ShutDownError
+from esper.execution.plans.executor import ShutDownError
 from esper.forking import reset_after_fork
 
 __all__ = ["GraphVariants", "Preparation"]

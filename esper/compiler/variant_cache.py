@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.compiler.report import Origin
-from esper.execution.plan import DORMANT
+from esper.execution.plans.plan import DORMANT
 from esper.forking import reset_after_fork
 
 __all__ = ["Boxed", "Variant", "VariantCache"]

@@ -24,7 +24,7 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
-from esper.execution.plan import SeedPlan
+from esper.execution.plans.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
 

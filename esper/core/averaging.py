@@ -22,11 +22,11 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from esper import torch_internals
-from esper.execution.fossils import fold, is_affine
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernels.fossils import fold, is_affine
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.lifecycle import SeedLifecycleState
-from esper.execution.loaded_kernel import LoadedKernel
-from esper.execution.standing_alone import LayerSeeds, give_seeds
+from esper.execution.standalone_layer import LayerSeeds, give_seeds
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel

@@ -15,11 +15,11 @@ from torch.nn.utils import parametrize
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.persistence import as_host, layer_places
-from esper.core.shadow import plant
+from esper.core.replica.replace_modules import plant
 from esper.core.targets import Selection
-from esper.execution.fossils import fold, is_affine
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.plan import SeedPlan
+from esper.execution.kernels.fossils import fold, is_affine
+from esper.execution.plans.plan import SeedPlan
 
 __all__ = ["bake"]
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from esper.core.explain import Explanation, LinearRow
-from esper.core.subclassing import subclass_in_disguise
+from esper.core.replica.mutation_watch import signal_of
+from esper.core.replica.subclassing import subclass_in_disguise
 from esper.core.targets import Selection
-from esper.core.watched import signal_of
 from esper.core.wrap_options import Mode
 from esper.eager import NotTracedError, TracedForward
 from esper.execution.call_counter import CallCounter
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.runtime import Runtime
 from esper.execution.telemetry import Telemetry
 from esper.weak_methods import weakly
 

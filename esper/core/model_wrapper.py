@@ -18,18 +18,18 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, Wrapping
 from esper.core.persistence import give_back
+from esper.core.replica.replace_modules import plant
 from esper.core.root_layer import RootLayer
-from esper.core.shadow import plant
 from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
 from esper.core.wrap_options import Mode, WrapOptions
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
-from esper.execution import defaults
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
-from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.staging import Stager
+from esper.execution.kernels import service_locator
+from esper.execution.plans.runtime import CommitMode, Runtime
+from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.staging import Stager
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 
@@ -89,7 +89,7 @@ def assemble(
     device = next((linear.weight.device for linear in targets.values()), torch.device("cpu"))
     seeds = len(targets) * seeds_per_layer
     runtime = Runtime(KasminaStateLayout(seeds, device), options.commit)
-    source = defaults.kernel_source() if platform is None else platform.kernel_source
+    source = service_locator.kernel_source() if platform is None else platform.kernel_source
     sink = _sink(platform) if options.telemetry_enabled else None
     cache = KernelCache(options.cache_size_mb * max(len(targets), 1), max(128, seeds), source=source)
     stager = Stager(runtime, cache, attach_from, sink)
@@ -171,4 +171,4 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
 
 
 def _sink(platform: Platform | None) -> Any:
-    return defaults.telemetry_sink() if platform is None else platform.oona
+    return service_locator.telemetry_sink() if platform is None else platform.oona

@@ -24,15 +24,15 @@ from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.listening import Listener, ListeningPlatform, default_platform
 from esper.core.persistence import ModelParts, layer_places, unpacked
+from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
-from esper.core.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
-from esper.execution.alpha import AlphaSchedule
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.lifecycle import Transition
-from esper.execution.runtime import Runtime
+from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
 from esper.weak_methods import weakly
 
 __all__ = ["MorphableModel", "Wrapping"]

@@ -2,7 +2,7 @@
 
 A wrapped model is taken apart into its host, as a plain module tree again, and the seeds of its layers; the copy is
 wrapped anew. So it has a runtime, sites, a cache and telemetry of its own, and nothing of the original's machinery is
-copied. Checkpoints are the business of `esper.execution.checkpoint`.
+copied. Checkpoints are the business of `esper.execution.seeds.checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from esper.core.averaging import Average, made_for_an_average
-from esper.core.shadow import plant
-from esper.core.subclassing import undisguised
+from esper.core.replica.replace_modules import plant
+from esper.core.replica.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
 from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
-from esper.execution.standing_alone import LayerSeeds, give_seeds, keep_schedules
+from esper.execution.standalone_layer import LayerSeeds, give_seeds, keep_schedules
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel

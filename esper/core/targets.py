@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from esper.core.errors import TargetError
-from esper.core.shadow import opaque_reason
+from esper.core.replica.replace_modules import opaque_reason
 
 __all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
 

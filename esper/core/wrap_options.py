@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from esper.core.errors import WrapError
 from esper.core.listening import default_platform
-from esper.execution.runtime import CommitMode
+from esper.execution.plans.runtime import CommitMode
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig

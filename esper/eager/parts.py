@@ -19,9 +19,9 @@ from esper.eager.call_pattern import CallPattern, pattern_of, pattern_of_a_plain
 from esper.eager.code import generate, global_module_hooks
 from esper.eager.tracer import Trace, modules_of, trace
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
-from esper.execution.transition import Transition
+from esper.execution.plans.handover import Transition
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.runtime import Runtime
 from esper_passes import (
     CallKernels,
     ElideDormant,

@@ -14,8 +14,8 @@ from esper.eager.parts import Part, Run, entrance, part_of
 from esper.eager.tracer import Trace, is_of_torch_nn, modules_of
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.runtime import Runtime
 
 __all__ = ["NotTracedError", "TracedForward"]
 

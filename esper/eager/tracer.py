@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from esper import torch_internals
 from esper.eager.call_pattern import CallPattern
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_bank import BANK_NAME, KernelBank
+from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
 from esper.forking import ModuleLock
 from esper_passes import hooks_of
 

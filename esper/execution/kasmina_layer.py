@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.execution import registry, site_marker
-from esper.execution.alpha import AlphaSchedule
-from esper.execution.defaults import TelemetrySink
-from esper.execution.kernel_bank import BANK_NAME, KernelBank
+from esper.execution import site_marker
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernels.service_locator import TelemetrySink
+from esper.execution.kernels.sources import KernelSource
 from esper.execution.layer_stats import layer_stats
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
-from esper.execution.plan import Plan, SeedPlan
-from esper.execution.runtime import CommitMode, Runtime
+from esper.execution.plans import registry
+from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.handover import Transition
+from esper.execution.plans.plan import Plan, SeedPlan
+from esper.execution.plans.runtime import CommitMode, Runtime
+from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.staging import Stager
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
-from esper.execution.sources import KernelSource
-from esper.execution.staging import Stager
-from esper.execution.standing_alone import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
+from esper.execution.standalone_layer import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
 from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import Telemetry
-from esper.execution.transition import Transition
 from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
 __all__ = ["KasminaLayer"]

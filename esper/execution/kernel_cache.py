@@ -17,8 +17,7 @@ import torch
 from esper.artifacts.limits import Limits
 from esper.artifacts.loading import load_artifact
 from esper.execution.background import FETCHING, rest, waiting
-from esper.execution.defaults import kernel_source
-from esper.execution.kernel_pool import (
+from esper.execution.kernels.cache_entries import (
     MB,
     Fetch,
     KernelCacheError,
@@ -26,8 +25,9 @@ from esper.execution.kernel_pool import (
     KernelPool,
     KernelTooLargeError,
 )
-from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
-from esper.execution.sources import KernelSource, UnknownKernelError
+from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.kernels.service_locator import kernel_source
+from esper.execution.kernels.sources import KernelSource, UnknownKernelError
 
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 

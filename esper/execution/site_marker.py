@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from esper import torch_internals
-from esper.execution import registry
+from esper.execution.plans import registry
 
 __all__ = [
     "call_uncompiled",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import BackwardHook
 
-from esper.execution.plan import SeedPlan
+from esper.execution.plans.plan import SeedPlan
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

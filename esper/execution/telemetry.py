@@ -21,7 +21,7 @@ import torch
 
 from esper.contracts.messages import HealthSignal, TopicNames
 from esper.execution.call_counter import CallCounter
-from esper.execution.defaults import TelemetrySink
+from esper.execution.kernels.service_locator import TelemetrySink
 from esper.forking import ModuleLock, reset_after_fork
 
 if TYPE_CHECKING:

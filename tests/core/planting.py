@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.core.shadow import plant
+from esper.core.replica.replace_modules import plant
 from esper.core.targets import select_targets
 
 __all__ = ["Planted", "Site", "agrees", "planted"]

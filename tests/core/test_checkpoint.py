@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import esper
-from esper.execution.checkpoint import CheckpointError
+from esper.execution.seeds.checkpoint import CheckpointError
 from tests.core.grown import apart, grown, saved
 from tests.core.seeds import GatedPlatform, blueprint, load, states
 from tests.kernel_shelf import KernelShelf

@@ -10,8 +10,8 @@ import torch
 
 import esper
 from esper.errors import EsperError
-from esper.execution.checkpoint import CheckpointError
-from esper.execution.runtime import CommitError
+from esper.execution.plans.runtime import CommitError
+from esper.execution.seeds.checkpoint import CheckpointError
 from tests.core.grown import apart, grown, saved
 from tests.core.seeds import outputs, states
 from tests.kernel_shelf import KernelShelf

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper
 from esper.execution.lifecycle import LifecycleError
-from esper.execution.runtime import CommitError
+from esper.execution.plans.runtime import CommitError
 from tests.core.seeds import GatedPlatform, blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp

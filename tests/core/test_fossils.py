@@ -11,7 +11,7 @@ from torch import nn
 
 import esper
 from esper import Blueprint
-from esper.execution.fossils import is_affine
+from esper.execution.kernels.fossils import is_affine
 from tests.core.seeds import load, outputs, states
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp

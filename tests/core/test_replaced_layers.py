@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
-from esper.execution.checkpoint import CheckpointError
+from esper.execution.seeds.checkpoint import CheckpointError
 from tests.core.seeds import blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
 

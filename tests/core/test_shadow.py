@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from esper.core.watched import WatchedDict, WatchedHooks
+from esper.core.replica.mutation_watch import WatchedDict, WatchedHooks
 from tests.core.planting import Planted, Site, agrees, planted
 
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esper.artifacts import Blueprint, build_artifact
-from esper.execution.loaded_kernel import CompiledAttachment, KernelTemplate, LoadedKernel
+from esper.execution.kernels.loaded_kernel import CompiledAttachment, KernelTemplate, LoadedKernel
 
 IN, OUT, RANK = 6, 4, 3
 

@@ -7,8 +7,8 @@ from torch.nn import functional
 
 from esper.artifacts import OPERATORS, ArtifactGraphError, Blueprint, KernelGraph, Node, TensorSpec, build_artifact
 from esper.artifacts.shapes import check_shapes
-from esper.execution.fossils import fold, is_added, is_affine, is_cheap
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.kernels.fossils import fold, is_added, is_affine, is_cheap
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 from tests import composition
 from tests.composition import KINDS
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import esper
-from esper.execution.checkpoint import CheckpointError
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError
+from esper.execution.seeds.checkpoint import CheckpointError
 from esper.execution.state_layout import AlphaError, KasminaStateLayout
 from tests.core.seeds import RecordingSink, blueprint
 from tests.kernel_shelf import KernelShelf

@@ -10,7 +10,7 @@ from torch import nn
 
 from esper.artifacts import Blueprint, build_artifact
 from esper.errors import EsperError
-from esper.execution.loaded_kernel import KernelMismatchError, KernelTemplate, LoadedKernel
+from esper.execution.kernels.loaded_kernel import KernelMismatchError, KernelTemplate, LoadedKernel
 from tests.execution.kernel_sources import make_artifact
 
 IN, OUT, RANK = 6, 4, 3

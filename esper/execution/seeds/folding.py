@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import EsperError
-from esper.execution.fossils import fold, is_added, is_affine, is_cheap
-from esper.execution.plan import Plan, SeedPlan
+from esper.execution.kernels.fossils import fold, is_added, is_affine, is_cheap
+from esper.execution.plans.plan import Plan, SeedPlan
 from esper.torch_internals import held_elsewhere, write_count
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
-    from esper.execution.runtime import Runtime
+    from esper.execution.plans.runtime import Runtime
 
 __all__ = [
     "make_tag",

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from esper import torch_internals
-from esper.core.encoder_layers import adapted_class
-from esper.core.module_references import References
-from esper.core.subclassing import own_slots
-from esper.core.watched import HOOK_KINDS, ChangeSignal, WatchedDict, WatchedHooks
+from esper.core.replica.mutation_watch import HOOK_KINDS, ChangeSignal, WatchedDict, WatchedHooks
+from esper.core.replica.references import References
+from esper.core.replica.subclassing import own_slots
+from esper.core.replica.transformer_fast_path import adapted_class
 
 if TYPE_CHECKING:
     from esper.core.targets import Selection

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from esper.execution.lifecycle import Transition
-from esper.execution.plan import Plan
+from esper.execution.plans.plan import Plan
 
 __all__ = ["Change"]
 

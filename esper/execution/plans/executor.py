@@ -6,10 +6,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.errors import EsperError
-from esper.execution.plan import Plan
+from esper.execution.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from esper.execution.runtime import Runtime
+    from esper.execution.plans.runtime import Runtime
 
 __all__ = ["CalledOffError", "Executor", "Preparation", "ShutDownError"]
 

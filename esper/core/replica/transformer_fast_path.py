@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import nn
 
-from esper.core.subclassing import subclass_in_disguise
+from esper.core.replica.subclassing import subclass_in_disguise
 from esper.execution.site_marker import traced_by_esper
 
 __all__ = ["adapted_class"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from esper.execution.alpha import AlphaSchedule, Schedule
-from esper.execution.optimizer_steps import OptimizerSteps
+from esper.execution.kernels.optimizer_steps import OptimizerSteps
+from esper.execution.plans.alpha import AlphaSchedule, Schedule
 from esper.execution.state_layout import KasminaStateLayout
 from esper.torch_internals import transforms_active
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 
 __all__ = ["DORMANT", "Plan", "SeedPlan"]
 

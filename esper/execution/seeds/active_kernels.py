@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from esper.artifacts.graph import DTYPES
-from esper.execution.alpha import SavedRamp
-from esper.execution.checkpoint import (
+from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.kernels.optimizer_steps import OptimizerSteps
+from esper.execution.kernels.optimizers import KernelParameter, count_steps, kernels_changed
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.plans.alpha import SavedRamp
+from esper.execution.plans.plan import DORMANT, Plan, SeedPlan
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.checkpoint import (
     ARTIFACT,
     INDEX,
     CheckpointError,
@@ -23,14 +29,8 @@ from esper.execution.checkpoint import (
     encode,
     seed_key,
 )
-from esper.execution.lifecycle import SeedLifecycleState
-from esper.execution.loaded_kernel import KernelTemplate, LoadedKernel
-from esper.execution.optimizer_steps import OptimizerSteps
-from esper.execution.optimizers import KernelParameter, count_steps, kernels_changed
-from esper.execution.plan import DORMANT, Plan, SeedPlan
-from esper.execution.runtime import Runtime
-from esper.execution.seed_replacement import SeedReplacement
-from esper.execution.staging import Stager
+from esper.execution.seeds.restoring import SeedReplacement
+from esper.execution.seeds.staging import Stager
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

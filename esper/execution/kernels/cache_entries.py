@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from esper.errors import EsperError
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.forking import reset_after_fork
 
 __all__ = ["MB", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from esper.execution.change import Change
 from esper.execution.lifecycle import Transition
-from esper.execution.plan import Plan
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.plan_edit import Change
 
 __all__ = ["Commit"]
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from esper.contracts.messages import SeedReport, TopicNames
 from esper.errors import EsperError
-from esper.execution.defaults import TelemetrySink
+from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.runtime import Runtime
-from esper.execution.seed_requests import SeedRequests
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.requests import SeedRequests
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

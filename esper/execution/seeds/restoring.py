@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.execution.alpha import SavedRamp
 from esper.execution.background import FETCHING
-from esper.execution.change import Change
-from esper.execution.defaults import AttachKernel, is_default
+from esper.execution.kernels.service_locator import AttachKernel, is_default
+from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.plan import Plan, SeedPlan
-from esper.execution.runtime import Runtime
-from esper.execution.seed_records import SeedRecords
-from esper.execution.seed_requests import SeedRequests
-from esper.execution.sources import KernelSource
-from esper.execution.staging_queue import StagingQueue
+from esper.execution.plans.alpha import SavedRamp
+from esper.execution.plans.plan import Plan, SeedPlan
+from esper.execution.plans.plan_edit import Change
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.journal import SeedRecords
+from esper.execution.seeds.queue import StagingQueue
+from esper.execution.seeds.requests import SeedRequests
 from esper.execution.state_layout import FIELDS
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esper.execution.alpha import AlphaSchedule
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
-from esper.execution.runtime import Runtime
+from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.runtime import Runtime
 
 if TYPE_CHECKING:
     from esper.execution.kasmina_layer import KasminaLayer

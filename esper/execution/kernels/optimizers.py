@@ -2,8 +2,8 @@
 
 - Kernels added as a group of their own, beside a learning-rate scheduler that was made before, join the group of their
   layer's weight: most schedulers cannot go on with more groups than they were made for.
-- Steps are counted for the models whose parameters an optimizer holds, see `esper.execution.optimizer_steps`.
-- A loaded state is given back by name, see `esper.execution.optimizer_state`.
+- Steps are counted for the models whose parameters an optimizer holds, see `esper.execution.kernels.optimizer_steps`.
+- A loaded state is given back by name, see `esper.execution.kernels.optimizer_state`.
 - Gradients of kernels that learn, and stand in no optimizer, are dropped after each step of the host's: nothing else
   would, and they would add up. That is said once.
 
@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from esper.execution.optimizer_state import KernelParameter, give_back, name_states
-from esper.execution.optimizer_steps import OptimizerSteps
+from esper.execution.kernels.optimizer_state import KernelParameter, give_back, name_states
+from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.forking import ModuleLock
 
 __all__ = ["KernelParameter", "Kernels", "count_steps", "kernels_changed"]

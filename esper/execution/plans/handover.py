@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from esper.execution.plan import Plan
+from esper.execution.plans.plan import Plan
 
 __all__ = ["ForwardStarts", "Transition"]
 

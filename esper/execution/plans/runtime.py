@@ -22,20 +22,21 @@ import torch
 
 from esper import torch_internals
 from esper.errors import EsperError
-from esper.execution import background, registry
-from esper.execution.alpha import AlphaSchedule, Schedule
-from esper.execution.change import Change
-from esper.execution.commit import Commit
-from esper.execution.entries import Entries
-from esper.execution.executor import CalledOffError, Executor, Preparation
+from esper.execution import background
+from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.lifecycle import Transition
-from esper.execution.optimizer_steps import OptimizerSteps
-from esper.execution.plan import DORMANT, Plan
-from esper.execution.seed_alphas import SeedAlphas
+from esper.execution.plans import registry
+from esper.execution.plans.alpha import AlphaSchedule, Schedule
+from esper.execution.plans.alphas import SeedAlphas
+from esper.execution.plans.commit import Commit
+from esper.execution.plans.entries import Entries
+from esper.execution.plans.executor import CalledOffError, Executor, Preparation
+from esper.execution.plans.handover import ForwardStarts
+from esper.execution.plans.handover import Transition as Between
+from esper.execution.plans.plan import DORMANT, Plan
+from esper.execution.plans.plan_edit import Change
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
-from esper.execution.transition import ForwardStarts
-from esper.execution.transition import Transition as Between
 from esper.forking import reset_after_fork
 
 __all__ = ["CommitError", "CommitMode", "Runtime"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esper.artifacts.graph import HOST, INPUT, KernelGraph, Node
 from esper.artifacts.operators import find_operator
-from esper.execution.loaded_kernel import LoadedKernel
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 
 __all__ = ["fold", "is_added", "is_affine", "is_cheap"]
 

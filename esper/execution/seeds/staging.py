@@ -13,20 +13,20 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from esper.execution.alpha import AlphaSchedule
 from esper.execution.background import rest
-from esper.execution.change import Change
-from esper.execution.defaults import AttachKernel, TelemetrySink
-from esper.execution.folding import CannotFoldError, Fold
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernels.loaded_kernel import KernelMismatchError, LoadedKernel
+from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.loaded_kernel import KernelMismatchError, LoadedKernel
-from esper.execution.plan import SeedPlan
-from esper.execution.runtime import Runtime
-from esper.execution.seed_records import SeedRecords
-from esper.execution.seed_replacement import SeedReplacement, SeedReplacer
-from esper.execution.seed_requests import LoadRequest, SeedRequest, SeedRequests
-from esper.execution.staging_queue import Edit, StagingQueue
+from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.plan import SeedPlan
+from esper.execution.plans.plan_edit import Change
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.folding import CannotFoldError, Fold
+from esper.execution.seeds.journal import SeedRecords
+from esper.execution.seeds.queue import Edit, StagingQueue
+from esper.execution.seeds.requests import LoadRequest, SeedRequest, SeedRequests
+from esper.execution.seeds.restoring import SeedReplacement, SeedReplacer
 from esper.execution.state_layout import checked_alpha
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from torch import Tensor
 from esper.artifacts.errors import ArtifactError
 from esper.artifacts.loading import load_artifact
 from esper.errors import EsperError
-from esper.execution.alpha import SavedRamp
+from esper.execution.kernels.loaded_kernel import KernelTemplate
 from esper.execution.lifecycle import SeedLifecycleState
-from esper.execution.loaded_kernel import KernelTemplate
+from esper.execution.plans.alpha import SavedRamp
 from esper.execution.state_layout import FIELDS, kernel_number
 
 __all__ = ["ARTIFACT", "INDEX", "CheckpointError", "SavedKernel", "SavedSeed", "decode", "encode", "seed_key"]

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from esper.execution.background import FETCHING, STAGING, JobQueue
-from esper.execution.change import Change
-from esper.execution.executor import CalledOffError, ShutDownError
-from esper.execution.plan import Plan
-from esper.execution.runtime import Runtime
-from esper.execution.seed_requests import SeedRequest, SeedRequests
+from esper.execution.plans.executor import CalledOffError, ShutDownError
+from esper.execution.plans.plan import Plan
+from esper.execution.plans.plan_edit import Change
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.requests import SeedRequest, SeedRequests
 from esper.forking import reset_after_fork
 
 __all__ = ["Edit", "StagingQueue"]

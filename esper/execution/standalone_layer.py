@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from esper.execution import defaults
-from esper.execution.alpha import SavedRamp
 from esper.execution.call_counter import CallCounter
-from esper.execution.defaults import TelemetrySink
-from esper.execution.kernel_bank import BANK_NAME, KernelBank
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernels import service_locator
+from esper.execution.kernels.loaded_kernel import LoadedKernel
+from esper.execution.kernels.service_locator import TelemetrySink
+from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState, after_cancelled_load
-from esper.execution.loaded_kernel import LoadedKernel
-from esper.execution.plan import SeedPlan
-from esper.execution.runtime import CommitMode, Runtime
-from esper.execution.seed_replacement import SeedReplacement
-from esper.execution.sources import KernelSource
-from esper.execution.staging import Stager
+from esper.execution.plans.alpha import SavedRamp
+from esper.execution.plans.plan import SeedPlan
+from esper.execution.plans.runtime import CommitMode, Runtime
+from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.restoring import SeedReplacement
+from esper.execution.seeds.staging import Stager
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 
@@ -73,9 +73,9 @@ def equip(
     """Make a linear layer one that stands alone, with state, cache, plan, bank and telemetry of its own."""
     name = _checked_name(layer_id, layer_name)
     runtime = Runtime(KasminaStateLayout(num_seeds, layer.weight.device), commit)
-    cache = KernelCache(cache_size_mb, max(128, num_seeds), source=source or defaults.kernel_source())
-    reports = (sink or defaults.telemetry_sink()) if telemetry_enabled else None
-    stager = Stager(runtime, cache, defaults.attach_kernel(), reports)
+    cache = KernelCache(cache_size_mb, max(128, num_seeds), source=source or service_locator.kernel_source())
+    reports = (sink or service_locator.telemetry_sink()) if telemetry_enabled else None
+    stager = Stager(runtime, cache, service_locator.attach_kernel(), reports)
     site = runtime.reserve_sites(1)[0]
     meter = LayerMeter(layer) if telemetry_enabled else None
     layer._join(
