@@ -75,7 +75,7 @@ def collect(
     as_json: AsJson = False,
 ) -> None:
     """Remove kernels that were retired long ago, and blobs that nothing refers to."""
-    from esper.services.urza.retention import collect as remove
+    from esper.services.urza.storage.retention import collect as remove
 
     with open_local_store(load_config()) as store:
         report = remove(store, keep_days=keep_days, dry_run=dry_run)

@@ -28,7 +28,7 @@ LEASE_SECONDS = 30.0
 
 
 class BlueprintStore(Protocol):
-    """Blueprints, and who compiles them; see `esper.services.urza.blueprints.BlueprintRecords`."""
+    """Blueprints, and who compiles them; see `esper.services.urza.storage.blueprints.BlueprintRecords`."""
 
     def submit(self, blueprint: Blueprint, name: str | None = None) -> BlueprintRecord: ...
 
@@ -65,7 +65,7 @@ class BlueprintStore(Protocol):
 
 
 class KernelStore(Protocol):
-    """Kernels; see `esper.services.urza.kernels.KernelRecords`."""
+    """Kernels; see `esper.services.urza.storage.kernels.KernelRecords`."""
 
     def add(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from alembic import command
 
-from esper.services.urza import UrzaStore, schema
+from esper.services.urza import UrzaStore
+from esper.services.urza.storage import schema
 
 __all__ = ["as_left_by"]
 

@@ -14,7 +14,7 @@ from esper.artifacts import Attachment, artifact_message, build_artifact
 from esper.contracts.validation import LatencyMeasurement, ValidationReport
 from esper.services.contracts import BlueprintStatus, KernelMetadata, KernelQuery, KernelStatus
 from esper.services.urza import UrzaStore
-from esper.services.urza.models import BlueprintRow
+from esper.services.urza.storage.models import BlueprintRow
 from esper.services.urza_client import RemoteStore
 from tests.services.remote_stores import KEY, NOBODY, TARGET, add, claimed, remote_of, report_of
 from tests.services.shelf import add_kernel, blueprint

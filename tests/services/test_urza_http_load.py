@@ -16,7 +16,7 @@ import pytest
 from sqlalchemy import event, insert, update
 
 from esper.services.urza import UrzaStore
-from esper.services.urza.models import BlueprintRow
+from esper.services.urza.storage.models import BlueprintRow
 from tests.services.programs import Program
 from tests.services.shelf import blueprint
 from tests.services.urza_server import RunningUrza

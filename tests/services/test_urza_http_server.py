@@ -222,7 +222,7 @@ class TestRequestIds:
 
 class TestAccessLog:
     def test_each_request_is_a_line_with_fields(self, urza: RunningUrza, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "esper.services.urza.request_log")
+        caplog.set_level(logging.INFO, "esper.services.urza.http.request_log")
         with urza.client() as client:
             client.get("/api/v1/kernels/mine", headers={"X-Request-ID": "one"})
             client.get("/api/v1/blueprints?limit=2", headers={"X-Request-ID": "two"})
@@ -233,7 +233,7 @@ class TestAccessLog:
             lines = {
                 each.fields["request_id"]: each  # type: ignore[attr-defined]
                 for each in list(caplog.records)
-                if each.name == "esper.services.urza.request_log"
+                if each.name == "esper.services.urza.http.request_log"
             }
         one, two, three = (vars(lines[name])["fields"] for name in ("one", "two", "three"))
         assert (one["method"], one["target"], one["status"]) == ("GET", "/api/v1/kernels/mine", 404)

@@ -14,8 +14,8 @@ from esper.artifacts import Artifact, Attachment, SigningKey, Target, build_arti
 from esper.services.contracts import KernelStatus
 from esper.services.errors import UnknownBlueprintError, UnknownKernelReferenceError
 from esper.services.urza import UrzaStore
-from esper.services.urza.models import KernelRow
-from esper.services.urza.retention import collect
+from esper.services.urza.storage.models import KernelRow
+from esper.services.urza.storage.retention import collect
 from tests.services.older_schema import as_left_by
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza

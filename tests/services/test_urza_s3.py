@@ -10,9 +10,10 @@ import pytest
 from esper.artifacts import Attachment, SigningKey, Target
 from esper.services.contracts import KernelStatus
 from esper.services.errors import StoreBusyError, StoreCorruptError, StoreReadOnlyError
-from esper.services.urza import UrzaStore, retention
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.retention import collect
+from esper.services.urza import UrzaStore
+from esper.services.urza.storage import retention
+from esper.services.urza.storage.blobs import BlobStore
+from esper.services.urza.storage.retention import collect
 from tests.services.s3_server import s3_server
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza, assert_problem

@@ -28,8 +28,8 @@ from esper.configs import EsperConfig, PlatformConfig, UrzaConfig
 from esper.services.contracts import BlueprintStatus
 from esper.services.errors import KernelNotTrustedError, TooManySignaturesError, UnknownBlueprintError
 from esper.services.urza import UrzaStore
-from esper.services.urza.kernels import SIGNATURES_OF_ALL, SIGNATURES_OF_ONE
-from esper.services.urza.schema import prepare
+from esper.services.urza.storage.kernels import SIGNATURES_OF_ALL, SIGNATURES_OF_ONE
+from esper.services.urza.storage.schema import prepare
 from tests.services.older_schema import as_left_by
 from tests.services.remote_stores import remote_of
 from tests.services.shelf import add_kernel, blueprint

@@ -102,7 +102,7 @@ class TestSchema:
         from alembic.migration import MigrationContext
         from sqlalchemy import create_engine
 
-        from esper.services.urza.models import Base
+        from esper.services.urza.storage.models import Base
 
         UrzaStore.in_folder(folder).close()
         engine = create_engine(f"sqlite:///{folder / 'esper.db'}")

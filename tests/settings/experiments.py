@@ -263,7 +263,7 @@ def _access(folder: Path) -> None:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]  # a handler in one line
-    log = logging.getLogger("esper.services.urza.request_log")
+    log = logging.getLogger("esper.services.urza.http.request_log")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     with _served(folder, tokens=tokens) as urza:

@@ -1,5 +1,5 @@
 """Urza stores blueprints and artifacts: tables in a database, content in a blob store."""
 
-from esper.services.urza.store import UrzaStore
+from esper.services.urza.storage.store import UrzaStore
 
 __all__ = ["UrzaStore"]

@@ -8,18 +8,17 @@ from typing import Any
 from fastapi import FastAPI
 
 from esper.configs import EsperConfig
-from esper.services.urza.auth import Access, check_exposure
-from esper.services.urza.health_routes import add_health_routes
-from esper.services.urza.metrics import Metrics
-from esper.services.urza.openapi import document_of
-from esper.services.urza.problem_responses import install_problem_responses
-from esper.services.urza.public_routes import add_blueprint_routes, add_kernel_routes
-from esper.services.urza.rate_limit import RateLimit
-from esper.services.urza.request_limits import BodyLimit, Deadline, Gate
-from esper.services.urza.request_log import RequestLog
-from esper.services.urza.store import UrzaStore
-from esper.services.urza.store_threads import StoreThreads
-from esper.services.urza.worker_routes import add_claim_routes, add_upload_routes
+from esper.services.urza.http.auth import Access, check_exposure
+from esper.services.urza.http.metrics import Metrics
+from esper.services.urza.http.openapi import document_of
+from esper.services.urza.http.problem_responses import install_problem_responses
+from esper.services.urza.http.rate_limit import RateLimit
+from esper.services.urza.http.request_limits import BodyLimit, Deadline, Gate
+from esper.services.urza.http.request_log import RequestLog
+from esper.services.urza.http.store_threads import StoreThreads
+from esper.services.urza.routes import blueprints, claims, health, kernels, uploads
+from esper.services.urza.routes.services import Services
+from esper.services.urza.storage.store import UrzaStore
 from esper.version import __version__
 
 __all__ = ["create_app"]
@@ -47,12 +46,9 @@ def create_app(store: UrzaStore, config: EsperConfig, *, on_submit: Callable[[st
     )
     install_problem_responses(app)
     metrics = Metrics(store)
-    threads = StoreThreads()
-    add_health_routes(app, store, threads, metrics)
-    add_blueprint_routes(app, store, threads, on_submit)
-    add_kernel_routes(app, store, threads)
-    add_claim_routes(app, store, threads, metrics)
-    add_upload_routes(app, store, threads)
+    app.state.services = Services(store, StoreThreads(), metrics, on_submit)
+    for each in (health, blueprints, kernels, claims, uploads):
+        app.include_router(each.router)
     # the last one is the outermost
     app.add_middleware(BodyLimit, upload_bytes=int(urza.max_body_mb * 2**20))
     app.add_middleware(Gate, access=Access(urza.tokens), rate=RateLimit(urza.rate_per_second, urza.rate_burst))

@@ -14,9 +14,9 @@ import uvicorn
 
 from esper.configs import ConfigError, EsperConfig
 from esper.services.urza.app import create_app
-from esper.services.urza.auth import check_exposure
+from esper.services.urza.http.auth import check_exposure
 from esper.services.urza.slow_clients import MAX_HEAD_BYTES, PatientProtocol
-from esper.services.urza.store import UrzaStore
+from esper.services.urza.storage.store import UrzaStore
 from esper.services.urza.warm_up import warm_up
 
 __all__ = ["UrzaServer", "listen", "run_server"]

@@ -9,8 +9,8 @@ from anyio.from_thread import start_blocking_portal
 
 from esper.artifacts.shapes import import_meta_kernels
 from esper.services.errors import StoreError
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.store_threads import StoreThreads
+from esper.services.urza.http.store_threads import StoreThreads
+from esper.services.urza.storage.blobs import BlobStore
 
 __all__ = ["warm_up"]
 

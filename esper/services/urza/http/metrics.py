@@ -10,7 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from esper.services.errors import StoreError
-from esper.services.urza.store import UrzaStore
+from esper.services.urza.storage.store import UrzaStore
 
 __all__ = ["Metrics"]
 

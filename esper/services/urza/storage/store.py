@@ -9,12 +9,12 @@ from types import TracebackType
 from sqlalchemy import URL, func, select
 
 from esper.services.contracts import BlueprintStatus, StoreStats
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.blueprints import BlueprintRecords
-from esper.services.urza.database import Database
-from esper.services.urza.kernels import KernelRecords
-from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow
-from esper.services.urza.schema import prepare
+from esper.services.urza.storage.blobs import BlobStore
+from esper.services.urza.storage.blueprints import BlueprintRecords
+from esper.services.urza.storage.database import Database
+from esper.services.urza.storage.kernels import KernelRecords
+from esper.services.urza.storage.models import AttachmentRow, BlueprintRow, KernelRow
+from esper.services.urza.storage.schema import prepare
 
 __all__ = ["UrzaStore"]
 

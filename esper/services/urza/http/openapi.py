@@ -9,8 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from esper.services.problems import MEDIA_TYPE, PROBLEMS, ProblemDocument
-from esper.services.urza.auth import needed_scope
-from esper.services.urza.request_documents import KernelUpload, SubmissionRequest
+from esper.services.urza.http.auth import needed_scope
+from esper.services.urza.http.request_documents import KernelUpload, SubmissionRequest
 
 __all__ = ["BYTES", "DOCUMENT", "OCTETS", "document_of", "problems", "request_body", "upload_body"]
 

@@ -13,11 +13,11 @@ from sqlalchemy import ColumnElement, and_, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from esper.services.contracts import KernelStatus
-from esper.services.urza.blob_references import lock_blobs, referenced
-from esper.services.urza.blobs import BlobStore, StoredBlob
-from esper.services.urza.database import Database
-from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow, NameRow
-from esper.services.urza.store import UrzaStore
+from esper.services.urza.storage.blob_references import lock_blobs, referenced
+from esper.services.urza.storage.blobs import BlobStore, StoredBlob
+from esper.services.urza.storage.database import Database
+from esper.services.urza.storage.models import AttachmentRow, BlueprintRow, KernelRow, NameRow
+from esper.services.urza.storage.store import UrzaStore
 
 __all__ = ["CollectionReport", "collect"]
 

@@ -11,7 +11,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
 from esper.services.errors import StoreSchemaError
-from esper.services.urza.database import Database
+from esper.services.urza.storage.database import Database
 
 __all__ = ["prepare"]
 

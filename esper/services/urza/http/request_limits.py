@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from esper.errors import EsperError
 from esper.services.errors import RateLimitedError, RequestTooLargeError, StoreTimeoutError, UnauthorisedError
 from esper.services.problems import problem_of
-from esper.services.urza.auth import Access
-from esper.services.urza.problem_responses import RefusedError, problem_response
-from esper.services.urza.rate_limit import RateLimit
+from esper.services.urza.http.auth import Access
+from esper.services.urza.http.problem_responses import RefusedError, problem_response
+from esper.services.urza.http.rate_limit import RateLimit
 
 __all__ = ["CALLER_KEY", "BodyLimit", "Deadline", "Gate"]
 

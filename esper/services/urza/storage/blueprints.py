@@ -25,11 +25,11 @@ from esper.services.errors import (
 )
 from esper.services.names import check_name
 from esper.services.stores import LEASE_SECONDS
-from esper.services.urza.blob_references import keep_blob
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.database import Database
-from esper.services.urza.models import BlueprintRow, KernelRow, NameRow, SignatureRow
-from esper.services.urza.paging import Cursor, Page
+from esper.services.urza.storage.blob_references import keep_blob
+from esper.services.urza.storage.blobs import BlobStore
+from esper.services.urza.storage.database import Database
+from esper.services.urza.storage.models import BlueprintRow, KernelRow, NameRow, SignatureRow
+from esper.services.urza.storage.paging import Cursor, Page
 
 __all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "Submission", "as_datetime"]
 

@@ -8,10 +8,10 @@ import time
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from esper.services.urza.metrics import Metrics
-from esper.services.urza.problem_responses import problem_response
-from esper.services.urza.request_id import HEADER, given_or_made
-from esper.services.urza.request_limits import CALLER_KEY
+from esper.services.urza.http.metrics import Metrics
+from esper.services.urza.http.problem_responses import problem_response
+from esper.services.urza.http.request_id import HEADER, given_or_made
+from esper.services.urza.http.request_limits import CALLER_KEY
 
 __all__ = ["RequestLog"]
 

@@ -18,9 +18,9 @@ from esper.artifacts import (
 from esper.artifacts.document import canonical_json, parse_json
 from esper.services.contracts import CompiledKernelArtifact, KernelMetadata
 from esper.services.errors import InvalidRequestError
-from esper.services.urza.blueprints import Submission
-from esper.services.urza.request_documents import KernelUpload
-from esper.services.urza.store import UrzaStore
+from esper.services.urza.http.request_documents import KernelUpload
+from esper.services.urza.storage.blueprints import Submission
+from esper.services.urza.storage.store import UrzaStore
 
 __all__ = ["add_attachment", "add_kernel", "submit"]
 

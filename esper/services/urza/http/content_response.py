@@ -11,10 +11,12 @@ from starlette.types import Receive, Scope, Send
 
 from esper.services.errors import InvalidRequestError
 from esper.services.problems import problem_by_slug
-from esper.services.urza.problem_responses import problem_response
+from esper.services.urza.http.problem_responses import problem_response
 
-__all__ = ["ContentResponse", "matches", "not_modified", "ranged"]
+__all__ = ["FOREVER", "ContentResponse", "matches", "not_modified", "ranged"]
 
+FOREVER = "private, max-age=31536000, immutable"
+"""The `Cache-Control` of what never changes under its name."""
 _PIECE = 256 * 1024
 _RANGE = re.compile(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", re.ASCII)
 _TAG = re.compile(r'(W/)?"[^"]*"')

@@ -1,8 +1,8 @@
-"""Run by Alembic: applies migrations on the connection that `esper.services.urza.schema` hands over."""
+"""Run by Alembic: applies migrations on the connection that `esper.services.urza.storage.schema` hands over."""
 
 from alembic import context
 
-from esper.services.urza.models import Base
+from esper.services.urza.storage.models import Base
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -29,7 +29,7 @@ from esper.services.problems import (
     problem_by_slug,
     problem_of,
 )
-from esper.services.urza.request_id import request_id_of
+from esper.services.urza.http.request_id import request_id_of
 
 __all__ = ["RefusedError", "install_problem_responses", "problem_response"]
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow
+from esper.services.urza.storage.blobs import BlobStore
+from esper.services.urza.storage.models import AttachmentRow, BlueprintRow, KernelRow
 
 __all__ = ["keep_blob", "lock_blobs", "referenced"]
 

@@ -27,12 +27,12 @@ from esper.services.errors import (
     UnknownKernelReferenceError,
 )
 from esper.services.names import MIN_PREFIX, is_full_id, is_id_prefix
-from esper.services.urza.blob_references import keep_blob
-from esper.services.urza.blobs import BlobStore
-from esper.services.urza.blueprints import as_datetime
-from esper.services.urza.database import Database
-from esper.services.urza.models import AttachmentRow, BlueprintRow, KernelRow, NameRow, SignatureRow
-from esper.services.urza.paging import Cursor, Page
+from esper.services.urza.storage.blob_references import keep_blob
+from esper.services.urza.storage.blobs import BlobStore
+from esper.services.urza.storage.blueprints import as_datetime
+from esper.services.urza.storage.database import Database
+from esper.services.urza.storage.models import AttachmentRow, BlueprintRow, KernelRow, NameRow, SignatureRow
+from esper.services.urza.storage.paging import Cursor, Page
 
 __all__ = ["SIGNATURES_OF_ALL", "SIGNATURES_OF_ONE", "KernelRecords", "representative_latency"]
 

@@ -1,0 +1,1 @@
+"""The routes of the HTTP interface, one router for each kind of caller and thing."""

@@ -1,0 +1,1 @@
+"""Tables in a database, and content in a blob store."""
