@@ -29,7 +29,7 @@ __all__ = ["MessageStream", "OonaClient", "OonaStats", "Subscription"]
 _log = logging.getLogger(__name__)
 _REPORT_EVERY = 30.0  # seconds between two warnings about dropped messages
 _MOST_FOR_ONE = 16  # bytes of JSON for one that `size_at_least` counts: a float has 24, and two are counted
-_TRY_AGAIN_AFTER = 0.05  # seconds, after the bus has waited for as long as it thinks right
+_TRY_AGAIN_AFTER = 0.5  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +177,9 @@ class OonaClient:
             if thread.is_alive():  # the transport still holds it up
                 self._queue.put(_Marker(last=True))
         self._report_drops(at_once=True)
-        for subscription in self._subscriptions:
-            subscription.close()
+        for timeout in (0.0, 2.0):  # tell all of them, before waiting for one after the other
+            for subscription in self._subscriptions:
+                subscription.close(timeout)
         self._subscriptions = []
 
     # -- the sender thread -------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import sys
-import threading
 import time
 
 import pytest
@@ -22,6 +21,7 @@ from tests.services.valkey_bus import (
     SUBMITTED,
     MakeBus,
     bus,
+    ends,
     eventually,
     make_bus,
     message,
@@ -224,7 +224,7 @@ class TestDown:
         assert '"999"' in entries[-1][1]["message"]
         oona.close()
 
-    def test_closing_while_it_is_down_is_prompt_and_counts_what_is_lost(
+    def test_closing_while_it_is_down_ends_and_counts_what_is_lost(
         self, bus: RedisBus, valkey_server: ValkeyProcess, caplog: pytest.LogCaptureFixture
     ) -> None:
         valkey_server.stop()
@@ -232,10 +232,7 @@ class TestDown:
         oona.subscribe(SUBMITTED, lambda _: None)
         for number in range(100):
             oona.publish(SUBMITTED, submitted(number))
-        start = time.monotonic()
-        oona.close(timeout=2.0)
-        bus.close()
-        assert time.monotonic() - start < 6
+        ends(lambda: (oona.close(timeout=2.0), bus.close()))
         eventually(lambda: oona.stats().queued == 0, "messages stay queued for ever")
         stats = oona.stats()
         assert stats.sent == 0
@@ -248,46 +245,30 @@ class TestHanging:
     def test_ten_thousand_publishes_from_a_training_thread_and_none_waits(
         self, valkey_server: ValkeyProcess, trouble: str
     ) -> None:
-        bus = RedisBus(valkey_server.config(connect_timeout=2.0, socket_timeout=5.0))
+        bus = RedisBus(valkey_server.config(connect_timeout=600, socket_timeout=600))
         oona = OonaClient(bus)
         oona.publish(SUBMITTED, submitted(-1))
         assert oona.flush(10)
         getattr(valkey_server, trouble)()
-        times: list[float] = []
-
-        def train() -> None:
-            for number in range(10_000):
-                start = time.perf_counter()
-                oona.publish(SUBMITTED, submitted(number))
-                times.append(time.perf_counter() - start)
-
-        thread = threading.Thread(target=train)
-        thread.start()
-        thread.join(60)
-        assert len(times) == 10_000, "publishing waits for the server"
-        assert max(times) < 4, "a publish waited for the server, which is given 5 s"
+        ends(lambda: [oona.publish(SUBMITTED, submitted(number)) for number in range(10_000)])
         stats = oona.stats()
         assert (stats.published, stats.sent, stats.failed) == (10_001, 1, 0)
         assert stats.dropped >= 10_000 - 2048 - 2 * 512
-        start = time.monotonic()
-        oona.close(timeout=1.0)
-        bus.close()
-        assert time.monotonic() - start < 4
+        ends(lambda: (oona.close(timeout=1.0), bus.close()))
+        valkey_server.kill()
         eventually(lambda: oona.stats().queued == 0, "messages stay queued for ever")
         stats = oona.stats()
         assert stats.sent == 1
         assert stats.failed + stats.dropped == 10_000
 
-    def test_a_receiver_keeps_its_time_and_reads_on_when_the_server_goes_on(self, valkey_server: ValkeyProcess) -> None:
-        bus = RedisBus(valkey_server.config(socket_timeout=30.0))
+    def test_a_receiver_gives_up_in_time_and_reads_on_when_the_server_does(self, valkey_server: ValkeyProcess) -> None:
+        bus = RedisBus(valkey_server.config(socket_timeout=1.0))
         live, member = bus.subscribe([SUBMITTED]), bus.subscribe([SUBMITTED], group="g")
         bus.send([message(0)])
         assert received(live, 1) == received(member, 1) == [0]
         assert live.receive(timeout=0.05) == member.receive(timeout=0.05) == ()
         valkey_server.freeze()
-        start = time.monotonic()
-        assert live.receive(timeout=0.3) == ()
-        assert time.monotonic() - start < 10  # and not until the server answers or has had its time
+        assert live.receive(timeout=0.3) == member.receive(timeout=0.3) == ()
         valkey_server.thaw()
         bus.send([message(1)])
         assert received(live, 1) == received(member, 1) == [1]
@@ -297,15 +278,13 @@ class TestHanging:
     def test_closing_does_not_wait_for_the_servers_answer(
         self, valkey_server: ValkeyProcess, group: str | None
     ) -> None:
-        bus, got = RedisBus(valkey_server.config(socket_timeout=60.0)), queue.Queue[object]()
-        subscription = bus.subscribe([SUBMITTED], group=group)
-        thread = threading.Thread(target=lambda: got.put(subscription.receive()), daemon=True)
-        thread.start()
-        time.sleep(0.3)  # it waits at the server
+        oona, got = OonaClient(RedisBus(valkey_server.config(socket_timeout=600))), queue.Queue[OonaMessage]()
+        subscription = oona.subscribe(SUBMITTED, got.put, group=group)
+        oona.publish(SUBMITTED, submitted(0))
+        assert got.get(timeout=20)
         valkey_server.freeze()
-        subscription.close()
-        assert got.get(timeout=20) == ()
-        bus.close()
+        ends(lambda: (oona.close(), oona.bus.close()))
+        assert subscription.closed
 
     def test_nothing_is_lost_or_doubled_when_the_server_hangs_for_longer_than_an_answer_may_take(
         self, valkey_server: ValkeyProcess
@@ -338,12 +317,9 @@ def test_a_slow_server_holds_up_nobody_who_publishes_and_loses_nothing(valkey_se
         oona = OonaClient(bus)
         got: queue.Queue[OonaMessage] = queue.Queue()
         oona.subscribe(SUBMITTED, got.put)
-        times: list[float] = []
         for number in range(2000):
-            start = time.perf_counter()
             oona.publish(SUBMITTED, submitted(number))
-            times.append(time.perf_counter() - start)
-        assert sorted(times)[1_980] < delay / 2, "publishing waits for the server"
+        assert oona.stats().sent < 2000, "publishing waits for the server"
         assert [str(got.get(timeout=20).payload["blueprint_id"]) for _ in expected] == expected
         assert oona.flush(10)
         stats = oona.stats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "SUBMITTED",
     "MakeBus",
     "bus",
+    "ends",
     "eventually",
     "make_bus",
     "message",
@@ -59,6 +61,14 @@ def received(subscription: BusSubscription, count: int, seconds: float = 20) -> 
     while len(messages) < count and time.monotonic() < deadline:
         messages += subscription.receive(timeout=0.5)
     return numbers(messages)
+
+
+def ends(action: Callable[[], object]) -> None:
+    """Fails if `action` hangs."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "it hangs"
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    ConnectionError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.retry import Retry
 
 from esper.configs import OonaConfig, RedisConfig
 from esper.contracts.messages import OonaMessage
@@ -15,11 +24,14 @@ from esper.forking import reset_after_fork
 from esper.services.oona.bus import BusSubscription
 from esper.services.oona.errors import BusAddressError, BusRefusedError, BusUnavailableError
 from esper.services.oona.redis_group import GroupSubscription
-from esper.services.oona.redis_link import Backoff, RedisAddress, RedisLink, is_passing
-from esper.services.oona.redis_subscription import LiveSubscription, RedisSubscription
+from esper.services.oona.redis_server import OutageLog, RedisServer
+from esper.services.oona.redis_subscription import RedisSubscription
 from esper.services.oona.streams import Streams
 
 __all__ = ["RedisBus"]
+
+_PASSING = (ReadOnlyError, ClusterDownError, TryAgainError)  # another server takes over: the next answer may differ
+_FURTHER_ATTEMPTS = 2  # at a connection that is refused or breaks; an answer that does not come is not waited for twice
 
 
 class RedisBus:
@@ -29,97 +41,77 @@ class RedisBus:
     forked child it works as well; subscriptions from before the fork are closed there.
     """
 
-    def __init__(self, redis: RedisConfig, oona: OonaConfig | None = None, *, patience: float = 1.0) -> None:
-        """`patience` is for how many seconds one call of :meth:`send` tries a server that cannot be reached.
-
-        Raises :class:`~esper.services.oona.BusAddressError` if `redis` has no URL, or one that cannot be one.
-        """
+    def __init__(self, redis: RedisConfig, oona: OonaConfig | None = None) -> None:
+        """Raises :class:`~esper.services.oona.BusAddressError` if `redis` has no URL, or one that cannot be one."""
         oona = OonaConfig() if oona is None else oona
         if redis.url is None:
             raise BusAddressError("no Redis server is set; set redis.url, for example to redis://host:6379/0")
-        if not patience > 0:
-            raise ValueError(f"patience is {patience}; it must be above 0")
-        self._address = RedisAddress(redis.url.get_secret_value(), redis.connect_timeout, redis.socket_timeout)
+        self._server = RedisServer(redis.url.get_secret_value(), redis.connect_timeout, redis.socket_timeout)
         self._streams = Streams(redis.prefix, oona.max_length, oona.max_deliveries, oona.claim_idle_seconds)
-        self._patience = patience
+        self._outage = OutageLog(self._server, "publishing")
+        self._client = self._server.client()
         self._subscriptions: weakref.WeakSet[RedisSubscription] = weakref.WeakSet()
-        self._start_afresh()
+        self._guard = threading.Lock()
         reset_after_fork(self)
 
-    def _start_afresh(self) -> None:
-        self._sending = threading.Lock()
-        self._guard = threading.Lock()
-        self._begin_sending()
-
-    def _begin_sending(self) -> None:
-        self._stop = threading.Event()
-        self._link = RedisLink(self._address, "publishing", self._stop)
-
     def after_fork(self) -> None:
-        """Begin afresh; see `esper.forking`."""
-        self._link.forget()
-        self._start_afresh()
+        """Close subscriptions, see `esper.forking`. The client sees by itself that its connections are the parent's."""
+        self._guard = threading.Lock()
         for subscription in list(self._subscriptions):
             subscription.after_fork()
         self._subscriptions = weakref.WeakSet()
 
     def __deepcopy__(self, memo: object) -> RedisBus:
-        return self  # a copied model goes on using this connection
+        return self  # a copied model goes on using this client
 
     def __repr__(self) -> str:
-        return f"RedisBus({self._address.name!r}, prefix={self._streams.prefix!r})"
+        return f"RedisBus({self._server.name!r}, prefix={self._streams.prefix!r})"
 
     def ping(self) -> None:
         """See whether the server can be reached and lets us in.
 
         Raises :class:`~esper.services.oona.BusUnavailableError`, or its subclass ``BusAuthenticationError``.
         """
-        link = RedisLink(self._address, None, threading.Event())
+        client = self._server.client()  # who is in already is not asked for the password again
         try:
-            (answer,) = link.call(("PING",))
-            if isinstance(answer, ResponseError):
-                raise link.lost(answer)
+            client.ping()
+        except (RedisError, OSError) as error:
+            raise self._server.unavailable(error) from None
         finally:
-            link.drop()
+            client.connection_pool.disconnect()
 
     def send(self, messages: Sequence[OonaMessage]) -> None:
-        """Append `messages` to their streams, all at once. Blocks, at most for `patience` and one answer's time.
+        """Append `messages` to their streams, all at once. Blocks, for about one answer's time at most.
 
-        Raises :class:`~esper.services.oona.BusUnavailableError` with what is not sent, if the server cannot be reached
-        for that long or :meth:`close` is called, and :class:`~esper.services.oona.BusRefusedError` for messages that
-        the server does not take. A message may arrive twice when the connection broke, with one `event_id`.
+        Raises :class:`~esper.services.oona.BusUnavailableError` with what is not sent, if the server cannot be reached,
+        and :class:`~esper.services.oona.BusRefusedError` for messages that the server does not take. A message may
+        arrive twice when the connection broke, with one `event_id`.
         """
-        with self._sending:
-            if self._stop.is_set():  # closed before, and used again
-                self._begin_sending()
-            stop, backoff, deadline = self._stop, Backoff(), time.monotonic() + self._patience
-            unsent, refused = list(messages), {}
-            while unsent:
-                try:
-                    answers = self._link.call(*(self._streams.add(message) for message in unsent))
-                except BusUnavailableError as error:
-                    failure = error
-                else:
-                    waiting = []
-                    for message, answer in zip(unsent, answers, strict=True):
-                        if isinstance(answer, ResponseError):
-                            if is_passing(answer):
-                                failure = BusUnavailableError(f"{self._address.name} is not ready: {answer}")
-                                waiting.append(message)
-                            else:
-                                refused[message.event_id] = (message, answer)
-                    unsent = waiting
-                if unsent and (stop.is_set() or time.monotonic() >= deadline):
-                    failure.unsent = [*unsent, *(message for message, _ in refused.values())]
-                    raise failure
-                if unsent:
-                    stop.wait(backoff.seconds())
-        if refused:
-            reasons = sorted({str(answer) for _, answer in refused.values()})
-            raise BusRefusedError(
-                f"{self._address.name} refused {len(refused)} messages: {'; '.join(reasons)}",
-                [message for message, _ in refused.values()],
-            )
+        retry = Retry(EqualJitterBackoff(cap=0.5, base=0.05), _FURTHER_ATTEMPTS, (ConnectionError,))
+        try:
+            answers: list[Any] = retry.call_with_retry(lambda: self._append(messages), lambda _: None)
+        except (RedisError, OSError) as cause:
+            raise self._unsent(cause, messages) from None
+        failed = [message for message, each in zip(messages, answers, strict=True) if isinstance(each, ResponseError)]
+        errors = [each.with_traceback(None) for each in answers if isinstance(each, ResponseError)]
+        for error in errors:
+            if isinstance(error, _PASSING):
+                raise self._unsent(error, failed)
+        self._outage.reached()
+        if failed:
+            reasons = "; ".join(sorted({str(error) for error in errors}))
+            raise BusRefusedError(f"{self._server.name} refused {len(failed)} messages: {reasons}", failed)
+
+    def _append(self, messages: Sequence[OonaMessage]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for message in messages:
+            self._streams.append(pipeline, message)
+        return pipeline.execute(raise_on_error=False)
+
+    def _unsent(self, why: Exception, messages: Sequence[OonaMessage]) -> BusUnavailableError:
+        error = self._outage.lost(why)
+        error.unsent = list(messages)
+        return error
 
     def subscribe(self, topics: Iterable[str], *, group: str | None = None) -> BusSubscription:
         """See :class:`~esper.services.oona.Bus`. Tries the server once; if it is not there, receiving goes on trying.
@@ -130,26 +122,17 @@ class RedisBus:
         if not wanted:
             raise ValueError("there are no topics to subscribe to")
         if group is None:
-            subscription: RedisSubscription = LiveSubscription(self._address, self._streams, wanted, self._forget)
+            subscription = RedisSubscription(self._server, self._client, self._streams, wanted)
         else:
-            subscription = GroupSubscription(self._address, self._streams, wanted, self._forget, group)
+            subscription = GroupSubscription(self._server, self._client, self._streams, wanted, group)
         with self._guard:
             self._subscriptions.add(subscription)
         return subscription
 
     def close(self) -> None:
-        """Close all subscriptions and end a :meth:`send` under way; the bus may be used again."""
+        """Close all subscriptions, and connections that nobody is using; the bus may be used again."""
         with self._guard:
-            subscriptions = list(self._subscriptions)
+            subscriptions, self._subscriptions = list(self._subscriptions), weakref.WeakSet()
         for subscription in subscriptions:
             subscription.close()
-        self._stop.set()
-        if self._sending.acquire(timeout=1.0):  # or a send is about to give up, and drops the connection
-            try:
-                self._link.drop()
-            finally:
-                self._sending.release()
-
-    def _forget(self, subscription: RedisSubscription) -> None:
-        with self._guard:
-            self._subscriptions.discard(subscription)
+        self._client.connection_pool.disconnect(inuse_connections=False)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from redis import Redis
 from redis.exceptions import ResponseError
 
 from esper.contracts.messages import OonaMessage
 from esper.services.oona.bus import MAX_MESSAGE_BYTES
-from esper.services.oona.redis_link import Command
 
-__all__ = ["ORIGIN", "DeadLetter", "Entry", "Position", "StreamId", "StreamState", "Streams", "entries_of", "stream_id"]
+__all__ = ["Entry", "Position", "StreamId", "StreamState", "Streams", "entries_of", "entries_of_stream"]
 
 StreamId = tuple[int, int]
 """Milliseconds and a number within them. The server gives ids that grow, from its clock."""
 
-ORIGIN: StreamId = (0, 0)
-"""Before every entry."""
-
+_ORIGIN: StreamId = (0, 0)  # before every entry
 _FIELD = b"message"
 _DEAD = "dead"
 
@@ -33,11 +31,11 @@ def stream_id(text: bytes) -> StreamId:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of a stream. `fields` is None if it was trimmed after it was handed to a member of a group."""
+    """One entry of a stream. `fields` is empty if it was trimmed after it was handed to a member of a group."""
 
     key: str
     id: StreamId
-    fields: dict[bytes, bytes] | None
+    fields: dict[bytes, bytes]
 
     @property
     def text_id(self) -> str:
@@ -47,12 +45,11 @@ class Entry:
     @property
     def raw(self) -> bytes:
         """What the message consists of; if it is none, all there is."""
-        fields = self.fields or {}
-        return fields[_FIELD] if _FIELD in fields else repr(fields).encode()
+        return self.fields[_FIELD] if _FIELD in self.fields else repr(self.fields).encode()
 
     def message(self) -> OonaMessage:
         """Raises `ValueError` if it is no message."""
-        if _FIELD not in (self.fields or {}):
+        if _FIELD not in self.fields:
             raise ValueError(f"there is no field {_FIELD.decode()!r}")
         if len(self.raw) > MAX_MESSAGE_BYTES:
             raise ValueError(f"it has {len(self.raw)} bytes, more than {MAX_MESSAGE_BYTES}")
@@ -63,19 +60,14 @@ class Entry:
             raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'message'}: {first['msg']}") from cause
 
 
-def entries_of(answer: Any) -> Iterator[Entry]:
-    """The entries in an answer to XREAD or XREADGROUP."""
-    for key, entries in answer or ():
-        yield from entries_of_stream(key.decode(), entries)
+def entries_of(answer: Any) -> list[Entry]:
+    """The entries that a client read with XREAD or XREADGROUP."""
+    return [entry for key, entries in answer or () for entry in entries_of_stream(key.decode(), entries)]
 
 
-def entries_of_stream(key: str, entries: Sequence[Any]) -> Iterator[Entry]:
-    """The entries in an answer about one stream."""
-    for each in entries:
-        if each is not None:
-            fields = each[1]
-            pairs = None if fields is None else dict(zip(fields[::2], fields[1::2], strict=True))
-            yield Entry(key, stream_id(each[0]), pairs)
+def entries_of_stream(key: str, entries: Sequence[Any]) -> list[Entry]:
+    """The entries that a client read of one stream."""
+    return [Entry(key, stream_id(id_), fields) for id_, fields in entries if id_ is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +85,9 @@ class StreamState:
     def of(cls, answer: Any) -> StreamState:
         """From the answer to XINFO STREAM."""
         if isinstance(answer, ResponseError):
-            return cls(False, ORIGIN, 0, 0)
-        values: dict[bytes, Any] = dict(zip(answer[::2], answer[1::2], strict=True))
-        length: int = values[b"length"]
-        return cls(True, stream_id(values[b"last-generated-id"]), values.get(b"entries-added", length), length)
+            return cls(False, _ORIGIN, 0, 0)
+        length: int = answer["length"]
+        return cls(True, stream_id(answer["last-generated-id"]), answer.get("entries-added", length), length)
 
     @property
     def first_index(self) -> int:
@@ -118,7 +109,7 @@ class Position:
         it is to be read.
         """
         if not state.exists or state.last < self.last:
-            self.last, self.index = ORIGIN, 0
+            self.last, self.index = _ORIGIN, 0
         elif state.last == self.last:
             self.index = state.added
         elif self.index is not None and state.added < self.index:
@@ -142,17 +133,6 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A message that nobody could handle."""
-
-    entry: Entry
-    reason: str
-    group: str
-    consumer: str
-    deliveries: int
-
-
-@dataclass(frozen=True, slots=True)
 class Streams:
     """The keys, and how many entries are kept under each."""
 
@@ -172,22 +152,12 @@ class Streams:
         """Of the stream of dead letters."""
         return f"{self.prefix}:oona:{_DEAD}"
 
-    def add(self, message: OonaMessage) -> Command:
-        """The command that appends `message` to its stream."""
-        trim = ("MAXLEN", "~", self.max_length)
-        return ("XADD", self.key(message.topic), *trim, "*", _FIELD, message.model_dump_json())
+    def append(self, client: Redis, message: OonaMessage) -> None:
+        """Append `message` to its stream, with a client or into a pipeline."""
+        client.xadd(self.key(message.topic), {_FIELD: message.model_dump_json()}, maxlen=self.max_length)
 
-    def bury(self, letter: DeadLetter) -> Command:
-        """The command that keeps a dead letter."""
-        entry = letter.entry
-        fields: dict[str | bytes, str | bytes | int] = {
-            _FIELD: entry.raw[:MAX_MESSAGE_BYTES],
-            "reason": letter.reason,
-            "topic": entry.key.removeprefix(self.key("")),
-            "id": entry.text_id,
-            "group": letter.group,
-            "consumer": letter.consumer,
-            "deliveries": letter.deliveries,
-        }
-        flat = [part for pair in fields.items() for part in pair]
-        return ("XADD", self.dead_key, "MAXLEN", "~", self.max_length, "*", *flat)
+    def bury(self, client: Redis, entry: Entry, **about: str | int) -> None:
+        """Keep a message that nobody could handle, and `about` it why."""
+        topic = entry.key.removeprefix(self.key(""))
+        fields: dict[Any, Any] = {"topic": topic, "id": entry.text_id, **about}
+        client.xadd(self.dead_key, {_FIELD: entry.raw[:MAX_MESSAGE_BYTES], **fields}, maxlen=self.max_length)
