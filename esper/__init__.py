@@ -14,6 +14,7 @@ from esper.compiler.attachment import attach_from
 from esper.core.baking import bake
 from esper.core.listening import ListeningPlatform, set_default_platform
 from esper.core.model_wrapper import MorphableModel, unwrap, wrap
+from esper.core.regions import compile_blocks
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
@@ -43,6 +44,7 @@ __all__ = [
     "SeedLifecycleState",
     "Transition",
     "bake",
+    "compile_blocks",
     "load_config",
     "unwrap",
     "wrap",

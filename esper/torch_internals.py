@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import inspect
 import io
 import marshal
 import math
@@ -63,6 +64,7 @@ __all__ = [
     "inductor_options",
     "inject_parametrizations",
     "inside_backward",
+    "is_compiled_in_place",
     "load_graph",
     "module_call_code",
     "nn_functions",
@@ -70,6 +72,7 @@ __all__ = [
     "pack_graph",
     "propagate_values",
     "recompile_context",
+    "recompile_limit",
     "saved_tensor_hooks",
     "serialise_compiled",
     "shared_inputs",
@@ -162,7 +165,24 @@ def constant_while_tracing(function: _Function) -> _Function:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether `module` came out of `torch.compile`, or its `compile` method was called."""
     dynamo = sys.modules.get("torch._dynamo")  # not imported: then nothing was compiled
-    return module._compiled_call_impl is not None or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+    return is_compiled_in_place(module) or (dynamo is not None and isinstance(module, dynamo.OptimizedModule))
+
+
+def is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether the `compile` method of `module` was called, so that its calls run compiled code."""
+    return module._compiled_call_impl is not None
+
+
+def recompile_limit(least: int) -> dict[str, int]:
+    """The argument of `torch.compile` that lets one code be compiled `least` times, or more if Dynamo is set so.
+
+    Empty where it takes none: torch 2.11 goes by the setting alone.
+    """
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        return {}
+    from torch._dynamo import config  # which compiling needs anyway
+
+    return {"recompile_limit": max(least, config.recompile_limit)}
 
 
 def goes_on_after_break(code: types.CodeType) -> bool:

@@ -492,10 +492,19 @@ assert not esper.torch_internals.is_compiled(model)
 esper.wrap(nn.Sequential(nn.Linear(2, 2)))(torch.ones(1, 2))
 assert "torch._dynamo" not in sys.modules
 assert esper.torch_internals.is_compiled(torch.compile(model))
+assert not esper.torch_internals.is_compiled_in_place(model)
 model.compile()
 assert esper.torch_internals.is_compiled(model)
+assert esper.torch_internals.is_compiled_in_place(model)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_one_code_may_be_compiled_more_often_than_the_setting_says() -> None:
+    model = nn.Linear(2, 2)
+    model.compile(backend="eager", **torch_internals.recompile_limit(100))
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        assert torch_internals.recompile_limit(100) in ({}, {"recompile_limit": 1000})
 
 
 def test_what_would_do_more_with_an_operation_is_known() -> None:

@@ -301,7 +301,12 @@ def _tensors(owners: Iterable[Mapping[str, Any]]) -> list[Tensor]:
 def report_on(executors: Iterable[object], names: Mapping[int, str]) -> CompileReport:
     """What is known of the dispatchers among `executors`, and of workers and store; `names` are those of sites."""
     dispatchers = [executor for executor in executors if isinstance(executor, Dispatcher)]
-    graphs = sorted((each.report(names) for each in dispatchers), key=lambda graph: int(graph.name.split()[-1]))
+    places = {name: place for place, name in enumerate(names.values())}
+
+    def order(graph: GraphReport) -> tuple[int, int]:
+        return int(graph.name.split()[-1]), min((places[site] for site in graph.sites), default=-1)
+
+    graphs = sorted((each.report(names) for each in dispatchers), key=order)
     store = default_store() if graphs else None
     return CompileReport(tuple(graphs), workers_so_far(), None if store is None else store.statistics)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from esper.compiler.variant_store import StoreStatistics
@@ -71,7 +71,8 @@ class WorkerCounters:
 class CompileReport:
     """What the compiler did. `str()` is a table, `*` marking the variants in force; `to_dict()` is for JSON.
 
-    The table names the first sites of a graph and the first seeds of a long plan; `to_dict()` has all.
+    The table names the first sites of a graph and the first seeds of a long plan, and shows blocks that share a graph
+    once, with the plan of the first, where they fare alike; `to_dict()` has all.
 
     `workers` is None if no compile worker was needed, `store` if compiled variants are not kept on disk; both count for
     the whole process.
@@ -96,8 +97,8 @@ class CompileReport:
         lines: list[str] = []
         for note in _no_graphs(self.graphs):
             lines += [note, ""]
-        for graph in self.graphs:
-            lines += [*_graph_lines(graph), ""]
+        for alike in _alike(self.graphs):
+            lines += [*_graph_lines(alike), ""]
         return "\n".join([*lines, *_counter_lines(self.workers, self.store)]).rstrip()
 
     def __repr__(self) -> str:
@@ -106,11 +107,11 @@ class CompileReport:
     def _repr_html_(self) -> str:
         tables = [
             html_table(
-                _title(graph),
+                _title(alike),
                 ("in force", "plan", "origin", "seconds", "KiB", "note"),
-                [("*" if each.in_force else "", *_figures(each), each.reason) for each in graph.variants],
+                [("*" if each.in_force else "", *_figures(each), each.reason) for each in alike[0].variants],
             )
-            for graph in self.graphs
+            for alike in _alike(self.graphs)
         ]
         notes = [*_no_graphs(self.graphs), *_counter_lines(self.workers, self.store)]
         return "".join([*tables, *(f"<p>{html.escape(note)}</p>" for note in notes)])
@@ -120,11 +121,28 @@ def _no_graphs(graphs: tuple[GraphReport, ...]) -> list[str]:
     return [] if graphs else ['no graph was compiled with backend="esper"']
 
 
-def _title(graph: GraphReport) -> str:
-    title = f"{graph.name}, inner compiler {graph.inner}, {_numbered(len(graph.sites), 'site')}"
-    if graph.sites:
-        others = len(graph.sites) - _SHOWN_SITES
-        title += f": {', '.join(graph.sites[:_SHOWN_SITES])}{f' and {others} more' if others > 0 else ''}"
+def _alike(graphs: Iterable[GraphReport]) -> list[list[GraphReport]]:
+    """Reports of one graph that say the same but for the names of the sites, together."""
+    found: dict[object, list[GraphReport]] = {}
+    for graph in graphs:
+        variants = tuple(replace(each, plan=_without_names(each.plan, graph.sites)) for each in graph.variants)
+        found.setdefault(replace(graph, sites=(), variants=variants), []).append(graph)
+    return list(found.values())
+
+
+def _without_names(plan: str, sites: tuple[str, ...]) -> str:
+    """A plan with the places of sites in their graph for their names."""
+    parts = [part.rpartition("[") for part in plan.split("; ")]
+    return "; ".join(f"{sites.index(name)}[{seeds}" if name in sites else name + seeds for name, _, seeds in parts)
+
+
+def _title(alike: Sequence[GraphReport]) -> str:
+    graph, sites = alike[0], [site for each in alike for site in each.sites]
+    times = f"{len(alike)} times " if len(alike) > 1 else ""
+    title = f"{graph.name}, inner compiler {graph.inner}, {times}{_numbered(len(graph.sites), 'site')}"
+    if sites:
+        others = len(sites) - _SHOWN_SITES
+        title += f": {', '.join(sites[:_SHOWN_SITES])}{f' and {others} more' if others > 0 else ''}"
     return title
 
 
@@ -135,8 +153,8 @@ def _figures(variant: VariantReport) -> tuple[str, str, str, str]:
     return variant.plan, variant.origin, seconds, size
 
 
-def _graph_lines(graph: GraphReport) -> list[str]:
-    lines = _wrapped(_title(graph), indent=2)
+def _graph_lines(alike: Sequence[GraphReport]) -> list[str]:
+    graph, lines = alike[0], _wrapped(_title(alike), indent=2)
     if graph.variants:
         lines.append(_COLUMNS.format("", "plan", "origin", "seconds", "KiB").rstrip())
     for variant in graph.variants:

@@ -5,7 +5,7 @@ from torch import nn
 from esper import torch_internals
 from esper.errors import EsperError
 
-__all__ = ["TargetError", "UnknownLayerError", "WrapError", "described"]
+__all__ = ["RegionError", "TargetError", "UnknownLayerError", "WrapError", "described"]
 
 
 class WrapError(EsperError, TypeError):
@@ -14,6 +14,10 @@ class WrapError(EsperError, TypeError):
 
 class TargetError(EsperError, ValueError):
     """`target_layers` names something that the model does not have."""
+
+
+class RegionError(EsperError, ValueError):
+    """The blocks of this model cannot be compiled by themselves, or it does not have those that were named."""
 
 
 class UnknownLayerError(EsperError, KeyError):

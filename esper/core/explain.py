@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from esper.notebook import html_table
 
 __all__ = ["Explanation", "LinearRow"]
+
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Explanation:
     rows: tuple[LinearRow, ...]
     regions: tuple[str, ...]
     untraced: Mapping[str, str]
+    compiled: tuple[str, ...] = ()
+    """Dotted names of the modules that were compiled by themselves, as by `esper.compile_blocks`; "" for the model."""
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.name) for row in self.rows), 0)
@@ -44,6 +49,8 @@ class Explanation:
         if self.untraced:
             lines += ["", "not traced whole:"]
             lines += [f"  {name or 'the model'}: {reason}" for name, reason in self.untraced.items()]
+        if self.compiled:
+            lines += ["", self._compiled()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -55,7 +62,14 @@ class Explanation:
         if self.untraced:
             reasons = [(name or "the model", reason) for name, reason in self.untraced.items()]
             tables.append(html_table("not traced whole", ("part", "reason"), reasons))
+        if self.compiled:
+            tables.append(f"<p>{html.escape(self._compiled())}</p>")
         return "".join(tables)
+
+    def _compiled(self) -> str:
+        shown = ", ".join(name or "the model" for name in self.compiled[:_SHOWN])
+        others = len(self.compiled) - _SHOWN
+        return f"compiled by itself: {shown}{f' and {others} more' if others > 0 else ''}"
 
 
 def _where(row: LinearRow) -> str:

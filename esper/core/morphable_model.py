@@ -9,13 +9,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
 
 import torch
 from torch import fx, nn
 
+from esper import torch_internals
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
 from esper.core.averaging import Average
@@ -368,8 +369,9 @@ class MorphableModel(nn.Module):
         self._eager.retrace()
 
     def explain(self) -> Explanation:
-        """What was traced, what was not, and why. `str()` of it is a table."""
-        return self._eager.explain()
+        """What was traced, what was not, and why; and what is compiled by itself. `str()` of it is a table."""
+        compiled = [name for name, part in self.named_modules() if torch_internals.is_compiled_in_place(part)]
+        return replace(self._eager.explain(), compiled=tuple(compiled))
 
 
 def _listed(names: Mapping[str, Any]) -> str:
