@@ -26,7 +26,7 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.lifecycle import SeedLifecycleState
-from esper.execution.standalone_layer import LayerSeeds, give_seeds
+from esper.execution.seeds.copying import LayerSeeds, restore_seeds
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
@@ -80,8 +80,8 @@ class Average:
             seeds[name] = replace(given, kernels=tuple(kernels), ramps={})
         if mine and not theirs:
             layers = list(twin.kasmina_layers.values())
-            layers[0].stager.replace_all(layers, [])
-        give_seeds(twin.kasmina_layers, seeds, tell=False)
+            layers[0].control.restore([seed for layer in layers for seed in layer.seeds], [])
+        restore_seeds(twin.kasmina_layers, seeds, tell=False)
         self._sources = {key: weakref.ref(kernel) for key, kernel in theirs.items()}
 
     def _kept(self, key: tuple[str, int], kernel: LoadedKernel, own: LoadedKernel | None) -> LoadedKernel | None:

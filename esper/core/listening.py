@@ -200,17 +200,16 @@ class Listener:
         self._oona.publish(TopicNames.CONTROL_KASMINA_OUTCOMES, outcome, trace_id=trace_id)
 
 
-# -- what is done: by the layer's stager, since the layer's own methods would commit on a thread that they take for the
+# -- what is done: by the layer's control, since the layer's own methods would commit on a thread that they take for the
 # -- one that runs the model
 
 _Answer = Callable[..., None]
 
 
 def _load(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) -> None:
-    seed = command.seed_idx
-    earlier = layer.seed_errors.get(seed)
-    future = layer.stager.load(
-        layer,
+    seed = layer.seed(command.seed_idx)
+    earlier = seed.error
+    future = layer.control.load(
         seed,
         command.kernel_artifact_id or "",
         alpha=1.0 if command.alpha is None else command.alpha,
@@ -219,7 +218,7 @@ def _load(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) 
     )
 
     def ended(future: Future[bool]) -> None:
-        reason = layer.seed_errors.get(seed)
+        reason = seed.error
         if future.result():
             answer(CommandStatus.DONE)
         elif reason is None or reason is earlier:  # not an equal one, which the same failure may have left again
@@ -231,7 +230,7 @@ def _load(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) 
 
 
 def _unload(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) -> None:
-    if layer.stager.unload(layer, command.seed_idx):
+    if layer.control.unload(layer.seed(command.seed_idx)):
         answer(CommandStatus.DONE)
     else:
         answer(CommandStatus.FAILED, f"there is nothing to unload: {_described(layer, command.seed_idx)}")
@@ -239,7 +238,7 @@ def _unload(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer
 
 def _set_alpha(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) -> None:
     if layer.state.lifecycle(command.seed_idx) in (_State.ACTIVE, _State.FOSSILIZED):  # of which the latter raises
-        layer.stager.set_alpha(layer, command.seed_idx, command.alpha or 0.0)
+        layer.control.set_alpha(layer.seed(command.seed_idx), command.alpha or 0.0)
         answer(CommandStatus.DONE)
     else:
         answer(
@@ -249,7 +248,7 @@ def _set_alpha(layer: KasminaLayer, command: KasminaControlCommand, answer: _Ans
 
 
 def _fossilize(layer: KasminaLayer, command: KasminaControlCommand, answer: _Answer) -> None:
-    if layer.stager.fossilize(layer, command.seed_idx):
+    if layer.control.fossilize(layer.seed(command.seed_idx)):
         answer(CommandStatus.DONE)
     else:
         answer(

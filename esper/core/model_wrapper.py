@@ -29,7 +29,7 @@ from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels import service_locator
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
-from esper.execution.seeds.staging import Stager
+from esper.execution.seeds.control import SeedControl
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 
@@ -92,7 +92,7 @@ def assemble(
     source = service_locator.kernel_source() if platform is None else platform.kernel_source
     sink = _sink(platform) if options.telemetry_enabled else None
     cache = KernelCache(options.cache_size_mb * max(len(targets), 1), max(128, seeds), source=source)
-    stager = Stager(runtime, cache, attach_from, sink)
+    control = SeedControl(runtime, source, attach_from, sink)
     sites = dict(zip(targets, runtime.reserve_sites(len(targets)), strict=True))
     kind = wrapped_class(model, root_is_site="" in targets)
     wrapped: MorphableModel = object.__new__(kind) if into is None else into
@@ -107,7 +107,7 @@ def assemble(
             site=sites[name],
             first_seed=first,
             runtime=runtime,
-            stager=stager,
+            control=control,
             cache=cache.view(name),
             state=runtime.state.view(first, first + seeds_per_layer, label=f"layer {name!r}"),
         )
@@ -117,7 +117,7 @@ def assemble(
     if options.telemetry_enabled:
         runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
         runtime.telemetry.start()
-    wrapping = Wrapping(model, KernelBank(runtime, stager, layers), selection, options)
+    wrapping = Wrapping(model, KernelBank(runtime, control, layers), selection, options)
     wrapped._become_wrapped(wrapping, runtime, layers)
     wrapped._watch_sites()
     wrapped._run_by(EagerExecutor(wrapped, runtime, layers, selection, options.mode, hosts_forward(wrapped)))

@@ -22,7 +22,7 @@ from esper.core.replica.subclassing import undisguised
 from esper.core.targets import Selection
 from esper.core.wrap_options import WrapOptions
 from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
-from esper.execution.standalone_layer import LayerSeeds, give_seeds, keep_schedules
+from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 
 if TYPE_CHECKING:
     from esper.core.morphable_model import MorphableModel
@@ -127,7 +127,7 @@ class PackedModel:
         targets: Mapping[str, Any] = {name: modules[place] for name, place in self.targets.items()}
         selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
         model = assemble(self.host, selection, options or self.options, into)
-        give_seeds(model.kasmina_layers, self.seeds, tell=options is None)
+        restore_seeds(model.kasmina_layers, self.seeds, tell=options is None)
         return model
 
 
@@ -159,7 +159,7 @@ def _copied(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
     if made_for_an_average():
         twin.__dict__["_wrapping"] = replace(twin._wrapping, average=Average(model, twin))
     else:
-        keep_schedules(model.kasmina_layers, twin.kasmina_layers)
+        copy_schedules(model.kasmina_layers, twin.kasmina_layers)
     copies = dict(twin.named_modules())
     memo.update({id(module): copies[name] for name, module in model.named_modules() if name in copies})
     return twin

@@ -14,7 +14,6 @@ from esper.execution import site_marker
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.kernels.sources import KernelSource
-from esper.execution.layer_stats import layer_stats
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
@@ -23,7 +22,8 @@ from esper.execution.plans.handover import Transition
 from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
-from esper.execution.seeds.staging import Stager
+from esper.execution.seeds.control import SeedControl
+from esper.execution.seeds.seed import Seed
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.standalone_layer import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
@@ -54,7 +54,8 @@ class KasminaLayer(nn.Linear):
     site: int
     first_seed: int
     runtime: Runtime
-    stager: Stager
+    control: SeedControl
+    seeds: tuple[Seed, ...]
     kernel_cache: KernelCache
     state: KasminaStateLayout
     seed_errors: dict[int, str]
@@ -113,7 +114,7 @@ class KasminaLayer(nn.Linear):
         site: int,
         first_seed: int,
         runtime: Runtime,
-        stager: Stager,
+        control: SeedControl,
         cache: KernelCache,
         state: KasminaStateLayout,
         meter: LayerMeter | None = None,
@@ -124,18 +125,18 @@ class KasminaLayer(nn.Linear):
         self.site = site
         self.first_seed = first_seed
         self.runtime = runtime
-        self.stager = stager
+        self.control = control
         self.kernel_cache = cache
         self.state = state
         self.seed_errors = {}
         self.absence: str | None = None
+        self.seeds = tuple(Seed(self, index) for index in range(state.num_seeds))
         self._runtime_id = runtime.id
         self._runtime_tag = runtime.tag
         self._site_tag = registry.make_tag(site)
         self._stands_alone = stands_alone
         self._meter = meter
         self._armed = False
-        self._pinned: dict[int, tuple[str, object]] = {}
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
         self._current = dormant_path(self)
@@ -326,6 +327,12 @@ class KasminaLayer(nn.Linear):
 
     # -- control ---------------------------------------------------------------------------------------------------
 
+    def seed(self, seed_idx: int) -> Seed:
+        """The seed of that number. Raises `TypeError` for what is none, and `IndexError` if there is no such seed."""
+        number = seed_number(seed_idx)
+        self.state.lifecycle(number)  # which raises
+        return self.seeds[number]
+
     @property
     def num_seeds(self) -> int:
         return self.state.num_seeds
@@ -361,8 +368,8 @@ class KasminaLayer(nn.Linear):
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.
         """
-        seed = seed_number(seed_idx)
-        return self.stager.load(self, seed, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
+        seed = self.seed(seed_idx)
+        return self.control.load(seed, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 
     async def load_kernel(
         self,
@@ -388,7 +395,7 @@ class KasminaLayer(nn.Linear):
         try:
             staged: bool = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            self.stager.call_off(self, seed_number(seed_idx), future)
+            self.control.cancel(self.seed(seed_idx), future)
             raise
         if staged:
             self.runtime.commit_if_idle()
@@ -400,7 +407,7 @@ class KasminaLayer(nn.Linear):
         True means staged, as for :meth:`fossilize`. Where the seed keeps its place until a variant is compiled, its
         alpha is 0 meanwhile (`commit="auto"`). Raises `LifecycleError` for a fossilized seed.
         """
-        staged = self.stager.unload(self, seed_number(seed_idx))
+        staged = self.control.unload(self.seed(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
@@ -413,7 +420,7 @@ class KasminaLayer(nn.Linear):
         compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so, with the reason
         in `seed_errors`.
         """
-        staged = self.stager.fossilize(self, seed_number(seed_idx))
+        staged = self.control.fossilize(self.seed(seed_idx))
         self.runtime.commit_if_idle()
         return staged
 
@@ -424,19 +431,7 @@ class KasminaLayer(nn.Linear):
         without either has no use for one, since each load brings its own `alpha`: that is logged as a warning, once
         for each seed. Raises `IndexError`, `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
-        self.stager.set_alpha(self, seed_number(seed_idx), value)
-
-    def pin(self, seed_idx: int, kernel_artifact_id: str | None) -> None:
-        """Keep the kernel of a seed in the cache, and let go of the one it replaces; once for each change committed."""
-        change, before = self.runtime.applying, self._pinned.get(seed_idx)
-        if before is not None and before[1] is change is not None:
-            return  # an interrupt came after this
-        if kernel_artifact_id is not None:
-            self._pinned[seed_idx] = kernel_artifact_id, change
-        else:
-            self._pinned.pop(seed_idx, None)
-        if before is not None:
-            self.kernel_cache.unpin(before[0])
+        self.control.set_alpha(self.seed(seed_idx), value)
 
     def take_in(self, linear: nn.Linear) -> None:
         """Stand in the place of `linear` from now on, with its parameters, features, hooks and training flag."""
@@ -451,9 +446,9 @@ class KasminaLayer(nn.Linear):
 
     def drop_kernels(self) -> list[int]:
         """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""
-        held = [seed for seed in range(self.num_seeds) if self.state.lifecycle(seed) is not SeedLifecycleState.DORMANT]
+        held = [seed.index for seed in self.seeds if seed.lifecycle is not SeedLifecycleState.DORMANT]
         if held:
-            self.stager.replace_all([self], [])
+            self.control.restore(self.seeds, [])
         return held
 
     def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
@@ -479,7 +474,18 @@ class KasminaLayer(nn.Linear):
         kernel), `kernel` (the id of the artifact that runs, or None),
         `error_count`, and the `reason` why its last load failed.
         """
-        return layer_stats(self)
+        telemetry = self.runtime.telemetry
+        return {
+            "layer_id": self.layer_id,
+            "layer_name": self.layer_name,
+            "num_seeds": self.num_seeds,
+            "active_seeds": len(self.state.active_seeds()),
+            "error_seeds": len(self.state.error_seeds()),
+            "execution_count": telemetry.executions(self.site) if telemetry else 0,
+            "avg_latency_μs": telemetry.latency_μs(self.site) if telemetry else 0.0,
+            **self.kernel_cache.get_cache_stats(),
+            "seeds": [seed.stats(self.kernel_in_force(seed.index)) for seed in self.seeds],
+        }
 
     def extra_repr(self) -> str:
         active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))

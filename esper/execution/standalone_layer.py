@@ -1,32 +1,23 @@
-"""What a `KasminaLayer` needs when it is no part of a wrapped model: to count and time its own calls, and to be copied.
-
-The seeds of a layer travel as :class:`LayerSeeds`, for copies and pickles of layers and of whole models.
-"""
+"""A `KasminaLayer` that is no part of a wrapped model: it counts and times its own calls, and can be copied."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.execution.call_counter import CallCounter
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels import service_locator
-from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.kernels.sources import KernelSource
-from esper.execution.lifecycle import SeedLifecycleState, after_cancelled_load
-from esper.execution.plans.alpha import SavedRamp
-from esper.execution.plans.plan import SeedPlan
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
-from esper.execution.seeds.restoring import SeedReplacement
-from esper.execution.seeds.staging import Stager
+from esper.execution.seeds.control import SeedControl
+from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 
@@ -35,12 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LayerMeter",
-    "LayerSeeds",
     "PackedLayer",
     "copy_layer",
     "equip",
-    "give_seeds",
-    "keep_schedules",
     "pack_layer",
 ]
 
@@ -75,7 +63,7 @@ def equip(
     runtime = Runtime(KasminaStateLayout(num_seeds, layer.weight.device), commit)
     cache = KernelCache(cache_size_mb, max(128, num_seeds), source=source or service_locator.kernel_source())
     reports = (sink or service_locator.telemetry_sink()) if telemetry_enabled else None
-    stager = Stager(runtime, cache, service_locator.attach_kernel(), reports)
+    control = SeedControl(runtime, cache.source, service_locator.attach_kernel(), reports)
     site = runtime.reserve_sites(1)[0]
     meter = LayerMeter(layer) if telemetry_enabled else None
     layer._join(
@@ -84,7 +72,7 @@ def equip(
         site=site,
         first_seed=0,
         runtime=runtime,
-        stager=stager,
+        control=control,
         cache=cache.view(name),
         state=runtime.state,
         meter=meter,
@@ -93,7 +81,7 @@ def equip(
     this = weakref.ref(layer)
     runtime.is_training = lambda: (layer := this()) is None or layer.training
     runtime.entries.of_modules(lambda: (layer,) if (layer := this()) is not None else ())
-    bank = KernelBank(runtime, stager, {name: layer})
+    bank = KernelBank(runtime, control, {name: layer})
     runtime.on_commit = bank.sync
     runtime.on_schedule = bank.count_steps
     layer.add_module(BANK_NAME, bank)
@@ -113,65 +101,6 @@ def _checked_name(layer_id: object, layer_name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSeeds:
-    """The seeds of one layer: the kernels in force as (seed, kernel, isolate), and what is known of every seed."""
-
-    kernels: tuple[tuple[int, LoadedKernel, bool], ...]
-    state: dict[str, Tensor]
-    errors: dict[int, str]
-    ramps: dict[int, SavedRamp | None]
-    """What moved a seed's alpha, as far as that is data."""
-
-    @classmethod
-    def of(cls, layer: KasminaLayer) -> LayerSeeds:
-        """Those of `layer`; what is staged or under way is left out."""
-        state = layer.state.state_dict()
-        loading = state["lifecycle_states"] == SeedLifecycleState.LOADING
-        for seed in torch.nonzero(loading).flatten().tolist():
-            state["lifecycle_states"][seed] = int(after_cancelled_load(layer.state.in_force(seed)))
-        seeds = layer.runtime.plan.sites.get(layer.site, ())
-        return cls(
-            tuple((each.seed, each.kernel, each.isolate) for each in seeds),
-            state,
-            dict(layer.seed_errors),
-            {
-                each.seed: SavedRamp.of(schedule)
-                for each in seeds
-                if (schedule := layer.runtime.schedule(each.alpha_index)) is not None
-            },
-        )
-
-
-def give_seeds(layers: Mapping[str, KasminaLayer], seeds: Mapping[str, LayerSeeds], *, tell: bool) -> None:
-    """Let new `layers` of one model have `seeds`, by name; `tell` logs the schedules that did not come along."""
-    replacements = []
-    for name, given in seeds.items():
-        layer = layers[name]
-        for seed, kernel, isolate in given.kernels:
-            if kernel.device != layer.weight.device:
-                kernel.module.to(layer.weight.device)
-            planned = SeedPlan(seed, kernel, isolate, kernel.uses_host, layer.first_seed + seed)
-            state = {field: values[seed : seed + 1] for field, values in given.state.items()}
-            lost = tell and seed in given.ramps
-            replacements.append(SeedReplacement(layer, planned, state, given.ramps.get(seed), lost))
-    if replacements:
-        replacements[0].layer.stager.replace_all(list(layers.values()), replacements)
-    for name, given in seeds.items():
-        layers[name].state.load_state_dict(given.state)
-        layers[name].seed_errors.update(given.errors)
-
-
-def keep_schedules(old: Mapping[str, KasminaLayer], new: Mapping[str, KasminaLayer]) -> None:
-    """Let the alphas of copies go on moving on the schedules of their originals, from the steps at which these are."""
-    for name, layer in new.items():
-        for each in layer.runtime.plan.sites.get(layer.site, ()):
-            schedule = old[name].runtime.schedule(old[name].first_seed + each.seed)
-            if schedule is not None:
-                alpha = layer.state.alpha(each.seed)
-                layer.runtime.start_alpha(each.alpha_index, schedule.alpha, alpha, schedule.step)
-
-
-@dataclass(frozen=True, slots=True)
 class PackedLayer:
     """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
 
@@ -184,7 +113,7 @@ class PackedLayer:
         from esper.execution.kasmina_layer import KasminaLayer
 
         layer = KasminaLayer.alone(self.linear, **self.options, **outside)
-        give_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
+        restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
         return layer
 
 
@@ -204,6 +133,6 @@ def pack_layer(layer: KasminaLayer) -> PackedLayer:
 def copy_layer(layer: KasminaLayer, memo: dict[int, Any]) -> KasminaLayer:
     """A deep copy that stands alone, with the source and the sink of `layer`."""
     packed = copy.deepcopy(pack_layer(layer), memo)
-    twin = packed.unpack(source=layer.kernel_cache.source, sink=layer.stager.sink)
-    keep_schedules({layer.layer_name: layer}, {layer.layer_name: twin})
+    twin = packed.unpack(source=layer.kernel_cache.source, sink=layer.control.sink)
+    copy_schedules({layer.layer_name: layer}, {layer.layer_name: twin})
     return twin

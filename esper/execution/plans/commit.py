@@ -6,33 +6,31 @@ from collections.abc import Sequence
 
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.plan import Plan
-from esper.execution.plans.plan_edit import Change
+from esper.execution.plans.plan_edit import PlanEdit
 
 __all__ = ["Commit"]
 
 
 class Commit:
-    """Staged `changes` on their way into force; those whose `first` fails fall out.
+    """Staged `edits` on their way into force; those that fail to write the model's tensors fall out.
 
     For the thread that carries the commit out. Each method may be called again after an interrupt.
     """
 
-    def __init__(self, changes: Sequence[Change], version: int) -> None:
-        self.changes = list(changes)
+    def __init__(self, edits: Sequence[PlanEdit], version: int) -> None:
+        self.edits = list(edits)
         self.version = version
         """That of the plan, once it is in force."""
         self.plan: Plan | None = None
-        """What the changes lead to, once that is known."""
-        self.at: Change | None = None
-        """The change that something is being done for."""
-        self._staged = tuple(changes)
+        """What the edits lead to, once that is known."""
+        self._staged = tuple(edits)
         self._ready = 0
         self._results: list[Transition | None] = []
 
     @property
-    def has_first(self) -> bool:
+    def writes_tensors(self) -> bool:
         """Whether something has to be done to the model's tensors, which may take a while."""
-        return any(change.first is not None for change in self._staged)
+        return any(edit.writes_tensors for edit in self._staged)
 
     @property
     def transitions(self) -> list[Transition]:
@@ -40,25 +38,23 @@ class Commit:
         changed = [result for result in self._results if result is not None]
         return sorted(changed, key=lambda transition: (transition.layer_id, transition.seed))
 
-    def contains(self, change: Change) -> bool:
-        """Whether `change` ends with this commit, in force or not."""
-        return any(each is change for each in self._staged)
+    def contains(self, edit: PlanEdit) -> bool:
+        """Whether `edit` ends with this commit, in force or not."""
+        return any(each is edit for each in self._staged)
 
-    def do_first(self) -> None:
-        """Do what changes want done to the model's tensors. One that fails is told so, and does not come into force."""
-        while self._ready < len(self.changes):
-            change = self.at = self.changes[self._ready]
+    def write_tensors(self) -> None:
+        """Do what edits want done to the model's tensors. One that fails is told so, and does not come into force."""
+        while self._ready < len(self.edits):
+            edit = self.edits[self._ready]
             try:
-                if change.first is not None:
-                    change.first()
-            except Exception as error:  # noqa: BLE001  # law 4: a change that fails must not fail the forward
-                change.refused(error)
-                self.changes = [each for each in self.changes if each is not change]
+                edit.write_tensors()
+            except Exception as error:  # noqa: BLE001  # law 4: an edit that fails must not fail the forward
+                edit.fail(error)
+                self.edits = [each for each in self.edits if each is not edit]
             else:
                 self._ready += 1
 
     def apply(self) -> None:
-        """Record the changes in the state of their seeds."""
-        for change in self.changes[len(self._results) :]:
-            self.at = change
-            self._results.append(change.applied())
+        """Record the edits in the state of their seeds."""
+        for edit in self.edits[len(self._results) :]:
+            self._results.append(edit.apply())

@@ -11,10 +11,10 @@ from esper.execution.plans.plan import Plan
 if TYPE_CHECKING:
     from esper.execution.plans.runtime import Runtime
 
-__all__ = ["CalledOffError", "Executor", "Preparation", "ShutDownError"]
+__all__ = ["Executor", "Preparation", "PreparationCancelledError", "ShutDownError"]
 
 
-class CalledOffError(EsperError):
+class PreparationCancelledError(EsperError):
     """A preparation was given up, since nobody wants its plan any more."""
 
 

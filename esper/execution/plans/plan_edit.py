@@ -1,28 +1,36 @@
-"""A change of the plan that waits for a commit."""
+"""An edit of the plan: from when it is staged until it is in force, or has failed."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.plan import Plan
 
-__all__ = ["Change"]
+__all__ = ["PlanEdit"]
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One staged change: `edit` makes the new plan, `applied` records it in the state once it is in force.
+class PlanEdit:
+    """One edit. The methods stand in the order in which they are called."""
 
-    `applied` runs at the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code.
-    `first`, if there is one, is what has to be done to the model's tensors, at the commit and before anything else.
-    What it raises ends this change, without effect, and goes to `refused`. A commit where a forward begins leaves a
-    change staged for which `safe` is not true; it is asked there each time.
-    """
+    writes_tensors = False
+    """Whether something has to be done to the model's tensors, which may take a while."""
 
-    edit: Callable[[Plan], Plan]
-    applied: Callable[[], Transition | None]
-    first: Callable[[], None] | None = None
-    safe: Callable[[], bool] = lambda: True
-    refused: Callable[[Exception], None] = lambda _: None
+    def edit(self, plan: Plan) -> Plan:
+        """The plan that `plan` becomes; pure, asked for at any time."""
+        raise NotImplementedError
+
+    def is_safe(self) -> bool:
+        """Whether it may come into force where a forward begins; else it stays staged, and is asked at the next one."""
+        return True
+
+    def write_tensors(self) -> None:
+        """At the commit, before anything else. What it raises ends this edit, without effect, and goes to `fail`."""
+
+    def apply(self) -> Transition | None:
+        """Record it in the state, once it is in force.
+
+        At the commit, under the runtime's lock: it must neither wait nor raise, nor call the user's code, and may be
+        called again after an interrupt.
+        """
+
+    def fail(self, error: Exception | None) -> None:
+        """Instead of :meth:`apply`; `error` is None if nobody wants it any more, or the process ends."""

@@ -30,11 +30,11 @@ from esper.execution.plans.alpha import AlphaSchedule, Schedule
 from esper.execution.plans.alphas import SeedAlphas
 from esper.execution.plans.commit import Commit
 from esper.execution.plans.entries import Entries
-from esper.execution.plans.executor import CalledOffError, Executor, Preparation
+from esper.execution.plans.executor import Executor, Preparation, PreparationCancelledError
 from esper.execution.plans.handover import ForwardStarts
 from esper.execution.plans.handover import Transition as Between
 from esper.execution.plans.plan import DORMANT, Plan
-from esper.execution.plans.plan_edit import Change
+from esper.execution.plans.plan_edit import PlanEdit
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 from esper.forking import reset_after_fork
@@ -108,7 +108,7 @@ class Runtime:
         self._transitions: deque[weakref.ref[Between]] = deque()  # that are not known to have settled, by age
         self._earlier: list[tuple[int, weakref.ref[Plan]]] = []  # plans that some forward may have begun with
         self._target = DORMANT
-        self._staged: list[Change] = []
+        self._staged: list[PlanEdit] = []
         self._commit: Commit | None = None  # the one under way, or cut short by an interrupt: then it is completed
         self._committing = threading.RLock()  # held by whoever carries it out
         self.optimizer_steps = OptimizerSteps()
@@ -171,11 +171,6 @@ class Runtime:
     def is_passed_over(self, site: int) -> bool:
         """Whether forwards have run, and none has called `site`: code reads its layer's weight, or does without it."""
         return self._has_run and site not in self.called and not self.begun_while_tracing
-
-    @property
-    def applying(self) -> object:
-        """The staged change that a commit is carrying out just now, or None."""
-        return None if self._commit is None else self._commit.at
 
     @property
     def target(self) -> Plan:
@@ -256,10 +251,10 @@ class Runtime:
         """Whether every executor could follow `plan` at once."""
         return all(executor.ready(plan, self) for executor in self.executors())
 
-    def prepare(self, plan: Plan, called_off: Future[None] | None = None) -> None:
+    def prepare(self, plan: Plan, cancelled: Future[None] | None = None) -> None:
         """Have every executor make ready for `plan`. On a background thread; raises what they raise.
 
-        Raises :class:`CalledOffError` as soon as `called_off` is done.
+        Raises :class:`PreparationCancelledError` as soon as `cancelled` is done.
         """
         preparations: list[Preparation] = []
         try:
@@ -268,11 +263,11 @@ class Runtime:
                 if preparation is not None:
                     preparations.append(preparation)
             while preparations:
-                futures = [preparations[0].future, *([called_off] if called_off else [])]
+                futures = [preparations[0].future, *([cancelled] if cancelled else [])]
                 with background.waiting():
                     wait(futures, return_when=FIRST_COMPLETED)
-                if called_off is not None and called_off.done():
-                    raise CalledOffError("the kernel is not wanted any more")
+                if cancelled is not None and cancelled.done():
+                    raise PreparationCancelledError("the kernel is not wanted any more")
                 preparations.pop(0).finish()
         finally:
             for preparation in preparations:
@@ -287,28 +282,22 @@ class Runtime:
             self._renewed.add(executor)
             self._arm()
 
-    def publish(self, *changes: Change, valid: Callable[[], bool] = lambda: True) -> bool:
-        """Stage `changes` for the next commit, unless `valid` says, under the lock, that nobody wants them any more.
-
-        Changes that are staged together come into force together.
-        """
+    def publish(self, *edits: PlanEdit) -> None:
+        """Stage `edits` for the next commit, in which they come into force together."""
         with self.lock:
-            if not valid():
-                return False
-            for change in changes:
-                self._target = change.edit(self._target)
-                self._staged.append(change)
+            for edit in edits:
+                self._target = edit.edit(self._target)
+                self._staged.append(edit)
             if self.commit_mode == "auto":
                 self.pending = True
                 self._arm()
-        return True
 
-    def withdraw(self, change: Change) -> bool:
-        """Take a staged change back; False, and nothing done, if it is committed, or others could not go without it."""
+    def withdraw(self, edit: PlanEdit) -> bool:
+        """Take a staged edit back; False, and nothing done, if it is committed, or others could not go without it."""
         with self.lock:
-            others = [each for each in self._staged if each is not change]
+            others = [each for each in self._staged if each is not edit]
             target = self._edited(self._plan, others)
-            is_staged = len(others) < len(self._staged) and not (self._commit and self._commit.contains(change))
+            is_staged = len(others) < len(self._staged) and not (self._commit and self._commit.contains(edit))
             if not is_staged or not self.ready(target):
                 return False
             self._staged, self._target = others, target
@@ -366,7 +355,7 @@ class Runtime:
         self.note_settings()
         self.look_for_layers()
         if self._commit is not None or (self._staged and self.commit_mode == "auto"):
-            self._flip(lambda change: self.commit_mode == "auto" and change.safe(), wait=False)
+            self._flip(lambda edit: self.commit_mode == "auto" and edit.is_safe(), wait=False)
         if self._renewed:
             self._follow_renewed()
         if self._alphas.moving and torch.is_grad_enabled() and self.is_training():
@@ -405,7 +394,7 @@ class Runtime:
             for executor in list(self._executors):
                 executor.follow(self.following)
 
-    def _flip(self, now: Callable[[Change], bool] = lambda _: True, *, wait: bool = True) -> list[Transition]:
+    def _flip(self, now: Callable[[PlanEdit], bool] = lambda _: True, *, wait: bool = True) -> list[Transition]:
         """Put what is staged in force, or the part of it that is to come `now`; what an interrupt cut short, first.
 
         An interrupt (Ctrl-C) on the way is raised once everything is in force. Another thread that is committing is
@@ -416,7 +405,7 @@ class Runtime:
         try:
             [held] = map(self._committing.acquire, (False,))  # between a call and `held` an interrupt could come
             commit = None if held else self._commit
-            if not wait and commit is not None and commit.plan is None and commit.has_first:
+            if not wait and commit is not None and commit.plan is None and commit.writes_tensors:
                 return []
             with self._committing:
                 while self._commit is not None or self._begin_commit(now):
@@ -426,12 +415,12 @@ class Runtime:
                 self._committing.release()
         return transitions
 
-    def _begin_commit(self, now: Callable[[Change], bool]) -> bool:
+    def _begin_commit(self, now: Callable[[PlanEdit], bool]) -> bool:
         with self.lock:
-            changes = [change for change in self._staged if now(change)]
-            if changes:
-                self._commit = Commit(changes, self.version + 1)
-            return bool(changes)
+            edits = [edit for edit in self._staged if now(edit)]
+            if edits:
+                self._commit = Commit(edits, self.version + 1)
+            return bool(edits)
 
     def _carried_out(self) -> list[Transition]:
         commit = self._commit
@@ -451,13 +440,13 @@ class Runtime:
 
     def _carry_out(self, commit: Commit) -> None:
         """Every step here does nothing that a repetition from the beginning would spoil."""
-        commit.do_first()
+        commit.write_tensors()
         with self.lock:
             self.state.catch_up()
-            commit.plan = self._edited(self._plan, commit.changes)
+            commit.plan = self._edited(self._plan, commit.edits)
             with self.state.together():
                 commit.apply()
-            if commit.changes:
+            if commit.edits:
                 for executor in list(self._executors):
                     executor.follow(commit.plan)
                 self.on_commit(commit.plan)
@@ -465,20 +454,20 @@ class Runtime:
 
     def _conclude(self, commit: Commit) -> None:
         with self.lock:
-            if commit.plan is not None and commit.changes:
+            if commit.plan is not None and commit.edits:
                 self._earlier = [each for each in self._earlier if each[1]() is not None][-_KEPT_PLANS:]
                 self._earlier.append((self.version, weakref.ref(self._plan)))
                 self._plan = commit.plan
                 self.version = commit.version  # from here on forwards that consist of parts run the new plan
-            self._staged = [change for change in self._staged if not commit.contains(change)]
+            self._staged = [edit for edit in self._staged if not commit.contains(edit)]
             self.pending = bool(self._staged) and self.commit_mode == "auto"
             self._target = self._edited(self._plan, self._staged)
             self._commit = None
 
     @staticmethod
-    def _edited(plan: Plan, changes: Iterable[Change]) -> Plan:
-        for change in changes:
-            plan = change.edit(plan)
+    def _edited(plan: Plan, edits: Iterable[PlanEdit]) -> Plan:
+        for edit in edits:
+            plan = edit.edit(plan)
         return plan
 
     def _follow_renewed(self) -> None:

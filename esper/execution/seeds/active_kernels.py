@@ -6,7 +6,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,9 @@ from esper.execution.seeds.checkpoint import (
     encode,
     seed_key,
 )
-from esper.execution.seeds.restoring import SeedReplacement
-from esper.execution.seeds.staging import Stager
-
-if TYPE_CHECKING:
-    from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.seeds.control import SeedControl
+from esper.execution.seeds.restoring import RestoredSeed
+from esper.execution.seeds.seed import Seed, SeedLayer
 
 __all__ = ["BANK_NAME", "KernelBank"]
 
@@ -47,10 +45,10 @@ BANK_NAME = "_esper"
 class KernelBank(nn.Module):
     """The modules of the kernels in force, and the seeds' state, which follows the model from device to device."""
 
-    def __init__(self, runtime: Runtime, stager: Stager, layers: Mapping[str, KasminaLayer]) -> None:
+    def __init__(self, runtime: Runtime, control: SeedControl, layers: Mapping[str, SeedLayer]) -> None:
         super().__init__()
         self._runtime = runtime
-        self._stager = stager
+        self._control = control
         self._layers = dict(layers)
         names = {name: name for name in layers}
         self.places: Callable[[], Mapping[str, str]] = lambda: names
@@ -191,7 +189,7 @@ class KernelBank(nn.Module):
             self._check_fits(kernel, standing)
         return kernels
 
-    def _standing(self) -> Mapping[str, KasminaLayer]:
+    def _standing(self) -> Mapping[str, SeedLayer]:
         """The layers by where they stand."""
         return {place: self._layers[name] for name, place in self.places().items()}
 
@@ -200,7 +198,7 @@ class KernelBank(nn.Module):
         return cached.template if cached is not None else None
 
     @staticmethod
-    def _check_fits(kernel: SavedKernel, standing: Mapping[str, KasminaLayer]) -> None:
+    def _check_fits(kernel: SavedKernel, standing: Mapping[str, SeedLayer]) -> None:
         saved, graph = kernel.saved, kernel.template.graph
         layer = standing.get(saved.stands_at)
         if layer is None:
@@ -209,15 +207,15 @@ class KernelBank(nn.Module):
             raise CheckpointError(
                 f"the checkpoint has a kernel for layer {saved.stands_at!r}, which has no seeds{known}"
             )
-        if saved.seed >= layer.num_seeds:
+        if saved.seed >= len(layer.seeds):
             raise CheckpointError(
                 f"the checkpoint has a kernel for seed {saved.seed} of layer {saved.stands_at!r}, which has "
-                f"{layer.num_seeds} seeds; wrap the model with seeds_per_layer={saved.seed + 1} or more"
+                f"{len(layer.seeds)} seeds; wrap the model with seeds_per_layer={saved.seed + 1} or more"
             )
-        if (graph.in_features, graph.out_features) != (layer.input_dim, layer.output_dim):
+        if (graph.in_features, graph.out_features) != (layer.in_features, layer.out_features):
             raise CheckpointError(
                 f"the checkpoint's kernel for layer {saved.stands_at!r} maps {graph.in_features} to "
-                f"{graph.out_features} features, but the layer maps {layer.input_dim} to {layer.output_dim}"
+                f"{graph.out_features} features, but the layer maps {layer.in_features} to {layer.out_features}"
             )
 
     def said_dormant(self, said: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -244,9 +242,8 @@ class KernelBank(nn.Module):
     def _at_rest(self) -> bool:
         """Whether no kernel is in force, staged, under way or folded into its layer's weight."""
         busy = (SeedLifecycleState.LOADING, SeedLifecycleState.FOSSILIZED)
-        seeds = ((layer.state, seed) for layer in self._layers.values() for seed in range(layer.num_seeds))
         dormant = self._plan.is_dormant and self._runtime.target.is_dormant
-        return dormant and all(state.lifecycle(seed) not in busy for state, seed in seeds)
+        return dormant and all(seed.lifecycle not in busy for seed in self._seeds())
 
     def follow(self, kernels: tuple[SavedKernel, ...], dormant: bool, state_dict: Mapping[str, Any]) -> None:
         """Be as a checkpoint says whose host's part has been loaded: with `kernels`, or `dormant`, or as before."""
@@ -260,17 +257,19 @@ class KernelBank(nn.Module):
 
     def restore(self, kernels: tuple[SavedKernel, ...]) -> None:
         """Put exactly `kernels`, from :meth:`read`, in force: at once, and whatever is staged or under way."""
-        replacements, standing = [], self._standing()
+        restored, standing = [], self._standing()
         for kernel in kernels:
             saved = kernel.saved
             layer = standing[saved.stands_at]
-            index = layer.first_seed + saved.seed
-            loaded = self._with_values(kernel, layer)
-            planned = SeedPlan(saved.seed, loaded, saved.isolate, loaded.uses_host, index)
-            replacements.append(SeedReplacement(layer, planned, saved.state(), saved.ramp, saved.scheduled))
-        self._stager.replace_all(list(self._layers.values()), replacements)
+            seed, loaded = layer.seeds[saved.seed], self._with_values(kernel, layer)
+            planned = SeedPlan(seed.index, loaded, saved.isolate, loaded.uses_host, seed.alpha_index)
+            restored.append(RestoredSeed(seed, planned, saved.state(), saved.ramp, saved.scheduled))
+        self._control.restore(self._seeds(), restored)
 
-    def _with_values(self, kernel: SavedKernel, layer: KasminaLayer) -> LoadedKernel:
+    def _seeds(self) -> list[Seed]:
+        return [seed for layer in self._layers.values() for seed in layer.seeds]
+
+    def _with_values(self, kernel: SavedKernel, layer: SeedLayer) -> LoadedKernel:
         """The kernel with the saved parameters: the one in force, so that optimizers keep theirs, if it is the same."""
         template, trainable, weight = kernel.template, kernel.saved.trainable, layer.weight
         current = self._plan.seed(layer.site, kernel.saved.seed)

@@ -6,9 +6,7 @@ backward: a commit where a forward begins waits until there is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 from esper.errors import EsperError
 from esper.execution.kernels.fossils import fold, is_added, is_affine, is_cheap
 from esper.execution.plans.plan import Plan, SeedPlan
+from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.seed import SeedLayer
 from esper.torch_internals import held_elsewhere, write_count
-
-if TYPE_CHECKING:
-    from esper.execution.kasmina_layer import KasminaLayer
 
 __all__ = ["CannotFoldError", "Fold"]
 
@@ -34,14 +31,13 @@ class CannotFoldError(EsperError):
 class Fold:
     """Taking the fossil `seed`, of share `alpha`, into the weight and bias of `layer`.
 
-    It exists while that is staged: called at the commit, on the thread that runs the model. `wanted` says whether
-    nothing else has come of the seed meanwhile.
+    It exists while that is staged: called at the commit, on the thread that runs the model.
     """
 
-    layer: KasminaLayer
+    layer: SeedLayer
     seed: SeedPlan
     alpha: float
-    wanted: Callable[[], bool]
+    runtime: Runtime
     _seen: int | None = field(default=None, init=False)
     _asked: int = field(default=0, init=False)
     _folded: list[Tensor] | None = field(default=None, init=False)
@@ -60,7 +56,7 @@ class Fold:
             and is_cheap(graph)
             and (not before or is_added(graph))
             and all(is_added(each.kernel.graph) and not each.isolate for each in before)
-            and all(type(each) is nn.Parameter and layer.runtime.uses_of(each) == 1 for each in self._weights())
+            and all(type(each) is nn.Parameter and self.runtime.uses_of(each) == 1 for each in self._weights())
         )
 
     def is_safe(self) -> bool:
@@ -79,15 +75,13 @@ class Fold:
 
     def __call__(self) -> None:
         """Fold; raises :class:`CannotFoldError` where that would not be exact any more, or is not safe."""
-        if not self.wanted():
-            return
         if self._asked > _PATIENCE:
             raise CannotFoldError("something holds the weights' memory at every forward")
-        if self.layer.runtime.is_passed_over(self.layer.site):
+        if self.runtime.is_passed_over(self.layer.site):
             raise CannotFoldError(
                 "no forward has called the layer; where code reads its weight, kernels have no effect"
             )
-        if not self.is_exact(self.layer.runtime.plan):
+        if not self.is_exact(self.runtime.plan):
             raise CannotFoldError("a kernel was put before it meanwhile")
         weights = self._weights()
         if self._folded is None:  # else an interrupt came while they were written

@@ -6,22 +6,22 @@ takes long is not waited for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 
 from esper.execution.background import FETCHING, STAGING, JobQueue
-from esper.execution.plans.executor import CalledOffError, ShutDownError
+from esper.execution.plans.executor import PreparationCancelledError, ShutDownError
 from esper.execution.plans.plan import Plan
-from esper.execution.plans.plan_edit import Change
 from esper.execution.plans.runtime import Runtime
-from esper.execution.seeds.requests import SeedRequest, SeedRequests
+from esper.execution.seeds.seed import Operation
 from esper.forking import reset_after_fork
 
-__all__ = ["Edit", "StagingQueue"]
+__all__ = ["StagingQueue"]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -29,25 +29,11 @@ _SLOW_FETCH = 0.1  # seconds after which others do not wait for it
 _LONGEST_GATHERING = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A request whose change is known: `change` to be published, unless `failed` has to be told why not.
-
-    `failed` gets None if the request was called off or the process ends. `before_publishing` is called under the lock.
-    """
-
-    request: SeedRequest
-    change: Change
-    failed: Callable[[Exception | None], None]
-    before_publishing: Callable[[], None] = lambda: None
-
-
 class StagingQueue:
-    """The changes of one model that are to be staged. From any thread; they are made ready on `STAGING`."""
+    """The operations of one model that are to be staged. From any thread; they are made ready on `STAGING`."""
 
-    def __init__(self, runtime: Runtime, requests: SeedRequests) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._requests = requests
         self._jobs = JobQueue(STAGING)
         self._begin()
         reset_after_fork(self)
@@ -55,72 +41,65 @@ class StagingQueue:
     def _begin(self) -> None:
         self._lock = threading.Lock()  # guards the next two
         self._arrived = threading.Condition(self._lock)
-        self._edits: deque[Edit] = deque()
-        self._fetches: dict[SeedRequest, float | None] = {}  # when they began; None as long as they wait for a thread
+        self._fetched: deque[Operation] = deque()
+        self._fetches: dict[Operation, float | None] = {}  # when they began; None as long as they wait for a thread
 
     def after_fork(self) -> None:
         """Leave to the parent what its threads are at; see `esper.forking`."""
         self._begin()
 
-    def fetch(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
-        """Have the edit staged that `make` returns, which may be slow or hang, and answers its request if it fails."""
+    def fetch(self, operation: Operation) -> None:
+        """Have an operation staged once it was fetched, which may be slow or hang."""
         with self._lock:
-            self._fetches[request] = None
+            self._fetches[operation] = None
         try:
-            FETCHING.submit(lambda: self._make(request, make))
+            FETCHING.submit(lambda: self._fetch(operation))
         except BaseException:
-            self._fetched(request, None)
+            self._end_fetch(operation, goes_on=False)
             raise
 
-    def _make(self, request: SeedRequest, make: Callable[[], Edit | None]) -> None:
-        edit = None
+    def _fetch(self, operation: Operation) -> None:
+        goes_on = False
         with self._lock:
-            self._fetches[request] = time.monotonic()
+            self._fetches[operation] = time.monotonic()
         try:
-            edit = make()
+            goes_on = operation.fetch()
         finally:
-            self._fetched(request, edit)
+            self._end_fetch(operation, goes_on)
 
-    def _fetched(self, request: SeedRequest, edit: Edit | None) -> None:
+    def _end_fetch(self, operation: Operation, goes_on: bool) -> None:
         with self._lock:
-            self._fetches.pop(request, None)
-            if edit is not None:
-                self._edits.append(edit)
+            self._fetches.pop(operation, None)
+            if goes_on:
+                self._fetched.append(operation)
             self._arrived.notify()
-        if edit is not None:
+        if goes_on:
             self._jobs.submit(self._work)
 
-    def put(self, edit: Edit) -> None:
-        """Have an edit staged."""
-        with self._lock:
-            self._edits.append(edit)
-        self._jobs.submit(self._work)
-
     def later(self, job: Callable[[], object]) -> None:
-        """Have `job` done between the edits."""
+        """Have `job` done between the operations."""
         self._jobs.submit(job)
 
-    def publish_when_ready(self, request: SeedRequest, change: Change) -> bool:
-        """Stage a change at once if every executor could follow it, else on the background thread. Lock held."""
-        if self._runtime.ready(change.edit(self._runtime.target)):
-            return self._runtime.publish(change)
-
-        def failed(error: Exception | None) -> None:
-            if error is not None:
-                change.refused(error)
-
-        self.put(Edit(request, change, failed))
+    def stage(self, operation: Operation) -> bool:
+        """Stage an operation at once if every executor could follow it, else on the background thread. Lock held."""
+        if self._runtime.ready(operation.edit(self._runtime.target)):
+            self._runtime.publish(operation)
+        else:
+            operation.wait()
+            with self._lock:
+                self._fetched.append(operation)
+            self._jobs.submit(self._work)
         return True
 
     def _work(self) -> None:
         """Stage what has come, and what comes soon after, together."""
         with self._lock:
             end = time.monotonic() + _LONGEST_GATHERING
-            while self._edits and (seconds := min(self._until_slow(), end - time.monotonic())) > 0:
+            while self._fetched and (seconds := min(self._until_slow(), end - time.monotonic())) > 0:
                 self._arrived.wait(seconds)
-            edits = list(self._edits)
-            self._edits.clear()
-        self._stage(edits)
+            operations = list(self._fetched)
+            self._fetched.clear()
+        self._stage(operations)
 
     def _until_slow(self) -> float:
         """Seconds until all fetches under way will have taken long; 0 if there are none."""
@@ -128,54 +107,65 @@ class StagingQueue:
         begun = [now if began is None else began for began in self._fetches.values()]
         return max(begun) + _SLOW_FETCH - now if begun else 0.0
 
-    def _stage(self, edits: Sequence[Edit]) -> None:
-        while edits := self._still_wanted(edits):
+    def _stage(self, operations: Sequence[Operation]) -> None:
+        while operations := self._still_wanted(operations):
             base, executors, plan = self._runtime.target, self._runtime.executors_added, self._runtime.target
-            for edit in edits:
-                plan = edit.change.edit(plan)
+            for operation in operations:
+                plan = operation.edit(plan)
             try:
-                with self._requests.called_off([edit.request for edit in edits]) as called_off:
-                    self._runtime.prepare(plan, called_off)
-            except CalledOffError:
+                with self._superseded(operations) as superseded:
+                    self._runtime.prepare(plan, superseded)
+            except PreparationCancelledError:
                 continue
             except ShutDownError as error:
                 _LOG.info("not staged: %s", error)
-                for edit in edits:
-                    edit.failed(None)
+                for operation in operations:
+                    operation.fail(None)
                 return
             except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
-                if len(edits) > 1:  # it need not be the fault of all
-                    for edit in edits:
-                        self._stage([edit])
+                if len(operations) > 1:  # it need not be the fault of all
+                    for operation in operations:
+                        self._stage([operation])
                 else:
-                    edits[0].failed(error)
+                    operations[0].fail(error)
                 return
 
-            if self._publish_prepared(edits, base, executors):
+            if self._publish_prepared(operations, base, executors):
                 return
 
-    def _publish_prepared(self, edits: Sequence[Edit], base: Plan, executors: int) -> bool:
+    @contextlib.contextmanager
+    def _superseded(self, operations: Sequence[Operation]) -> Iterator[Future[None]]:
+        """A future that is done as soon as something else is asked of one of the seeds."""
+        future: Future[None] = Future()
+        with self._runtime.lock:
+            for operation in operations:
+                operation.ticket.superseded = future
+            if not all(operation.is_wanted for operation in operations):
+                future.set_result(None)
+        try:
+            yield future
+        finally:
+            with self._runtime.lock:
+                for operation in operations:
+                    operation.ticket.superseded = None
+
+    def _publish_prepared(self, operations: Sequence[Operation], base: Plan, executors: int) -> bool:
         """Stage what was prepared on top of `base`, unless that is not what would come into force any more."""
-
-        def valid() -> bool:
+        with self._runtime.lock:
             if base is not self._runtime.target or executors != self._runtime.executors_added:
                 return False
-            if not all(self._requests.wanted(edit.request) for edit in edits):
+            if not all(operation.is_wanted for operation in operations):
                 return False
-            for edit in edits:
-                self._requests.end(edit.request)
-                edit.before_publishing()
-            return True
+            for operation in operations:
+                operation.publish()
+            self._runtime.publish(*operations)
+        for operation in operations:
+            operation.answer(True)
+        return True
 
-        published = self._runtime.publish(*(edit.change for edit in edits), valid=valid)
-        if published:
-            for edit in edits:
-                edit.request.answer(True)
-        return published
-
-    def _still_wanted(self, edits: Sequence[Edit]) -> list[Edit]:
-        wanted = [edit for edit in edits if self._requests.wanted(edit.request)]
-        for edit in edits:
-            if edit not in wanted:
-                edit.failed(None)
+    def _still_wanted(self, operations: Sequence[Operation]) -> list[Operation]:
+        wanted = [operation for operation in operations if operation.is_wanted]
+        for operation in operations:
+            if operation not in wanted:
+                operation.fail(None)
         return wanted
