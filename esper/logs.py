@@ -16,7 +16,7 @@ from typing import Any
 
 from esper.variables import LOGS_VARIABLE
 
-__all__ = ["PARTS", "configure_logs", "set_up_service_log"]
+__all__ = ["PARTS", "SayOnce", "configure_logs", "set_up_service_log"]
 
 PARTS = MappingProxyType(
     {
@@ -82,6 +82,20 @@ def set_up_service_log(level: str, style: str) -> None:
     root.propagate = False
     root.setLevel(level.upper())
     configure_logs()
+
+
+class SayOnce:
+    """Logs what goes on for long where it is noticed first, and after that at DEBUG. For any thread."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._said: dict[str, object] = {}
+
+    def __call__(self, level: int, message: str, reason: str | None = None) -> None:
+        """Log `message`, unless it was said before, or another for the same `reason`."""
+        mine = object()
+        is_new = self._said.setdefault(reason or message, mine) is mine
+        self._logger.log(level if is_new else logging.DEBUG, "%s", message)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from esper.artifacts.document import JsonReader, canonical_json, parse_json
 from esper.artifacts.errors import SigningKeyError, UntrustedArtifactError
+from esper.file_store import write_whole
 from esper.ownership import UnsafePathError, check_own
 from esper.regular_files import open_regular
 
@@ -168,20 +168,8 @@ class SigningKey:
         data = self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                if replace:
-                    os.replace(temporary, path)
-                else:
-                    _link(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_whole(path, data, mode=0o600, durable=True, replace=replace)
         except OSError as cause:
             raise SigningKeyError(f"cannot write the signing key {path}: {cause.strerror}") from cause
 
@@ -218,14 +206,6 @@ def _check_private(path: str | os.PathLike[str], status: os.stat_result) -> None
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise SigningKeyError(f"the signing key {os.fspath(path)} has mode {mode:04o}; make it private: chmod 600")
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """Gives the file its name unless another process was first."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return
 
 
 class TrustStore:

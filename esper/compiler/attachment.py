@@ -21,11 +21,12 @@ from esper.compiler.attachment_trial import try_attachment
 from esper.execution.background import waiting
 from esper.execution.kernels.loaded_kernel import CompiledAttachment, LoadedKernel
 from esper.execution.kernels.sources import KernelSource
+from esper.logs import SayOnce
 
 __all__ = ["attach_from", "read_payload", "with_latencies"]
 
 _LOG = logging.getLogger("esper.compiler")
-
+_say_once = SayOnce(_LOG)
 _WORTH_WHILE = 0.95  # of the graph's time, at most: what decides whether compiled code runs takes time, too
 
 
@@ -99,12 +100,3 @@ def _unpack_soon(attachment: CompiledAttachment, compiled_code: bytes, name: str
         threading.Thread(target=unpack, name="esper-attachment", daemon=True).start()
     except RuntimeError as error:  # no thread to be had
         _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
-
-
-_said: set[str] = set()
-
-
-def _say_once(level: int, message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _LOG.log(level, message)

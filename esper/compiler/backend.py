@@ -25,12 +25,13 @@ from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompilationError, VariantCompiler
 from esper.execution.site_marker import mark_as_backend
+from esper.logs import SayOnce
 from esper_passes import ElideDormant, NumberSites, Pipeline, sites_in, tag_inputs
 
 __all__ = ["esper_backend"]
 
 _LOG = logging.getLogger("esper.compiler")
-_said: set[str] = set()
+_say_once = SayOnce(_LOG)
 _numbers = itertools.count()
 
 
@@ -52,8 +53,9 @@ def esper_backend(
     tags = tag_inputs(module)
     if not tags:
         _say_once(
+            logging.WARNING,
             "this graph has no sites: it compiles exactly as under the inner compiler. "
-            "Wrap the model with esper.wrap() before torch.compile() for kernels to be loaded into it"
+            "Wrap the model with esper.wrap() before torch.compile() for kernels to be loaded into it",
         )
         return chosen.inner(module, inputs)
     numbered = NumberSites()(torch_internals.copy_of_capture(module)).graph_module
@@ -107,9 +109,3 @@ def _compile_host(module: fx.GraphModule, inputs: Sequence[Any], options: Backen
         node.meta.pop("grapharg", None)  # weak references to the inputs, which would stop `torch.utils.swap_tensors`
     seconds = time.perf_counter() - started
     return Variant(torch_internals.boxed(compiled), "host compile", seconds)
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        _LOG.warning(message)

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from esper.logs import SayOnce
 from esper.variables import DEBUG_DIR_VARIABLE
 from esper_passes.pipeline import Callback, DumpGraphs, PassEvent, Timings, chain
 
@@ -20,7 +21,7 @@ __all__ = ["pass_callback"]
 
 _LOG = logging.getLogger("esper.compiler")
 _LONGEST_NAME = 100
-_said: set[str] = set()
+_say_once = SayOnce(_LOG)
 
 
 def pass_callback(graph_name: str) -> Callback | None:
@@ -76,6 +77,5 @@ class _Dump:
 
 def _say_unwritable(folder: Path, error: OSError) -> None:
     message = f"{DEBUG_DIR_VARIABLE}: graphs cannot be written to {os.environ.get(DEBUG_DIR_VARIABLE)}"
-    level = logging.DEBUG if message in _said else logging.WARNING
-    _said.add(message)
-    _LOG.log(level, "%s (%s: %s); name a folder that can be written", message, folder, error.strerror or error)
+    where = f"{folder}: {error.strerror or error}"
+    _say_once(logging.WARNING, f"{message} ({where}); name a folder that can be written", reason=message)

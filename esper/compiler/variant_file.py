@@ -20,7 +20,7 @@ from esper.compiler.variant_key import VariantKey
 from esper.errors import EsperError
 from esper.regular_files import open_regular
 
-__all__ = ["MOST_BYTES", "VariantFileError", "file_size", "read_factors", "read_variant", "write_variant"]
+__all__ = ["MOST_BYTES", "VariantFileError", "read_factors", "read_variant", "variant_parts"]
 
 MOST_BYTES = 2**30
 """Of a file: much more than any variant takes."""
@@ -43,19 +43,13 @@ class VariantFileError(EsperError):
         self.is_damaged = is_damaged
 
 
-def file_size(key: VariantKey, payload: bytes) -> int:
-    """Bytes of the file that holds `payload`."""
-    return _HEADER.size + len(_encoded_factors(key)) + len(payload)
-
-
-def write_variant(file: BinaryIO, key: VariantKey, payload: bytes) -> None:
-    """Write the variant; raises `OSError`."""
-    factors = _encoded_factors(key)
+def variant_parts(key: VariantKey, payload: bytes) -> tuple[bytes, bytes, bytes]:
+    """What the file that holds `payload` consists of, in this order."""
+    factors = json.dumps(dict(key.factors), sort_keys=True).encode()
     digest = hashlib.sha256(factors)
     digest.update(payload)
     header = _HEADER.pack(_MAGIC, _VERSION, bytes.fromhex(key.digest), digest.digest(), len(factors), len(payload))
-    for part in (header, factors, payload):
-        file.write(part)
+    return header, factors, payload
 
 
 def read_variant(path: Path, key: VariantKey) -> bytes:
@@ -117,7 +111,3 @@ def _exactly(file: BinaryIO, length: int) -> bytes:
     if len(content) != length:
         raise VariantFileError("it is truncated", is_damaged=True)
     return content
-
-
-def _encoded_factors(key: VariantKey) -> bytes:
-    return json.dumps(dict(key.factors), sort_keys=True).encode()

@@ -7,15 +7,11 @@ to the root, is not used (see `esper.ownership`). It lies in Inductor's own cach
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import stat
+import re
 import threading
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +19,14 @@ from esper import torch_internals
 from esper.compiler.variant_file import (
     MOST_BYTES,
     VariantFileError,
-    file_size,
     read_factors,
     read_variant,
-    write_variant,
+    variant_parts,
 )
 from esper.compiler.variant_key import VariantKey
+from esper.file_store import BoundedFolder, write_whole
 from esper.forking import reset_after_fork
+from esper.logs import SayOnce
 from esper.ownership import UnsafePathError, check_own, make_own_folder
 
 __all__ = ["DEFAULT_LIMIT_BYTES", "StoreStatistics", "VariantKey", "VariantStore", "default_store"]
@@ -40,9 +37,7 @@ DEFAULT_LIMIT_BYTES = 2 * 1024**3
 _LOG = logging.getLogger(__name__)
 _WHAT = "the folder of compiled variants"
 _SUFFIX = ".variant"
-_TEMPORARY = ".tmp"
-_ABANDONED_SECONDS = 3600.0  # a temporary file that nobody has renamed for so long was left by a killed process
-_LEFT_AFTER_EVICTION = 0.9  # of the limit, so that not every write at the limit looks at the whole folder
+_OURS = re.compile(r"[0-9a-f]+\.variant")
 _COMPARED_FILES = 64  # how many stored variants a miss is compared with when the log has to explain it
 
 _REMEDIES = {
@@ -87,8 +82,8 @@ class VariantStore:
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._statistics = StoreStatistics()
-        self._said: set[str] = set()
-        self._room = 0  # bytes that this process may write before it looks at the folder again
+        self._say_once = SayOnce(_LOG)
+        self._files = BoundedFolder([self.folder], limit_bytes, _OURS, self._say_unwritable)
         reset_after_fork(self)
 
     def after_fork(self) -> None:
@@ -125,8 +120,7 @@ class VariantStore:
             self._unusable(path, f"it cannot be read ({error.strerror or error})", is_damaged=False)
             self._missed(key, "it cannot be read", unusable=1)
             return None
-        with contextlib.suppress(OSError):  # a folder that is only readable: the order of eviction is its owner's
-            os.utime(path)
+        self._files.used(path)
         self._count(hits=1)
         _explain(key, "found")
         return payload
@@ -136,18 +130,22 @@ class VariantStore:
 
         Writes a file: not for the thread that trains.
         """
-        size = file_size(key, payload)
+        parts = variant_parts(key, payload)
+        size = sum(map(len, parts))
         most = min(self.limit_bytes, MOST_BYTES)
         if size > most:
             self._count(failed_writes=1)
             self._say_once(
                 logging.WARNING,
-                "too large",
                 f"a compiled variant of {size} bytes is not kept: {self.folder} is limited to {most} bytes",
+                reason="too large",
             )
             return
         try:
-            self._write(key, payload)
+            make_own_folder(self.folder, _WHAT)
+            # only this user may write to it, whatever the umask: else it would not be read again. What a power cut
+            # leaves fails its checksum
+            write_whole(self._path(key), *parts, mode=0o644)
         except UnsafePathError as error:
             self._count(failed_writes=1)
             self._say_unsafe(error)
@@ -158,50 +156,15 @@ class VariantStore:
             return
         self._count(writes=1)
         _LOG.debug("variant %s: stored, %d bytes", key.short, size)
-        with self._lock:
-            self._room -= size
-            is_full = self._room < 0
-        if is_full:
-            self._evict()
+        evicted = self._files.written(self._path(key), size)
+        if evicted:
+            self._count(evicted=evicted)
+            _LOG.debug("removed %d variants from %s", evicted, self.folder)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
     def _path(self, key: VariantKey) -> Path:
         return self.folder / f"{key.digest}{_SUFFIX}"
-
-    def _write(self, key: VariantKey, payload: bytes) -> None:
-        """A reader sees the old file or the whole new one. No fsync: what a power cut leaves fails its checksum."""
-        make_own_folder(self.folder, _WHAT)
-        temporary = self.folder / f"{key.digest}.{uuid.uuid4().hex}{_TEMPORARY}"
-        try:
-            with open(temporary, "xb", opener=_unshared) as file:
-                write_variant(file, key, payload)
-            os.replace(temporary, self._path(key))
-        except BaseException:  # Ctrl-C too: nothing half-written stays
-            with contextlib.suppress(OSError):  # it may not have come into being; the first failure is what counts
-                temporary.unlink()
-            raise
-
-    def _evict(self) -> None:
-        """Remove what was used longest ago until the limit holds, and what killed processes left."""
-        now, found = time.time(), []
-        for entry, status in _files(self.folder):
-            if entry.name.endswith(_SUFFIX):
-                found.append((status.st_mtime_ns, status.st_size, entry.path))
-            elif entry.name.endswith(_TEMPORARY) and now - status.st_mtime > _ABANDONED_SECONDS:
-                _remove(entry.path)
-        total = sum(size for _, size, _ in found)
-        if total > self.limit_bytes:
-            evicted = 0
-            for _, size, path in sorted(found)[:-1]:  # what was written last stays, however large it is
-                if total <= self.limit_bytes * _LEFT_AFTER_EVICTION:
-                    break
-                evicted += _remove(path)
-                total -= size
-            self._count(evicted=evicted)
-            _LOG.debug("removed %d variants from %s, %d bytes are left", evicted, self.folder, total)
-        with self._lock:  # others may write too: look again when half of what is free is used up
-            self._room = max(self.limit_bytes - total, 0) // 2
 
     # -- what is said ----------------------------------------------------------------------------------------------
 
@@ -218,10 +181,9 @@ class VariantStore:
 
     def _compare(self, key: VariantKey) -> None:
         """Log in which factors the most similar of the variants used last differs."""
-        files = sorted(_files(self.folder), key=lambda each: each[1].st_mtime_ns, reverse=True)
-        paths = [Path(entry.path) for entry, _ in files if entry.name.endswith(_SUFFIX)]
+        files = sorted(self._files.files(), key=lambda each: each.used_at, reverse=True)
         closest: tuple[list[str], Path] | None = None
-        for path in paths[:_COMPARED_FILES]:
+        for path in [each.path for each in files[:_COMPARED_FILES]]:
             try:
                 there = read_factors(path)
             except (OSError, VariantFileError):
@@ -242,32 +204,26 @@ class VariantStore:
         outcome = "and was removed" if removed else "and is left alone"
         self._say_once(
             logging.WARNING if is_damaged else logging.INFO,
-            reason,
             f"the stored variant {path} is not used {outcome}: {reason}",
+            reason=reason,
         )
 
     def _say_unsafe(self, error: UnsafePathError) -> None:
         self._say_once(
             logging.WARNING,
-            "unsafe",
             f"compiled variants are neither read nor kept, so the next run compiles them again: {error}; or name a "
             "folder of your own in TORCHINDUCTOR_CACHE_DIR",
+            reason="unsafe",
         )
 
     def _say_unwritable(self, error: OSError) -> None:
         remedy = _REMEDIES.get(error.errno or 0, "see to it")
         self._say_once(
             logging.WARNING,
-            f"write {error.errno}",
             f"compiled variants cannot be kept in {self.folder} ({error.strerror or error}), so the next run compiles "
             f"them again: {remedy}, or name another folder in TORCHINDUCTOR_CACHE_DIR",
+            reason=f"write {error.errno}",
         )
-
-    def _say_once(self, level: int, reason: str, message: str) -> None:
-        with self._lock:
-            is_new = reason not in self._said
-            self._said.add(reason)
-        _LOG.log(level if is_new else logging.DEBUG, "%s", message)
 
 
 def default_store() -> VariantStore | None:
@@ -278,7 +234,11 @@ def default_store() -> VariantStore | None:
     try:
         cache = torch_internals.compiler_cache_dir()
     except OSError as error:
-        _say_no_folder(f"compiled variants are not kept: Inductor's cache folder cannot be made ({error})")
+        _say_once(
+            logging.WARNING,
+            f"compiled variants are not kept: Inductor's cache folder cannot be made ({error}); name another in "
+            "TORCHINDUCTOR_CACHE_DIR",
+        )
         return None
     if cache is None:
         return None
@@ -286,31 +246,7 @@ def default_store() -> VariantStore | None:
 
 
 _stores: dict[str, VariantStore] = {}
-_said_of_folders: set[str] = set()
-
-
-def _say_no_folder(message: str) -> None:
-    if message not in _said_of_folders:
-        _said_of_folders.add(message)
-        _LOG.warning("%s; name another in TORCHINDUCTOR_CACHE_DIR", message)
-
-
-def _files(folder: Path) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-    """What lies in `folder` and its status; other processes may remove it meanwhile."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        yield entry, status
-    except OSError as error:
-        _LOG.debug("%s cannot be listed: %s", folder, error)
-
-
-def _unshared(path: str, flags: int) -> int:
-    """Opens a new file that only this user may write to, whatever the umask, so that it is read again."""
-    return os.open(path, flags, 0o644)
+_say_once = SayOnce(_LOG)
 
 
 def _remove(path: str | Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from esper.compiler.attachment import with_latencies
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels.loaded_kernel import AttachedKernel, LoadedKernel
 from esper.execution.kernels.sources import KernelSource
+from esper.logs import SayOnce
 from tests.compiler.variants import wait_until
 from tests.kernel_shelf import COMPILED, KernelShelf, compiled_code
 
@@ -163,7 +165,7 @@ def test_one_that_cannot_be_unpacked_is_as_good_as_none(
     }[damage]
     faster.store_attachment(Attachment.create(kernel, Target.current("cpu"), payload, key))
     model = esper.wrap(nn.Sequential(nn.Linear(8, 6)), platform=faster.platform)
-    esper.compiler.attachment._said.clear()
+    esper.compiler.attachment._say_once = SayOnce(logging.getLogger("esper.compiler"))
     assert asyncio.run(model.load_kernel("0", 0, kernel, alpha=0.5))
     x = torch.randn(5, 8)
     with torch.no_grad():

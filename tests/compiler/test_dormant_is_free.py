@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import esper
+from esper.logs import SayOnce
 from tests.models import mlp, small_transformer
 
 
@@ -98,7 +100,7 @@ def test_eager_outputs_and_gradients_are_bit_identical(mode: str, grad: bool) ->
 def test_a_plain_model_compiles_as_under_the_inner_compiler_and_is_told_so(
     fresh_dynamo: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esper.compiler.backend._said", set())
+    monkeypatch.setattr("esper.compiler.backend._say_once", SayOnce(logging.getLogger("esper.compiler")))
     host, x = mlp(4, 6, 2), torch.randn(3, 4)
     recorder = Recorder()
     compiled = torch.compile(host, backend="esper", options={"inner": recorder})

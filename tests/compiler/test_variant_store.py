@@ -292,14 +292,15 @@ def test_what_is_larger_than_the_limit_is_not_kept_and_pushes_nothing_out(
 
 
 def test_what_killed_processes_left_is_removed_and_the_files_of_others_are_not(tmp_path: Path) -> None:
-    for name, age_seconds in (("abandoned.tmp", 7200), ("being-written.tmp", 10), ("notes.txt", 7200)):
+    abandoned, being_written = (f".{'0' * 16}.{letter * 16}" for letter in "ab")
+    for name, age_seconds in ((abandoned, 7200), (being_written, 10), ("notes.txt", 7200)):
         (tmp_path / name).write_bytes(b"x" * 100_000)
         os.utime(tmp_path / name, (time.time() - age_seconds,) * 2)
     (tmp_path / "folder").mkdir()
     store = VariantStore(tmp_path, limit_bytes=50_000)
     store.put(KEY, PAYLOAD)
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(KEY.digest)) == [
-        "being-written.tmp",
+        being_written,
         "folder",
         "notes.txt",
     ]

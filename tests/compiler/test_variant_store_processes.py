@@ -170,7 +170,7 @@ def test_processes_that_write_read_and_throw_out_at_once_see_only_whole_variants
         assert (counted.failed_writes, counted.unusable) == (0, 0)
         assert counted.hits > 0
         assert counted.writes > 0
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     VariantStore(tmp_path, limit_bytes=limit).put(KEY, b"")  # a new store looks at the folder with its first write
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
 

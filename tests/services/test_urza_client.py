@@ -171,9 +171,9 @@ class TestKernels:
         old, new = (Attachment.create(artifact.id, TARGET, code, KEY) for code in (b"old", b"new"))
         store.kernels.add_attachment(old)
         known = old.pack()
-        assert remote.ask(lambda client: client.attachment(artifact.id, TARGET.key, known)) is known
+        assert remote.kernels.attachment(artifact.id, TARGET.key, known=known) is known
         store.kernels.add_attachment(new)
-        assert remote.ask(lambda client: client.attachment(artifact.id, TARGET.key, known)) == new.pack()
+        assert remote.kernels.attachment(artifact.id, TARGET.key, known=known) == new.pack()
 
     @pytest.mark.parametrize(
         "conditions",

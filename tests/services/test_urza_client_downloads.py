@@ -163,5 +163,5 @@ def test_an_attachment_is_checked_against_its_tag() -> None:
 
 def test_an_attachment_that_is_known_is_not_sent_again() -> None:
     with broken(answer(304, b"", None, ETag=ETAG)) as (server, store):
-        assert store.ask(lambda client: client.attachment(DIGEST, "a-target", DATA)) is DATA
+        assert store.kernels.attachment(DIGEST, "a-target", known=DATA) is DATA
         assert [request.headers["if-none-match"] for request in server.requests] == [ETAG]

@@ -1,9 +1,7 @@
-"""Urza's client among threads, forked children and event loops, and how it ends."""
+"""Urza's client among threads and forked children, and how it ends."""
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import signal
 import subprocess
 import sys
@@ -20,14 +18,12 @@ from esper.configs import UrzaConfig
 from esper.services.contracts import KernelQuery
 from esper.services.errors import UnknownBlueprintError, UrzaUnavailableError
 from esper.services.urza import UrzaStore
-from esper.services.urza_client import RemoteStore, UrzaClient
-from tests.services.broken_server import BrokenServer, silence
+from esper.services.urza_client import RemoteStore
+from tests.services.broken_server import GOOD, BrokenServer, ask, broken, problem, silence
 from tests.services.programs import forked
 from tests.services.remote_stores import NOBODY, remote_of
 from tests.services.shelf import add_kernel, blueprint
 from tests.services.urza_server import RunningUrza, locked
-
-THREAD = "esper-urza-client"
 
 
 @pytest.fixture
@@ -35,20 +31,6 @@ def remote(urza: RunningUrza) -> Iterator[RemoteStore]:
     opened = remote_of(urza)
     yield opened
     opened.close()
-
-
-_before: set[threading.Thread] = set()
-
-
-@pytest.fixture(autouse=True)
-def _threads_of_other_tests() -> None:
-    _before.clear()
-    _before.update(threading.enumerate())
-
-
-def client_threads() -> list[str]:
-    """Those that this test has started."""
-    return [each.name for each in set(threading.enumerate()) - _before if each.name == THREAD]
 
 
 def connections_to(urza: RunningUrza) -> int:
@@ -73,7 +55,6 @@ class TestThreads:
         with ThreadPoolExecutor(24) as pool:
             for future in [pool.submit(ask, number) for number in range(24)]:
                 future.result(60)
-        assert client_threads() == [THREAD]
 
     def test_connections_are_used_again(self, urza: RunningUrza, remote: RemoteStore) -> None:
         for _ in range(10):
@@ -90,11 +71,11 @@ class TestThreads:
 
 
 class TestClose:
-    def test_ends_the_thread_and_the_connections(self, urza: RunningUrza, remote: RemoteStore) -> None:
+    def test_ends_the_connections(self, urza: RunningUrza, remote: RemoteStore) -> None:
         remote.blueprints.list()
-        assert (client_threads(), connections_to(urza)) == ([THREAD], 1)
+        assert connections_to(urza) == 1
         remote.close()
-        assert (client_threads(), connections_to(urza)) == ([], 0)
+        assert connections_to(urza) == 0
 
     def test_may_come_at_any_time(self, store: UrzaStore, remote: RemoteStore) -> None:
         remote.close()
@@ -104,17 +85,28 @@ class TestClose:
             remote.close()
             remote.close()
 
-    def test_who_waits_for_an_answer_is_told(self) -> None:
-        with BrokenServer(silence) as server, ThreadPoolExecutor(4) as pool:
+    def test_who_waits_for_an_answer_is_told_and_held_up_nobody(self) -> None:
+        with BrokenServer(*[silence] * 20, GOOD) as server, ThreadPoolExecutor(20) as pool:
             remote = RemoteStore(UrzaConfig.model_validate({"url": server.url, "client": {"timeout": 600}}))
-            waiting = [pool.submit(remote.blueprints.get, NOBODY) for _ in range(4)]
-            wait_for(lambda: len(server.requests) == 4)
+            waiting = [pool.submit(remote.blueprints.get, NOBODY) for _ in range(20)]
+            wait_for(lambda: len(server.requests) == 20)
+            assert ask(remote) == 2.5
             remote.close()
             for each in waiting:
                 with pytest.raises(UrzaUnavailableError, match="closed while it was asked"):
                     each.result(10)
+            assert ask(remote) == 2.5
+            remote.close()
 
-    @pytest.mark.filterwarnings("ignore:coroutine 'connect_tcp")  # anyio's, when connecting is called off
+    def test_who_waits_for_the_next_attempt_is_told(self) -> None:
+        with broken(problem(503, "store-busy", Retry_After="29")) as (server, remote), ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ask, remote)
+            wait_for(lambda: server.requests)
+            time.sleep(0.1)  # the answer is read by now
+            remote.close()
+            with pytest.raises(UrzaUnavailableError, match="closed while it was asked"):
+                waiting.result(10)
+
     def test_who_asks_just_then_is_answered_or_told(self, remote: RemoteStore) -> None:
         ended = threading.Event()
 
@@ -139,8 +131,6 @@ class TestClose:
         assert refused, "nobody was asking when it was closed"
         assert all("closed while it was asked" in text for text in refused)
         assert remote.blueprints.list() == ()
-        assert len(client_threads()) == 1
-        gc.collect()  # so that anyio's warnings come here
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -238,31 +228,3 @@ class TestTheEndOfTheProcess:
             _, errors = process.communicate(timeout=60)
             assert process.returncode == -signal.SIGINT
             assert errors.rstrip().endswith("KeyboardInterrupt")
-
-
-class TestEventLoops:
-    def test_many_questions_at_once(self, store: UrzaStore, urza: RunningUrza) -> None:
-        artifacts = [add_kernel(store, blueprint(seed))[0] for seed in range(4)]
-
-        async def ask() -> None:
-            async with UrzaClient(UrzaConfig(url=urza.url)) as client:
-                found = await asyncio.gather(*(client.content(artifacts[number % 4].id) for number in range(60)))
-                assert [data for data, _ in found] == [artifacts[number % 4].data for number in range(60)]
-                assert connections_to(urza) <= 16
-                assert await client.blueprints() == store.blueprints.list()
-            assert connections_to(urza) == 0
-
-        asyncio.run(ask())
-
-    def test_one_that_is_called_off_harms_no_other(self, folder: Path, store: UrzaStore, urza: RunningUrza) -> None:
-        async def ask() -> None:
-            async with UrzaClient(UrzaConfig(url=urza.url)) as client:
-                with locked(folder) as release:
-                    for _ in range(20):  # more than there are connections
-                        with pytest.raises(TimeoutError):
-                            await asyncio.wait_for(client.submit(blueprint(1)), 0.05)
-                    assert await client.blueprints() == ()
-                    release()
-                assert (await client.submit(blueprint(2))).id == blueprint(2).id
-
-        asyncio.run(ask())

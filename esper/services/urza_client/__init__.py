@@ -1,8 +1,7 @@
-"""Urza from elsewhere: an HTTP client, a store and a kernel source over it, and kernels kept on the local disk."""
+"""Urza from elsewhere: a store over HTTP, a kernel source over it, and kernels kept on the local disk."""
 
-from esper.services.urza_client.client import UrzaClient
 from esper.services.urza_client.disk_cache import DiskCache
-from esper.services.urza_client.remote_store import RemoteStore
 from esper.services.urza_client.source import RemoteKernelSource
+from esper.services.urza_client.store import RemoteStore
 
-__all__ = ["DiskCache", "RemoteKernelSource", "RemoteStore", "UrzaClient"]
+__all__ = ["DiskCache", "RemoteKernelSource", "RemoteStore"]

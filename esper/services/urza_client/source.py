@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from esper.artifacts import Signature, TrustStore, artifact_message
 from esper.execution.kernels.sources import FetchedKernel, KernelSourceError, UnknownKernelError
-from esper.services.errors import StoreError, UrzaProtocolError
+from esper.services.errors import StoreError, UrzaProtocolError, UrzaUnavailableError
 from esper.services.names import is_full_id
 from esper.services.store_source import best_signature, source_errors
 from esper.services.urza_client.disk_cache import DiskCache
-from esper.services.urza_client.remote_store import RemoteStore
+from esper.services.urza_client.store import RemoteStore
 
 __all__ = ["RemoteKernelSource"]
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 _AT_ONCE = 8
 _PATIENCE = 2.0  # seconds, with a store that is asked for news of what is on the disk
 _PATIENCE_FOR_CODE = 5.0  # as above, where it is asked for compiled code, which is never needed, of what is on the disk
@@ -54,7 +57,7 @@ class RemoteKernelSource:
         seconds = None if known is None else _PATIENCE
         try:
             with source_errors():
-                artifact_id = self._store.ask(lambda client: client.kernel(reference), seconds).id
+                artifact_id = self._within(seconds, lambda: self._store.kernels.resolve(reference))
         except KernelSourceError as error:
             if known is None or not _is_trouble(error):
                 raise self._explained(error, repr(reference)) from error.__cause__
@@ -93,8 +96,8 @@ class RemoteKernelSource:
         try:
             with source_errors():
                 signers = self._trust().key_ids
-                found = self._store.ask(
-                    lambda client: client.attachment(artifact_id, target_key, known, signers), seconds
+                found = self._within(
+                    seconds, lambda: self._store.kernels.attachment(artifact_id, target_key, signers, known=known)
                 )
         except KernelSourceError as error:
             if not _is_trouble(error):
@@ -130,6 +133,25 @@ class RemoteKernelSource:
         with ThreadPoolExecutor(_AT_ONCE, "esper-prefetch") as pool:
             outcomes = dict(zip(wanted, pool.map(one, wanted), strict=True))
         return {reference: self._on_disk(outcome) for reference, outcome in outcomes.items()}
+
+    def _within(self, seconds: float | None, ask: Callable[[], _Result]) -> _Result:
+        """What `ask` returns or raises; ``UrzaUnavailableError`` after `seconds`, however patient the client is."""
+        if seconds is None:
+            return ask()
+        future: Future[_Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(ask())
+            except BaseException as error:  # noqa: BLE001  # the future carries it to who asked
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="esper-urza-news", daemon=True).start()
+        try:
+            return future.result(seconds)
+        except TimeoutError as cause:
+            url = self._store.settings.url
+            raise UrzaUnavailableError(f"Urza at {url} has not answered within {seconds} s") from cause
 
     def _on_disk(self, outcome: str | KernelSourceError) -> str | KernelSourceError:
         if isinstance(outcome, KernelSourceError) or outcome in self.disk:

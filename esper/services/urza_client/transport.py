@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import math
 import re
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -28,14 +31,14 @@ from esper.services.errors import (
     UrzaUnavailableError,
 )
 from esper.services.problems import MEDIA_TYPE, ProblemDocument, error_of
-from esper.services.urza_client.patience import LONGEST_REQUESTED_WAIT, CircuitBreaker, RetryBudget, backoff
+from esper.services.urza_client.retry import LONGEST_REQUESTED_WAIT, CircuitBreaker, RetryBudget, backoff
 
 __all__ = ["Answer", "UrzaTransport"]
 
 _log = logging.getLogger(__name__)
 
 _CONNECT_SECONDS = 5.0
-_CONNECTIONS = 16
+_IDLE_CONNECTIONS = 16
 _IDLE_SECONDS = 15.0  # less than Urza keeps a connection, so that it is not closed while a request is on its way
 _MAX_DOCUMENT = 64 * 2**20
 _SLOWEST = 1024  # bytes a second on average, of an answer that takes ...
@@ -64,36 +67,77 @@ class Answer:
         return self.status < httpx.codes.MULTIPLE_CHOICES or self.status == httpx.codes.NOT_MODIFIED
 
 
-_Receive = Callable[[httpx.Response], Awaitable[tuple[int, httpx.Headers, bytes]]]
+_Receive = Callable[[httpx.Response], tuple[int, httpx.Headers, bytes]]
 
 
 class UrzaTransport:
-    """For one event loop. Does not follow redirects: Urza makes none, and a token must not go elsewhere."""
+    """For any thread, until it is closed. The lock is held for counting only.
+
+    Does not follow redirects: Urza makes none, and a token must not go elsewhere.
+    """
 
     def __init__(self, settings: UrzaConfig) -> None:
         self.url = _checked_url(settings.url)
         """Without a slash at its end."""
         self._settings = settings.client
-        self._client = httpx.AsyncClient(
+        self._client = httpx.Client(
             base_url=self.url,
             headers=_authorization(settings.token),
             timeout=httpx.Timeout(
                 self._settings.timeout, connect=min(_CONNECT_SECONDS, self._settings.timeout), pool=None
             ),
-            limits=httpx.Limits(
-                max_connections=_CONNECTIONS, max_keepalive_connections=_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS
+            limits=httpx.Limits(  # one that hangs takes no connection from others
+                max_connections=None, max_keepalive_connections=_IDLE_CONNECTIONS, keepalive_expiry=_IDLE_SECONDS
             ),
             follow_redirects=False,
         )
         self._budget = RetryBudget()
         self._breaker = CircuitBreaker()
         self._last_failure = ""
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._under_way = 0
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+    def close(self) -> None:
+        """Close the connections, for good. Who waits for an answer gets ``UrzaUnavailableError``."""
+        with self._lock:
+            self._closed.set()
+            is_idle, open_ones = not self._under_way, list(self._sockets)
+        for each in open_ones:
+            _hang_up(each)
+        if is_idle:  # else the last that is under way does it: a socket is closed by the thread that reads it
+            self._client.close()
 
-    async def request(
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        with self._lock:
+            self._check_closed()
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                is_last = self._closed.is_set() and not self._under_way
+            if is_last:
+                self._client.close()
+
+    def _check_closed(self) -> None:
+        if self._closed.is_set():
+            raise UrzaUnavailableError(f"the store at {self.url} was closed while it was asked")
+
+    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """See httpx's extension `trace`: notes the sockets, so that :meth:`close` can wake who reads from them."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            opened = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(opened)
+                is_late = self._closed.is_set()
+            if is_late:
+                _hang_up(opened)
+
+    def request(
         self,
         method: str,
         path: str,
@@ -109,12 +153,10 @@ class UrzaTransport:
         ``UrzaUnavailableError``, and ``UrzaProtocolError`` for what is no answer of Urza's.
         """
         given = headers or {}
-        answer = await self._ask(method, path, lambda: given, content, self.document, repeatable)
+        answer = self._ask(method, path, lambda: given, content, self.document, repeatable)
         return answer if answer.status in accepted else self.checked(answer)
 
-    async def download(
-        self, path: str, digest: str | None, most: int, headers: Mapping[str, str] | None = None
-    ) -> Answer:
+    def download(self, path: str, digest: str | None, most: int, headers: Mapping[str, str] | None = None) -> Answer:
         """The bytes at `path`, at most `most`, whose SHA-256 is `digest`, or what the server says it is.
 
         Goes on where a connection broke off. Bytes of another hash are asked for once more, and then refused. An answer
@@ -124,7 +166,7 @@ class UrzaTransport:
         expected = found = ""
         for _ in range(2):
             parts = _Parts(most, self, {**_AS_IT_IS, **(headers or {})})
-            answer = self.checked(await self._ask("GET", path, parts.headers, {}, parts.receive, True))
+            answer = self.checked(self._ask("GET", path, parts.headers, {}, parts.receive, True))
             if answer.status == httpx.codes.NOT_MODIFIED:
                 return answer
             expected = digest if digest is not None else answer.headers.get("etag", "").strip('"')
@@ -143,14 +185,10 @@ class UrzaTransport:
             raise self._error(answer)
         return answer
 
-    def not_understood(self, what: object) -> UrzaProtocolError:
-        """The error for an answer of status 200 that is not what was asked for."""
-        return UrzaProtocolError(f"{self.url} sent {what}; is it an Urza, and of this version of Esper?")
-
-    async def document(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
+    def document(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
         """Status, headers and all of the body, which may be compressed."""
         body = bytearray()
-        async for chunk in self.in_time(response.aiter_bytes()):
+        for chunk in self.in_time(response.iter_bytes()):
             body += chunk
             if len(body) > _MAX_DOCUMENT:
                 raise UrzaProtocolError(
@@ -158,17 +196,17 @@ class UrzaTransport:
                 )
         return response.status_code, response.headers, bytes(body)
 
-    async def in_time(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    def in_time(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         """`chunks`, as long as they do not come at a trickle. Raises an ``httpx.ReadTimeout``."""
         began, received = time.monotonic(), 0
-        async for chunk in chunks:
+        for chunk in chunks:
             received += len(chunk)
             seconds = time.monotonic() - began
             if seconds > _SLOW * self._settings.timeout and received < _SLOWEST * seconds:
                 raise _TooSlowError(f"{received} bytes in {seconds:.1f} s")
             yield chunk
 
-    async def _ask(
+    def _ask(
         self,
         method: str,
         path: str,
@@ -178,18 +216,25 @@ class UrzaTransport:
         repeatable: bool,
     ) -> Answer:
         """Any answer, after as many attempts as are due. Raises ``UrzaUnavailableError`` if there is none."""
+        extensions = {"trace": self._trace}
         attempt = 0
         while True:
             attempt += 1
             self._check_breaker()
             try:
-                async with self._client.stream(method, path, headers=dict(headers()), **content) as response:
-                    answer = Answer(*await receive(response), attempt)
+                with (
+                    self._open(),
+                    self._client.stream(
+                        method, path, headers=dict(headers()), extensions=extensions, **content
+                    ) as response,
+                ):
+                    answer = Answer(*receive(response), attempt)
             except httpx.HTTPError as cause:
+                self._check_closed()
                 unreachable = self._unreachable(cause)
                 self._failed(unreachable)
                 may_repeat = repeatable or isinstance(cause, _NEVER_SENT)
-                if not (may_repeat and await self._wait(attempt, unreachable)):
+                if not (may_repeat and self._wait(attempt, unreachable)):
                     raise unreachable from cause
             except BaseException:
                 self._breaker.abandoned()
@@ -203,7 +248,7 @@ class UrzaTransport:
                 if trouble is None:
                     self._budget.earn()
                     return answer
-                if not (repeatable and await self._wait(attempt, trouble, _retry_after(answer.headers))):
+                if not (repeatable and self._wait(attempt, trouble, _retry_after(answer.headers))):
                     return answer
 
     def _check_breaker(self) -> None:
@@ -218,14 +263,15 @@ class UrzaTransport:
         self._last_failure = str(error).removeprefix(f"Urza at {self.url} ")
         self._breaker.failed()
 
-    async def _wait(self, attempt: int, error: Exception, requested: float | None = None) -> bool:
+    def _wait(self, attempt: int, error: Exception, requested: float | None = None) -> bool:
         """Wait until the next attempt is due; False, at once, if there is none."""
         too_long = requested is not None and requested > LONGEST_REQUESTED_WAIT
         if too_long or attempt > self._settings.retries or not self._budget.spend():
             return False
         wait = backoff(attempt, self._settings.retry_seconds, requested)
         _log.info("%s; attempt %d follows in %.1f s", error, attempt + 1, wait)
-        await asyncio.sleep(wait)
+        if self._closed.wait(wait):
+            self._check_closed()
         return True
 
     def _unreachable(self, error: httpx.HTTPError) -> UrzaUnavailableError:
@@ -285,12 +331,12 @@ class _Parts:
             return self._headers
         return {**self._headers, "Range": f"bytes={len(self._data)}-", "If-Range": etag}
 
-    async def receive(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
+    def receive(self, response: httpx.Response) -> tuple[int, httpx.Headers, bytes]:
         status = response.status_code
         if status == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE and self._data:
             return 200, self._received, bytes(self._data)  # nothing is left to come; the hash says whether that is so
         if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
-            return await self._transport.document(response)
+            return self._transport.document(response)
         if status == httpx.codes.PARTIAL_CONTENT:
             found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
             if found is None or int(found[1]) != len(self._data):
@@ -301,11 +347,17 @@ class _Parts:
         announced = response.headers.get("content-length", "")
         if announced.isdigit() and len(self._data) + int(announced) > self._most:
             raise StoreCorruptError(f"{self._url} announces {announced} bytes, and at most {self._most} are taken")
-        async for chunk in self._transport.in_time(response.aiter_raw()):
+        for chunk in self._transport.in_time(response.iter_raw()):
             self._data += chunk
             if len(self._data) > self._most:
                 raise StoreCorruptError(f"{self._url} sends more than {self._most} bytes, which are not taken")
         return 200, self._received, bytes(self._data)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Wake the thread that reads from or writes to `connection`, with an error or the end of what comes."""
+    with suppress(OSError):  # it is closed by now
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)  # an SSLSocket's own would first forget its keys
 
 
 def _checked_url(text: str | None) -> str:

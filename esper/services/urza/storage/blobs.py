@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]  # fsspec ships no types
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # as above
 
+from esper.file_store import UNFINISHED, write_whole
 from esper.regular_files import read_regular
 from esper.services.errors import (
     StoreBusyError,
@@ -36,7 +35,6 @@ MOST_BYTES = 2**30
 """Of a blob whose size nobody knows: more than any artifact, attachment or blueprint may have."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.[0-9a-f]{16}")  # as `_write_local` names them
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
@@ -74,7 +72,8 @@ class BlobStore:
                 if self._holds(path, digest, len(data)):
                     return digest
                 if self._is_local:
-                    _write_local(Path(path), data)
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(Path(path), data, durable=True)
                 else:  # object stores show an object when it is complete
                     self._filesystem.pipe_file(path, data)
         except FileNotFoundError as cause:  # no such bucket, for example
@@ -120,7 +119,7 @@ class BlobStore:
         for path, details in found.items():
             folder, name = path.rsplit("/", 2)[-2:]
             digest = folder + name if _DIGEST.fullmatch(folder + name) else None
-            if digest is None and not _UNFINISHED.fullmatch(name):
+            if digest is None and not UNFINISHED.fullmatch(name):
                 continue
             try:
                 with self._errors("read"):
@@ -195,28 +194,3 @@ def _filesystem_of(url: str) -> tuple[Any, str]:
     """Listings are not cached: other processes write to the same store."""
     filesystem, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
     return filesystem, root
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut, where folders can be flushed (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ def backoff(attempt: int, first: float, requested: float | None = None) -> float
 
 
 class RetryBudget:
-    """Bounds retries to a share of all requests, so that a server in trouble is not asked even more.
+    """Bounds retries to a share of all requests, so that a server in trouble is not asked even more. For any thread.
 
     Each success earns a tenth of a retry, and so does each second; at most `capacity` are saved up.
     """
@@ -32,26 +33,29 @@ class RetryBudget:
         self._capacity = self._left = capacity
         self._clock = clock
         self._looked = clock()
+        self._lock = threading.Lock()
 
     def earn(self) -> None:
         """A request succeeded."""
-        self._left = min(self._capacity, self._left + 0.1)
+        with self._lock:
+            self._left = min(self._capacity, self._left + 0.1)
 
     def spend(self) -> bool:
         """Take one retry; False if none is left."""
-        now = self._clock()
-        self._left = min(self._capacity, self._left + 0.1 * (now - self._looked))
-        self._looked = now
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True
+        with self._lock:
+            now = self._clock()
+            self._left = min(self._capacity, self._left + 0.1 * (now - self._looked))
+            self._looked = now
+            if self._left < 1.0:
+                return False
+            self._left -= 1.0
+            return True
 
 
 class CircuitBreaker:
     """After `threshold` failures in a row, lets nothing through for a while; then one request at a time, as a probe.
 
-    The while doubles with every probe that fails, from `first` up to `longest` seconds.
+    The while doubles with every probe that fails, from `first` up to `longest` seconds. For any thread.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class CircuitBreaker:
     ) -> None:
         self._threshold, self._first, self._longest = threshold, first, longest
         self._clock = clock
+        self._lock = threading.Lock()
         self.failures = 0
         """In a row."""
         self._opened_until = 0.0
@@ -71,30 +76,34 @@ class CircuitBreaker:
 
     def wait(self) -> float:
         """Seconds until a request may go through; 0 if one may go now, which then is under way as the probe."""
-        if self.failures < self._threshold:
+        with self._lock:
+            if self.failures < self._threshold:
+                return 0.0
+            left = self._opened_until - self._clock()
+            if left > 0:
+                return left
+            if self._probing:
+                return self._pause
+            self._probing = True
             return 0.0
-        left = self._opened_until - self._clock()
-        if left > 0:
-            return left
-        if self._probing:
-            return self._pause
-        self._probing = True
-        return 0.0
 
     def succeeded(self) -> None:
         """The server answered, and not with a failure of its own."""
-        self.failures, self._pause, self._probing = 0, self._first, False
+        with self._lock:
+            self.failures, self._pause, self._probing = 0, self._first, False
 
     def failed(self) -> None:
         """It did not answer, or said that it failed."""
-        self.failures += 1
-        if self.failures < self._threshold:
-            return
-        if self._probing:
-            self._pause = min(self._longest, self._pause * 2)
-        self._probing = False
-        self._opened_until = self._clock() + self._pause
+        with self._lock:
+            self.failures += 1
+            if self.failures < self._threshold:
+                return
+            if self._probing:
+                self._pause = min(self._longest, self._pause * 2)
+            self._probing = False
+            self._opened_until = self._clock() + self._pause
 
     def abandoned(self) -> None:
         """The request was called off; nothing is known of the server."""
-        self._probing = False
+        with self._lock:
+            self._probing = False
