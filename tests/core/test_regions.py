@@ -145,10 +145,10 @@ def test_blocks_that_are_not_there_are_refused_and_nothing_is_compiled(host: nn.
 
 
 def test_a_model_that_is_not_wrapped_or_compiled_as_a_whole_is_refused() -> None:
-    with pytest.raises(RegionError, match=r"what esper.wrap\(\) returned, not a Stack"):
+    with pytest.raises(RegionError, match=r"what esper\.wrap\(\) returned, not a Stack"):
         esper.compile_blocks(Stack())  # type: ignore[arg-type]  # the wrong kind
     model = esper.wrap(Stack())
-    with pytest.raises(RegionError, match="what torch.compile made of it"):
+    with pytest.raises(RegionError, match=r"what torch\.compile made of it"):
         esper.compile_blocks(torch.compile(model, backend="esper"))  # type: ignore[arg-type]  # as above
     model.compile(backend="esper")
     with pytest.raises(RegionError, match="compiled as a whole"):

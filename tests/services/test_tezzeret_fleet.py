@@ -26,6 +26,7 @@ from tests.golden.deployment import Deployment, deployment
 from tests.services.children import wait_until_gone
 from tests.services.shelf import blueprint, exponential
 from tests.services.urza_server import http_client
+from tests.services.valkey_bus import ends
 from tests.services.valkey_server import ValkeyProcess
 
 pytestmark = pytest.mark.xdist_group("fleet")
@@ -156,10 +157,7 @@ def test_a_worker_takes_messages_again_from_a_server_that_came_back_empty(valkey
 def test_a_submission_does_not_wait_for_a_server_that_is_away(store: UrzaStore) -> None:
     messages = CompilationQueue(_settings("redis://127.0.0.1:1"))
     with Dispatch(store.blueprints, messages, sweep_seconds=0.1) as dispatch:
-        started = time.monotonic()
-        for _ in range(1000):
-            dispatch.submitted(blueprint().id)
-        assert time.monotonic() - started < 5
+        ends(lambda: [dispatch.submitted(blueprint().id) for _ in range(1000)])
 
 
 def test_what_a_server_that_was_away_missed_is_told_while_submissions_go_on(
@@ -287,7 +285,7 @@ def test_esper_up_says_where_things_are_and_takes_everything_down_at_ctrl_c(tmp_
             started = up.children(recursive=True)
             assert len(started) >= 3
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            assert process.wait(30) == 0
+            assert process.wait(90) == 0
         finally:
             process.kill()
         for each in started:

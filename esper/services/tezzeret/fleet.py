@@ -27,8 +27,8 @@ __all__ = ["FleetWorker", "main", "run_fleet"]
 
 _MODULE = "esper.services.tezzeret.fleet"
 _log = logging.getLogger(_MODULE)  # a worker runs it as __main__
-_LOOK_EVERY = 0.5
-_MOST_PATIENCE = 60.0  # seconds between two attempts of a worker that cannot work, or two starts of one that dies
+_RESTART_AFTER = 2.0  # seconds, at most
+_MOST_PATIENCE = 60.0  # seconds between two attempts of a worker that cannot work
 _STOP_SECONDS = 20.0
 
 
@@ -105,59 +105,32 @@ def main() -> None:
 
 
 def run_fleet(config: EsperConfig, stop: threading.Event) -> None:
-    """Run `config.tezzeret.workers` workers until `stop` is set. One that dies is started again.
+    """Run `config.tezzeret.workers` workers until `stop` is set. One that dies is soon started again.
 
     Workers read the settings as this process did: from the file that `ESPER_CONFIG` names and from the environment.
     """
-    seats = [_Seat() for _ in range(config.tezzeret.workers)]
+    workers = [_start_worker() for _ in range(config.tezzeret.workers)]
     try:
-        while not stop.is_set():
-            for seat in seats:
-                seat.tend()
-            stop.wait(_LOOK_EVERY)
+        while not stop.wait(_RESTART_AFTER):
+            for index, worker in enumerate(workers):
+                if worker.poll() is not None:
+                    _log.warning("worker %d %s", worker.pid, describe_exit(worker.returncode))
+                    workers[index] = _start_worker()
     finally:
-        for seat in seats:
-            seat.ask_to_stop()
+        for worker in workers:
+            worker.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
-        for seat in seats:
-            seat.end(deadline)
+        for worker in workers:
+            try:
+                worker.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _log.warning("worker %d does not stop; it is killed", worker.pid)
+                kill_family(worker.pid)
+                worker.wait()
 
 
-class _Seat:
-    """One worker's process, and the next one when it dies."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started = 0.0
-        self._deaths = 0
-
-    def tend(self) -> None:
-        """Start the process if there is none; not at once if the last one died soon."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                return
-            lived = time.monotonic() - self._started
-            self._deaths = 0 if lived > _MOST_PATIENCE else self._deaths + 1
-            _log.warning("worker %d %s", self._process.pid, describe_exit(self._process.returncode))
-            kill_family(self._process.pid)
-            self._process = None
-        if time.monotonic() - self._started >= min(_LOOK_EVERY * 2.0**self._deaths, _MOST_PATIENCE) or not self._deaths:
-            self._started = time.monotonic()
-            self._process = start_child(_MODULE, [str(os.getpid())], log=sys.stderr.buffer)
-
-    def ask_to_stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def end(self, deadline: float) -> None:
-        if self._process is None:
-            return
-        try:
-            self._process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _log.warning("worker %d does not stop; it is killed", self._process.pid)
-            kill_family(self._process.pid)
-            self._process.wait()
+def _start_worker() -> subprocess.Popen[bytes]:
+    return start_child(_MODULE, [str(os.getpid())], log=sys.stderr.buffer)
 
 
 if __name__ == "__main__":

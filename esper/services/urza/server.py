@@ -15,7 +15,6 @@ import uvicorn
 from esper.configs import ConfigError, EsperConfig
 from esper.services.urza.app import create_app
 from esper.services.urza.http.auth import check_exposure
-from esper.services.urza.slow_clients import MAX_HEAD_BYTES, PatientProtocol
 from esper.services.urza.storage.store import UrzaStore
 from esper.services.urza.warm_up import warm_up
 
@@ -26,6 +25,7 @@ _log = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 30
 _GRACE_SECONDS = 15
 _BACKLOG = 512
+_MAX_HEAD_BYTES = 32 * 1024  # of a request's line and headers that arrive in pieces
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -68,7 +68,7 @@ class UrzaServer:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=PatientProtocol,
+                http="h11",
                 ws="none",
                 loop="asyncio",
                 lifespan="on",
@@ -76,7 +76,7 @@ class UrzaServer:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
