@@ -12,7 +12,7 @@ from typing import TypeVar
 from esper.artifacts import Signature, TrustStore, artifact_message
 from esper.execution.sources import FetchedKernel, KernelSourceError, UnknownKernelError
 from esper.services.errors import StoreError, UrzaProtocolError, UrzaUnavailableError
-from esper.services.names import is_full_id
+from esper.services.ids import is_full_id
 from esper.services.store_source import best_signature, source_errors
 from esper.services.urza_client.disk_cache import DiskCache
 from esper.services.urza_client.store import RemoteStore
