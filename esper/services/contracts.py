@@ -1,4 +1,4 @@
-"""What the services say about blueprints and kernels: the documents of Urza's interface."""
+"""Records of blueprints and kernels: the documents of Urza's interface."""
 
 from __future__ import annotations
 

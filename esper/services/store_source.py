@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 from esper.artifacts import Signature, SigningKeyError, TrustStore, artifact_message
 from esper.execution.kernels.sources import (
@@ -25,7 +26,7 @@ class StoreKernelSource:
         self._store = store
         self._trust = trust
 
-    def __deepcopy__(self, memo: object) -> StoreKernelSource:
+    def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied model finds its kernels where the original does
 
     def resolve(self, reference: str) -> str:

@@ -1,4 +1,4 @@
-"""What a store of blueprints and kernels does, wherever it is: here, or behind Urza's HTTP interface.
+"""The interface of a store of blueprints and kernels, wherever it is: here, or behind Urza's HTTP interface.
 
 All methods block, and may be called on any thread. They raise :class:`~esper.services.errors.StoreError` or a subclass.
 """

@@ -1,24 +1,20 @@
-"""The store of compiled variants on full disks, without permissions, and among many processes, some of them killed."""
+"""The store of compiled variants on full disks, without permissions, and in forked children.
+
+Processes that race or are killed are those of `esper.file_store`, in `tests/services/test_urza_client_disk.py`.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from esper.compiler.variant_store import StoreStatistics, VariantKey, VariantStore
-from tests.services.programs import race
+from esper.compiler.variant_store import VariantKey, VariantStore
 
 KEY = VariantKey.of({"torch": "2.13.0"})
 PRELUDE = """
@@ -137,61 +133,6 @@ def test_a_variant_that_may_not_be_read_is_a_miss() -> None:
     assert lines[-1] == "None None"
     assert len(lines) == 2
     assert "it cannot be read (Permission denied)" in lines[0]
-
-
-def write(folder: Path, seed: int, limit_bytes: int, turns: int) -> StoreStatistics:
-    """Write and read at random; what was counted."""
-    dice, store = random.Random(seed), VariantStore(folder, limit_bytes=limit_bytes)
-    for _ in range(turns):
-        number = dice.randrange(12)
-        key = VariantKey.of({"number": str(number)})
-        length = dice.randrange(1, 40_000)
-        if dice.random() < 0.5:
-            store.put(key, bytes([number]) * length)
-        else:
-            payload = store.get(key)
-            assert payload is None or set(payload) == {number}, (number, payload[:20])
-    return store.statistics
-
-
-def write_with_others(barrier: threading.Barrier, *arguments: Any) -> StoreStatistics:
-    barrier.wait()
-    return write(*arguments)
-
-
-def write_until_killed(begun: Event, *arguments: Any) -> None:
-    begun.set()
-    write(*arguments)
-
-
-def test_processes_that_write_read_and_throw_out_at_once_see_only_whole_variants(tmp_path: Path) -> None:
-    limit = 150_000
-    for counted in race(write_with_others, [(tmp_path, seed, limit, 1500) for seed in range(3)]):
-        assert (counted.failed_writes, counted.unusable) == (0, 0)
-        assert counted.hits > 0
-        assert counted.writes > 0
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    VariantStore(tmp_path, limit_bytes=limit).put(KEY, b"")  # a new store looks at the folder with its first write
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
-
-
-def test_killed_writers_leave_nothing_that_is_taken_for_a_variant(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    for seed in range(4):
-        begun = context.Event()
-        process = context.Process(target=write_until_killed, args=(begun, tmp_path, seed, 10_000_000, 1_000_000))
-        process.start()
-        assert begun.wait(30)
-        time.sleep(random.uniform(0.05, 0.3))
-        assert process.is_alive()
-        process.kill()
-        process.join()
-    store = VariantStore(tmp_path)
-    for number in range(12):
-        payload = store.get(VariantKey.of({"number": str(number)}))
-        assert payload is None or set(payload) == {number}
-    assert store.statistics.hits > 0
-    assert store.statistics.unusable == 0
 
 
 def test_a_forked_child_uses_the_store_whatever_threads_of_the_parent_were_doing(tmp_path: Path) -> None:

@@ -21,11 +21,14 @@ from tests.services.broken_server import (
     endless,
     problem,
 )
+from tests.services.shelf import blueprint
 
 DATA = bytes(range(256)) * 400
 DIGEST = hashlib.sha256(DATA).hexdigest()
 ETAG = f'"{DIGEST}"'
 BINARY = "application/octet-stream"
+DOCUMENT = blueprint(1).to_json().encode()
+TAG = f'"{blueprint(1).id}"'
 
 
 def part(start: int, *, etag: str = ETAG, cut: int | None = None, data: bytes = DATA) -> Behaviour:
@@ -165,3 +168,20 @@ def test_an_attachment_that_is_known_is_not_sent_again() -> None:
     with broken(answer(304, b"", None, ETag=ETAG)) as (server, store):
         assert store.kernels.attachment(DIGEST, "a-target", known=DATA) is DATA
         assert [request.headers["if-none-match"] for request in server.requests] == [ETAG]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"<html>Please log in</html>", "text/html"), (DOCUMENT[:-1], "application/json"), (b"", None)]
+)
+def test_another_document_is_asked_for_once_more_and_then_refused(body: bytes, kind: str | None) -> None:
+    with broken(answer(200, body, kind, ETag=TAG)) as (server, store):
+        with pytest.raises(StoreCorruptError, match="twice"):
+            store.blueprints.document(blueprint(1).id)
+        assert len(server.requests) == 2
+
+
+def test_a_document_that_breaks_off_goes_on() -> None:
+    rest = answer(206, DOCUMENT[50:], ETag=TAG, Content_Range=f"bytes 50-{len(DOCUMENT) - 1}/{len(DOCUMENT)}")
+    with broken(answer(200, DOCUMENT, ETag=TAG, cut=50), rest) as (server, store):
+        assert store.blueprints.document(blueprint(1).id) == DOCUMENT
+        assert [request.headers.get("range") for request in server.requests] == [None, "bytes=50-"]

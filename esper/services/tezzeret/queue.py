@@ -20,7 +20,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from esper.configs import RedisConfig
 from esper.services.errors import QueueUnavailableError
-from esper.services.names import is_full_id
+from esper.services.ids import is_full_id
 from esper.services.urza.storage.blueprints import BlueprintRecords
 
 __all__ = ["CompilationQueue", "Dispatch"]

@@ -1,4 +1,4 @@
-"""Urza as a process: binds an address, serves until it is told to stop, finishes what it has begun."""
+"""Urza's server: it binds an address, serves until it is told to stop, and finishes what it has begun."""
 
 from __future__ import annotations
 

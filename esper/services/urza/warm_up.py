@@ -1,4 +1,4 @@
-"""What the first request would wait for, done before there is one: imports, a thread pool, the way to the blobs."""
+"""Preparation for the first request: imports, a thread pool and the way to the blobs, which it would wait for."""
 
 from __future__ import annotations
 

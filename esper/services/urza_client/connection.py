@@ -1,4 +1,4 @@
-"""Documents from one Urza: JSON that is checked, over connections that are made when something is asked."""
+"""A connection to one Urza, made when something is asked, and the documents that come over it, checked."""
 
 from __future__ import annotations
 

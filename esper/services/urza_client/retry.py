@@ -1,4 +1,4 @@
-"""When to ask a server again, and when to leave it alone."""
+"""Retries: exponential backoff, a budget, and a circuit breaker."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 from esper.artifacts import Signature, TrustStore, artifact_message
 from esper.execution.kernels.sources import FetchedKernel, KernelSourceError, UnknownKernelError
 from esper.services.errors import StoreError, UrzaProtocolError, UrzaUnavailableError
-from esper.services.names import is_full_id
-from esper.services.store_source import best_signature, source_errors
+from esper.services.ids import is_full_id
+from esper.services.store_source import StoreKernelSource, best_signature, source_errors
 from esper.services.urza_client.disk_cache import DiskCache
 from esper.services.urza_client.store import RemoteStore
 
@@ -32,7 +32,7 @@ _ANSWERS = (
 )  # not for a while, and not for lack of a server
 
 
-class RemoteKernelSource:
+class RemoteKernelSource(StoreKernelSource):
     """A :class:`~esper.execution.kernels.sources.KernelSource` over a remote store, with what was fetched kept on disk.
 
     While Urza is away or in trouble, or with `urza.client.offline`, kernels on the disk can be loaded, also by the
@@ -40,13 +40,10 @@ class RemoteKernelSource:
     """
 
     def __init__(self, store: RemoteStore, trust: Callable[[], TrustStore]) -> None:
-        self._store = store
-        self._trust = trust
+        super().__init__(lambda: store, trust)
+        self._remote = store
         settings = store.settings.client
         self.disk = DiskCache(settings.cache_folder, settings.cache_mb)
-
-    def __deepcopy__(self, memo: object) -> RemoteKernelSource:
-        return self  # a copied model finds its kernels where the original does
 
     def resolve(self, reference: str) -> str:
         """See :class:`~esper.execution.kernels.sources.KernelSource`."""
@@ -57,7 +54,7 @@ class RemoteKernelSource:
         seconds = None if known is None else _PATIENCE
         try:
             with source_errors():
-                artifact_id = self._within(seconds, lambda: self._store.kernels.resolve(reference))
+                artifact_id = self._within(seconds, lambda: self._remote.kernels.resolve(reference))
         except KernelSourceError as error:
             if known is None or not _is_trouble(error):
                 raise self._explained(error, repr(reference)) from error.__cause__
@@ -74,9 +71,9 @@ class RemoteKernelSource:
         try:
             with source_errors():
                 if kept is None:
-                    data, signatures = self._store.kernels.content(artifact_id)
+                    data, signatures = self._remote.kernels.content(artifact_id)
                 else:  # somebody whom we trust may have signed it since
-                    data, signatures = kept[0], self._store.kernels.signatures(artifact_id)
+                    data, signatures = kept[0], self._remote.kernels.signatures(artifact_id)
         except KernelSourceError as error:
             if kept is None or not _is_trouble(error):
                 raise self._explained(error, f"kernel {artifact_id}") from error.__cause__
@@ -97,7 +94,7 @@ class RemoteKernelSource:
             with source_errors():
                 signers = self._trust().key_ids
                 found = self._within(
-                    seconds, lambda: self._store.kernels.attachment(artifact_id, target_key, signers, known=known)
+                    seconds, lambda: self._remote.kernels.attachment(artifact_id, target_key, signers, known=known)
                 )
         except KernelSourceError as error:
             if not _is_trouble(error):
@@ -107,11 +104,6 @@ class RemoteKernelSource:
         if found is not None and found is not known:
             self.disk.note(key, {"digest": self.disk.put(found)})
         return found
-
-    def trust(self) -> TrustStore:
-        """The keys that the platform trusts."""
-        with source_errors():
-            return self._trust()
 
     def prefetch(self, references: Iterable[str], target_key: str | None = None) -> dict[str, str | KernelSourceError]:
         """Have kernels on the disk before they are asked for: the id of each, or why it is not there. Blocks.
@@ -150,7 +142,7 @@ class RemoteKernelSource:
         try:
             return future.result(seconds)
         except TimeoutError as cause:
-            url = self._store.settings.url
+            url = self._remote.settings.url
             raise UrzaUnavailableError(f"Urza at {url} has not answered within {seconds} s") from cause
 
     def _on_disk(self, outcome: str | KernelSourceError) -> str | KernelSourceError:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from esper.artifacts import Attachment, Blueprint, Limits, Signature, UntrustedArtifactError
 from esper.configs import UrzaConfig
 from esper.contracts.validation import ValidationReport
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import (
     BlueprintRecord,
     BlueprintStatus,
@@ -110,7 +110,7 @@ class RemoteBlueprints:
         self, worker: str, *, lease_seconds: float = LEASE_SECONDS, blueprint_id: str | None = None
     ) -> Claim | None:
         """`POST /internal/v1/blueprints/claim`. One whose answer is lost runs out by itself."""
-        wanted = None if blueprint_id is None else references.blueprint_id(blueprint_id)
+        wanted = None if blueprint_id is None else ids.blueprint_id(blueprint_id)
         body = {"worker": worker, "lease_seconds": lease_seconds, "blueprint_id": wanted}
         answer = self._urza.request("POST", "/internal/v1/blueprints/claim", json=body, repeatable=False)
         return None if answer.status == httpx.codes.NO_CONTENT else self._urza.read(Claim, answer)
@@ -173,11 +173,11 @@ class RemoteKernels:
 
     def get(self, artifact_id: str) -> CompiledKernelArtifact:
         """`GET /api/v1/kernels/{id}`."""
-        return self._found(references.kernel_id(artifact_id))  # the route takes names and prefixes as well
+        return self._found(ids.kernel_id(artifact_id))  # the route takes names and prefixes as well
 
     def resolve(self, reference: str) -> str:
         """`GET /api/v1/kernels/{reference}`: by full id, prefix or name."""
-        return self._found(references.kernel_reference(reference)).id
+        return self._found(ids.kernel_reference(reference)).id
 
     def _found(self, reference: str) -> CompiledKernelArtifact:
         return self._urza.ask(CompiledKernelArtifact, "GET", f"{_API}/kernels/{reference}")
@@ -209,7 +209,7 @@ class RemoteKernels:
 
     def add_attachment(self, attachment: Attachment) -> None:
         """`PUT /internal/v1/kernels/{id}/attachments/{target}`."""
-        path = _kernel(_INTERNAL, attachment.artifact_id, "attachments", references.target_key(attachment.target.key))
+        path = _kernel(_INTERNAL, attachment.artifact_id, "attachments", ids.target_key(attachment.target.key))
         headers = {"Content-Type": "application/octet-stream"}
         self._urza.request("PUT", path, content=attachment.pack(), headers=headers)
 
@@ -234,7 +234,7 @@ class RemoteKernels:
         """
         headers = {} if known is None else {"If-None-Match": f'"{hashlib.sha256(known).hexdigest()}"'}
         try:
-            path = _kernel(_API, artifact_id, "attachments", references.target_key(target_key))
+            path = _kernel(_API, artifact_id, "attachments", ids.target_key(target_key))
             path += "?" * bool(signers) + "&".join(f"signer={each}" for each in sorted(signers or ())[:_MOST_SIGNERS])
             answer = self._urza.download(path, None, _MAX_BYTES, headers)
         except (UnknownAttachmentError, UnknownKernelReferenceError):
@@ -265,8 +265,8 @@ class RemoteKernels:
 
 
 def _blueprint(root: str, text: str, *rest: str) -> str:
-    return "/".join((root, "blueprints", references.blueprint_id(text), *rest))
+    return "/".join((root, "blueprints", ids.blueprint_id(text), *rest))
 
 
 def _kernel(root: str, text: str, *rest: str) -> str:
-    return "/".join((root, "kernels", references.kernel_id(text), *rest))
+    return "/".join((root, "kernels", ids.kernel_id(text), *rest))

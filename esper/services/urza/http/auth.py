@@ -1,4 +1,4 @@
-"""Who may do what: bearer tokens with scopes, or everybody on a loopback address in development."""
+"""Authorisation of requests: bearer tokens with scopes, or everybody on a loopback address in development."""
 
 from __future__ import annotations
 

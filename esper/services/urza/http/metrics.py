@@ -1,4 +1,4 @@
-"""What Prometheus is told about Urza."""
+"""Metrics of Urza for Prometheus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says beyond what FastAPI reads off the routes: errors, tokens, bodies read by hand."""
+"""The OpenAPI document, with what FastAPI cannot read off the routes: errors, tokens, bodies read by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many requests a client may make: a token bucket for each."""
+"""Rate limit of requests: a token bucket for each client."""
 
 from __future__ import annotations
 

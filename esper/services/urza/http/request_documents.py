@@ -1,4 +1,4 @@
-"""What is sent to Urza, and what comes back beside the documents of `esper.services.contracts`."""
+"""Bodies of requests and answers, beside the documents of `esper.services.contracts`."""
 
 from __future__ import annotations
 

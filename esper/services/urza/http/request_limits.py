@@ -1,4 +1,4 @@
-"""What a request may cost: who makes it and how often, how many bytes it has, how long it takes.
+"""Limits on a request: who makes it and how often, how many bytes it has, how long it takes.
 
 Each is an ASGI application around another one, and answers with a problem document in its place.
 """

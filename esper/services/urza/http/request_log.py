@@ -1,4 +1,4 @@
-"""Every request gets an id, a line in the log and a place in the metrics, and an answer whatever happens inside."""
+"""The log of requests: each gets an id, a line and a place in the metrics, and an answer whatever happens inside."""
 
 from __future__ import annotations
 

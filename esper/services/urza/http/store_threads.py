@@ -1,4 +1,4 @@
-"""The store blocks; its calls run on threads, so that the server goes on answering others."""
+"""Threads for the calls of the store, which blocks, so that the server goes on answering others."""
 
 from __future__ import annotations
 

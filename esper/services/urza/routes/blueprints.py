@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import BlueprintRecord, BlueprintStatus
 from esper.services.errors import InvalidRequestError
 from esper.services.urza.http.content_response import FOREVER, matches, not_modified, ranged
@@ -56,7 +56,7 @@ async def list_blueprints(
 @router.get("/{blueprint_id}", responses=problems(404))
 async def get_blueprint(urza: Urza, blueprint_id: str) -> BlueprintRecord:
     """What is known of a blueprint, by its full id."""
-    return await urza.threads.read(urza.store.blueprints.get, references.blueprint_id(blueprint_id))
+    return await urza.threads.read(urza.store.blueprints.get, ids.blueprint_id(blueprint_id))
 
 
 @router.get(
@@ -66,7 +66,7 @@ async def get_blueprint(urza: Urza, blueprint_id: str) -> BlueprintRecord:
 )
 async def get_blueprint_document(urza: Urza, blueprint_id: str, request: Request) -> Response:
     """The blueprint itself, as canonical JSON. It never changes."""
-    document = await urza.threads.read(urza.store.blueprints.document, references.blueprint_id(blueprint_id))
+    document = await urza.threads.read(urza.store.blueprints.document, ids.blueprint_id(blueprint_id))
     headers = {
         "ETag": f'"{hashlib.sha256(document).hexdigest()}"',
         "Cache-Control": FOREVER,
@@ -78,9 +78,7 @@ async def get_blueprint_document(urza: Urza, blueprint_id: str, request: Request
 @router.post("/{blueprint_id}/recompile", responses=problems(404, 422))
 async def recompile_blueprint(urza: Urza, blueprint_id: str, body: RecompileRequest) -> BlueprintRecord:
     """Have a finished blueprint compiled again, unless its kernel is signed by one of the keys named."""
-    record = await urza.threads.write(
-        urza.store.blueprints.recompile, references.blueprint_id(blueprint_id), body.signers
-    )
+    record = await urza.threads.write(urza.store.blueprints.recompile, ids.blueprint_id(blueprint_id), body.signers)
     if urza.on_submit is not None and not record.status.is_final:
         urza.on_submit(record.id)
     return record
@@ -89,4 +87,4 @@ async def recompile_blueprint(urza: Urza, blueprint_id: str, body: RecompileRequ
 @router.delete("/{blueprint_id}", status_code=204, responses=problems(404, 409))
 async def forget_blueprint(urza: Urza, blueprint_id: str) -> None:
     """Remove an invalid blueprint, so that it can be submitted and compiled anew."""
-    await urza.threads.write(urza.store.blueprints.forget, references.blueprint_id(blueprint_id))
+    await urza.threads.write(urza.store.blueprints.forget, ids.blueprint_id(blueprint_id))

@@ -1,4 +1,4 @@
-"""What is checked of uploads before they are stored: that they are what they say they are."""
+"""Checks of uploads before they are stored: that they are what they say they are."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import time
 
 from fastapi import APIRouter, Response
 
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import BlueprintRecord, Claim, StoreStats
 from esper.services.errors import ClaimLostError
 from esper.services.urza.http.openapi import problems
@@ -67,7 +67,7 @@ async def set_blueprint_status(urza: Urza, blueprint_id: str, body: BlueprintSta
     try:
         return await urza.threads.write(
             urza.store.blueprints.set_status,
-            references.blueprint_id(blueprint_id),
+            ids.blueprint_id(blueprint_id),
             body.status,
             token=body.token,
             reason=body.reason,
@@ -94,7 +94,7 @@ async def get_stats(urza: Urza) -> StoreStats:
 def _claim(blueprint_id: str, token: str, worker: str = "", attempt: int = 1) -> Claim:
     """The claim that a request shows: its token is what counts, and how long it holds is for the store to know."""
     return Claim(
-        blueprint_id=references.blueprint_id(blueprint_id),
+        blueprint_id=ids.blueprint_id(blueprint_id),
         token=token,
         worker=worker,
         attempt=attempt,

@@ -1,4 +1,4 @@
-"""Whether Urza runs, and how it fares: `/health` and `/metrics`."""
+"""`/health` and `/metrics`: for load balancers, supervisors and Prometheus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ _PATIENCE = 2.0
 _UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "The database does not answer"}}
 
 router = APIRouter(tags=["health"])
-"""Health for load balancers and supervisors, metrics for Prometheus."""
 
 
 @router.get("/health", responses=_UNAVAILABLE)

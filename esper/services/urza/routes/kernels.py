@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import StringConstraints
 
 from esper.artifacts import Signature
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import CompiledKernelArtifact, KernelQuery
 from esper.services.errors import UnknownAttachmentError
 from esper.services.urza.http.content_response import FOREVER, matches, not_modified, ranged
@@ -47,7 +47,7 @@ async def query_kernels(urza: Urza, query: KernelQueryRequest) -> KernelPage:
 @router.get("/{reference}", responses=problems(404, 409))
 async def get_kernel(urza: Urza, reference: str) -> CompiledKernelArtifact:
     """What is known of a kernel, by its full id, the first 12 or more digits of it, or a name."""
-    kernels, checked = urza.store.kernels, references.kernel_reference(reference)
+    kernels, checked = urza.store.kernels, ids.kernel_reference(reference)
     return await urza.threads.read(lambda: kernels.get(kernels.resolve(checked)))
 
 
@@ -58,7 +58,7 @@ async def get_kernel(urza: Urza, reference: str) -> CompiledKernelArtifact:
 )
 async def get_kernel_content(urza: Urza, artifact_id: str, request: Request) -> Response:
     """The artifact's file. Its SHA-256 is the id, so it never changes. Has ranges."""
-    references.kernel_id(artifact_id)
+    ids.kernel_id(artifact_id)
     headers = {"ETag": f'"{artifact_id}"', "Cache-Control": FOREVER, "Content-Type": "application/octet-stream"}
     if matches(request, headers["ETag"]):
         return not_modified(headers | _signed(await urza.threads.read(urza.store.kernels.signatures, artifact_id)))
@@ -75,7 +75,7 @@ async def get_kernel_attachment(
     urza: Urza, artifact_id: str, target: str, request: Request, signer: Signers = ()
 ) -> Response:
     """Compiled code of a kernel for one toolchain and hardware, packed. Check its signature before use."""
-    wanted = references.kernel_id(artifact_id), references.target_key(target)
+    wanted = ids.kernel_id(artifact_id), ids.target_key(target)
     data = await urza.threads.read(urza.store.kernels.attachment, *wanted, signer)
     if data is None:
         raise UnknownAttachmentError(f"kernel {artifact_id[:12]} has no attachment for {target}")

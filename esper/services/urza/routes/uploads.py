@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.datastructures import UploadFile
 
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import CompiledKernelArtifact
 from esper.services.errors import InvalidRequestError
 from esper.services.urza.http.openapi import OCTETS, problems, upload_body
@@ -50,8 +50,8 @@ async def add_kernel(urza: Urza, request: Request) -> CompiledKernelArtifact:
 )
 async def add_kernel_attachment(urza: Urza, artifact_id: str, target: str, request: Request) -> None:
     """Store compiled code beside its kernel, packed, in place of the same signer's for this target."""
-    references.kernel_id(artifact_id)
-    references.target_key(target)
+    ids.kernel_id(artifact_id)
+    ids.target_key(target)
     await urza.threads.write(
         checked_uploads.add_attachment, urza.store, artifact_id, target, await request.body(), _token(request)
     )
@@ -60,7 +60,7 @@ async def add_kernel_attachment(urza: Urza, artifact_id: str, target: str, reque
 @router.put("/{artifact_id}/status", responses=problems(404, 422))
 async def set_kernel_status(urza: Urza, artifact_id: str, body: KernelStatusChange) -> CompiledKernelArtifact:
     """Retire a kernel, or bring it back."""
-    return await urza.threads.write(urza.store.kernels.set_status, references.kernel_id(artifact_id), body.status)
+    return await urza.threads.write(urza.store.kernels.set_status, ids.kernel_id(artifact_id), body.status)
 
 
 def _token(request: Request) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from esper.artifacts import Blueprint
 from esper.contracts.validation import ValidationReport
-from esper.services import references
+from esper.services import ids
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, Claim
 from esper.services.errors import (
     ClaimLostError,
@@ -23,7 +23,7 @@ from esper.services.errors import (
     StoreBusyError,
     UnknownBlueprintError,
 )
-from esper.services.names import check_name
+from esper.services.ids import check_name
 from esper.services.stores import LEASE_SECONDS
 from esper.services.urza.storage.blob_references import keep_blob
 from esper.services.urza.storage.blobs import BlobStore
@@ -132,7 +132,7 @@ class BlueprintRecords:
         :class:`UnknownBlueprintError` for what cannot be an id.
         """
         if blueprint_id is not None:
-            references.blueprint_id(blueprint_id)
+            ids.blueprint_id(blueprint_id)
         with self._database.writing() as session:
             while True:
                 now = time.time()

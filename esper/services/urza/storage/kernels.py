@@ -26,7 +26,7 @@ from esper.services.errors import (
     UnknownBlueprintError,
     UnknownKernelReferenceError,
 )
-from esper.services.names import MIN_PREFIX, is_full_id, is_id_prefix
+from esper.services.ids import MIN_PREFIX, is_full_id, is_id_prefix
 from esper.services.urza.storage.blob_references import keep_blob
 from esper.services.urza.storage.blobs import BlobStore
 from esper.services.urza.storage.blueprints import as_datetime

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, or_
 from sqlalchemy.orm import InstrumentedAttribute
 
 from esper.services.errors import InvalidRequestError
-from esper.services.names import is_full_id
+from esper.services.ids import is_full_id
 
 __all__ = ["Cursor", "Page"]
 

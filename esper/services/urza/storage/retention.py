@@ -1,4 +1,4 @@
-"""What the store no longer needs: kernels retired long ago, and files that nothing refers to."""
+"""Removal of what the store no longer needs: kernels retired long ago, and files that nothing refers to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Brings a database to this version's tables, or refuses it untouched."""
+"""Migration of a database to this version's tables, or its refusal, untouched."""
 
 from __future__ import annotations
 
