@@ -37,12 +37,12 @@ from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.service import TezzeretService
 from esper.services.tezzeret.worker import Worker
 
-__all__ = ["POLL_SECONDS", "Platform", "default_platform", "opened_default_platform"]
+__all__ = ["Platform", "default_platform", "opened_default_platform"]
 
 _log = logging.getLogger(__name__)
 
 _LATE_SECONDS = 0.5  # for a timeout to be noticed where it is known what the blueprint is waiting for
-POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 """How often the store is looked at for what another process finished. This process's own work is noticed at once."""
 
 
@@ -331,7 +331,7 @@ class _Deadline:
 
     def next_look(self) -> float:
         """Seconds until it is worth looking again."""
-        return POLL_SECONDS if self._end is None else max(0.0, min(POLL_SECONDS, self._end - time.monotonic()))
+        return _POLL_SECONDS if self._end is None else max(0.0, min(_POLL_SECONDS, self._end - time.monotonic()))
 
     def check(self, status: BlueprintStatus) -> None:
         if self._end is not None and time.monotonic() >= self._end:

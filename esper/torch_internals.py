@@ -52,7 +52,6 @@ __all__ = [
     "copy_of_capture",
     "describe_graph",
     "deserialise_compiled",
-    "dynamo_at_work",
     "fake_inputs",
     "fake_like",
     "fake_tensors",
@@ -70,7 +69,6 @@ __all__ = [
     "nn_functions",
     "operators_being_traced",
     "pack_graph",
-    "propagate_values",
     "recompile_context",
     "recompile_limit",
     "saved_tensor_hooks",
@@ -158,7 +156,7 @@ def constant_while_tracing(function: _Function) -> _Function:
 
     Without importing Dynamo, which takes a second that who compiles nothing need not spend.
     """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what Dynamo looks for
     return function
 
 
@@ -194,13 +192,6 @@ def module_call_code() -> tuple[str, int, str]:
     """File, first line and name of the code that runs whenever a module is called."""
     code = torch.nn.Module._wrapped_call_impl.__code__
     return code.co_filename, code.co_firstlineno, code.co_name
-
-
-def dynamo_at_work() -> bool:
-    """Whether Dynamo, on this thread, is tracing or building guards, rather than the user's code running."""
-    from torch._guards import TracingContext
-
-    return TracingContext.try_get() is not None
 
 
 class _OnThisThread:
@@ -849,7 +840,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in placeholders]
     known = guard_count(fakes)
-    propagate_values(module)  # AOTAutograd's cache asks for example_value, and gives up without it
+    _propagate_values(module)  # AOTAutograd's cache asks for example_value, and gives up without it
     for position, node in enumerate(placeholders):
         node._dynamo_source = ConstantSource(f"esper_input_{position}")
         if position in static:
@@ -889,7 +880,7 @@ def compile_graph(module: fx.GraphModule, shared: frozenset[int], static: frozen
     return pickle.dumps((sys.version, torch.__version__, assumption, code, pickle.dumps((entry, *kernels))))
 
 
-def propagate_values(module: fx.GraphModule) -> None:
+def _propagate_values(module: fx.GraphModule) -> None:
     """Compute a fake value for every node of a graph whose placeholders have theirs, as `example_value`."""
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp

@@ -457,7 +457,7 @@ def test_fake_tensors_join_the_mode_of_the_graph(fresh_dynamo: None) -> None:
     _, inputs = _captured(dynamic=False)
     (fake,) = torch_internals.fake_like([torch.ones(2, 3)], among=inputs)
     assert fake.shape == (2, 3)
-    assert fake.fake_mode is next(each for each in inputs if isinstance(each, torch.Tensor)).fake_mode  # type: ignore[attr-defined]
+    assert fake.fake_mode is next(each for each in inputs if isinstance(each, torch.Tensor)).fake_mode  # type: ignore[attr-defined]  # a fake tensor
 
 
 def test_modes_have_inductor_options() -> None:

@@ -21,9 +21,9 @@ from esper.artifacts.document import Json, JsonReader, canonical_json, parse_jso
 from esper.artifacts.errors import AttachmentError, UntrustedArtifactError
 from esper.artifacts.signing import Signature, SigningKey, TrustStore, attachment_message
 
-__all__ = ["MAX_ATTACHMENT_BYTES", "Attachment", "Target"]
+__all__ = ["Attachment", "Target"]
 
-MAX_ATTACHMENT_BYTES = 2**28
+_MAX_ATTACHMENT_BYTES = 2**28
 _MAGIC = b"ESPERATT\x01"
 _MAX_HEADER = 65536
 _FIELDS = ("torch", "python", "compiler", "device", "options")
@@ -127,7 +127,7 @@ class Attachment:
         return b"".join([_MAGIC, len(header).to_bytes(4, "little"), header, self.payload])
 
     @classmethod
-    def unpack(cls, data: bytes, *, max_bytes: int = MAX_ATTACHMENT_BYTES) -> Attachment:
+    def unpack(cls, data: bytes, *, max_bytes: int = _MAX_ATTACHMENT_BYTES) -> Attachment:
         """Reads what :meth:`pack` wrote, without trusting it: call :meth:`verify` before using the payload.
 
         Raises :class:`AttachmentError`.

@@ -18,11 +18,11 @@ from esper.artifacts.document import REQUIRED, Json, JsonReader, near_misses
 from esper.artifacts.errors import ArtifactGraphError
 from esper.torch_internals import nn_functions as _nn
 
-__all__ = ["MAX_INPUTS", "MAX_RANK", "OPERATORS", "Attribute", "Call", "Operator", "find_operator"]
+__all__ = ["MAX_RANK", "OPERATORS", "Attribute", "Call", "Operator", "find_operator"]
 
 MAX_RANK = 8
 MAX_SIZE = 2**26
-MAX_INPUTS = 64
+_MAX_INPUTS = 64
 
 Attributes = Mapping[str, Json]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -299,7 +299,7 @@ _TABLE = (
     ),
     Operator("select", torch.select, (1, 1), {"dim": _dimension(), "index": _integer(0)}, _positional("dim", "index")),
     Operator("flip", torch.flip, (1, 1), {"dims": _dimensions()}, _positional("dims")),
-    Operator("concat", torch.cat, (1, MAX_INPUTS), {"dim": _dimension()}, _concat),
+    Operator("concat", torch.cat, (1, _MAX_INPUTS), {"dim": _dimension()}, _concat),
 )
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType({operator.name: operator for operator in _TABLE})

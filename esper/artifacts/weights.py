@@ -15,17 +15,15 @@ from esper.artifacts.errors import ArtifactError, ArtifactGraphError
 from esper.artifacts.graph import DTYPES, TensorSpec
 
 __all__ = [
-    "ITEM_SIZES",
     "byte_length",
     "check_finite",
     "decode_base64",
-    "decode_bytes",
     "encode_base64",
     "encode_bytes",
     "ordinary_tensors",
 ]
 
-ITEM_SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+_ITEM_SIZES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def ordinary_tensors() -> Iterator[None]:
 
 def byte_length(spec: TensorSpec) -> int:
     """The number of bytes of a tensor of `spec`."""
-    return spec.elements * ITEM_SIZES[spec.dtype]
+    return spec.elements * _ITEM_SIZES[spec.dtype]
 
 
 def encode_bytes(tensor: Tensor) -> bytes:
@@ -50,7 +48,7 @@ def encode_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def decode_bytes(data: bytes | bytearray | memoryview, spec: TensorSpec) -> Tensor:
+def _decode_bytes(data: bytes | bytearray | memoryview, spec: TensorSpec) -> Tensor:
     """The tensor of `spec` from exactly :func:`byte_length` bytes, in memory of its own."""
     _require_little_endian()
     return torch.frombuffer(bytearray(data), dtype=DTYPES[spec.dtype]).reshape(spec.shape)
@@ -77,7 +75,7 @@ def decode_base64(text: str, spec: TensorSpec, path: str, error: type[ArtifactEr
         raise error(
             f"{path} is not canonical base64 of {length} bytes; encode it with the standard alphabet and padding"
         )
-    return decode_bytes(data, spec)
+    return _decode_bytes(data, spec)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

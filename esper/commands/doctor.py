@@ -24,7 +24,10 @@ from esper.errors import EsperError
 from esper.ownership import UnsafePathError, check_own
 from esper.services.parts import data_folder, open_local_store, signing_key
 
-__all__ = ["Finding", "doctor", "examine"]
+__all__ = [
+    "Finding",
+    "doctor",
+]
 
 State = Literal["ok", "note", "wrong"]
 _STYLES = {"ok": "green", "note": "yellow", "wrong": "red"}
@@ -43,7 +46,7 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> Iterator[Finding]:
+def _examine() -> Iterator[Finding]:
     """All findings, one after the other."""
     yield _torch()
     yield _compiler()
@@ -177,7 +180,7 @@ def doctor(as_json: AsJson = False) -> None:
     """Look at compiler, torch, folders, settings, Redis and Urza. Ends with 1 if something is wrong."""
     findings = []
     console = Console()
-    for finding in examine():
+    for finding in _examine():
         findings.append(finding)
         if not as_json:
             console.print(Text.assemble((f"{finding.state:>5}  ", _STYLES[finding.state]), (finding.part, "bold"), ": ",

@@ -72,7 +72,7 @@ class Stopwatch:
         """The time between, or None if the device has not come so far."""
         if isinstance(self._start, float):
             return (self._end - self._start) * 1e6 if isinstance(self._end, float) else None
-        if not isinstance(self._end, torch.cuda.Event) or not self._end.query():  # type: ignore[no-untyped-call]
+        if not isinstance(self._end, torch.cuda.Event) or not self._end.query():  # type: ignore[no-untyped-call]  # torch leaves it untyped
             return None
         elapsed: float = self._start.elapsed_time(self._end)
         return elapsed * 1e3

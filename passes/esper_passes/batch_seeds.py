@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import starmap
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx
@@ -52,16 +52,13 @@ class BatchSeeds:
     Results differ by rounding, since the order of summation is another one. What has a share of 0 adds exact zeros.
     """
 
+    name: ClassVar[str] = "batch_seeds"
     min_seeds: int = 4
     elements_per_row: int = 1024
 
     def __post_init__(self) -> None:
         if self.min_seeds < 1:
             raise ValueError(f"min_seeds is {self.min_seeds}, and has to be at least 1")
-
-    @property
-    def name(self) -> str:
-        return "batch_seeds"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         return PassResult(graph_module, self._rewrite(graph_module))

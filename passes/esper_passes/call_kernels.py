@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
@@ -37,12 +37,9 @@ class CallKernels:
     each active seed: sites ascending, seeds in order. What the arithmetic is, `_blend.py` says.
     """
 
+    name: ClassVar[str] = "call_kernels"
     seeds: Mapping[int, tuple[SeedCall, ...]]
     alphas: Callable[[], Tensor]
-
-    @property
-    def name(self) -> str:
-        return "call_kernels"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         return PassResult(graph_module, self._rewrite(graph_module))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -21,11 +22,8 @@ class ElideDormant:
     the graph of the plain model. A site's node stays the same node and keeps its name and its metadata.
     """
 
+    name: ClassVar[str] = "elide_dormant"
     active: frozenset[int] = frozenset()
-
-    @property
-    def name(self) -> str:
-        return "elide_dormant"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         return PassResult(graph_module, self._rewrite(graph_module))

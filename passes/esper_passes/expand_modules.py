@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -49,9 +49,7 @@ class ExpandModules:
     as `eps` are read when the pass runs, parameters at each call. `nn.Identity` disappears.
     """
 
-    @property
-    def name(self) -> str:
-        return "expand_modules"
+    name: ClassVar[str] = "expand_modules"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False

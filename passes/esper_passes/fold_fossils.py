@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -28,16 +29,13 @@ class FoldFossils:
     Raises `ValueError` for a value outside of [0, 1].
     """
 
+    name: ClassVar[str] = "fold_fossils"
     constants: Mapping[int, float]
 
     def __post_init__(self) -> None:
         for index, alpha in self.constants.items():
             if not math.isfinite(alpha) or not 0.0 <= alpha <= 1.0:
                 raise ValueError(f"the alpha at index {index} is {alpha}, and has to be from 0 to 1")
-
-    @property
-    def name(self) -> str:
-        return "fold_fossils"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         return PassResult(graph_module, bool(self.constants) and self._rewrite(graph_module))

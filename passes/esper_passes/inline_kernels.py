@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -77,12 +78,9 @@ class InlineKernels:
     than there are new placeholders.
     """
 
+    name: ClassVar[str] = "inline_kernels"
     seeds: Mapping[int, tuple[SeedGraph, ...]]
     values: tuple[torch.Tensor, ...] | None = None
-
-    @property
-    def name(self) -> str:
-        return "inline_kernels"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         seeds = {site: self.seeds[site] for site in sorted(self.seeds) if self.seeds[site]}

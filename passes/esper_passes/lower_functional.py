@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -30,9 +30,7 @@ class LowerFunctional:
     subclass or a `TorchFunctionMode` intercepts is then the built-in and no longer the wrapper.
     """
 
-    @property
-    def name(self) -> str:
-        return "lower_functional"
+    name: ClassVar[str] = "lower_functional"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         modified = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -35,9 +35,7 @@ class NumberSites:
     `ValueError` for a tag that is no input of the graph, or that something else reads.
     """
 
-    @property
-    def name(self) -> str:
-        return "number_sites"
+    name: ClassVar[str] = "number_sites"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         placeholders = _placeholders(graph_module)

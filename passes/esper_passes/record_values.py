@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -27,9 +27,7 @@ class RecordValues:
     have no other part of autograd's graph. No guard on a size is added.
     """
 
-    @property
-    def name(self) -> str:
-        return "record_values"
+    name: ClassVar[str] = "record_values"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         _record(graph_module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx, nn
 
@@ -24,11 +25,8 @@ class RewriteSites:
     the graph does not call are ignored. Raises `ValueError` for a module that has hooks, which no marker would run.
     """
 
+    name: ClassVar[str] = "rewrite_sites"
     sites: Mapping[str, int]
-
-    @property
-    def name(self) -> str:
-        return "rewrite_sites"
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,8 @@ def has_a_worker_that_stops() -> None:
         default_workers().submit(b"").exception(AMPLE)  # no job, but the worker is there then
         (worker,) = workers()
         worker.suspend()
-        started = time.monotonic()
         loaded = model.request_kernel("0", 0, kernel, alpha=0.5).result(AMPLE)
-        seconds = time.monotonic() - started
-        _say(loaded=loaded, seconds=seconds, same=torch.equal(_outputs(run), before), **_state(model))
+        _say(loaded=loaded, same=torch.equal(_outputs(run), before), **_state(model))
         load(model, "0", 0, kernel)
         agrees(run, model, X)
         _say(**_state(model), others=worker.pid not in [each.pid for each in workers()])

@@ -21,7 +21,7 @@ INNER = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 def _blueprint(start: str, seed: int, in_features: int = 8, out_features: int = 6) -> Blueprint:
-    return Blueprint.bottleneck(in_features, out_features, rank=3, start=start, seed=seed)  # type: ignore[arg-type]
+    return Blueprint.bottleneck(in_features, out_features, rank=3, start=start, seed=seed)  # type: ignore[arg-type]  # keywords from a dict or parameters
 
 
 def _load(model: esper.MorphableModel, layer: str, seed: int, kernel: str, **options: Any) -> None:

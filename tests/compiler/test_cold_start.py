@@ -25,7 +25,7 @@ def _uncompiled() -> dict[str, int]:
 def test_the_first_call_compiles_nothing_and_compiled_code_follows(
     commit: str, shelf: KernelShelf, empty_store: Path
 ) -> None:
-    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform, commit=commit)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(4, 6, 2), platform=shelf.platform, commit=commit)  # type: ignore[arg-type]  # a text among the parameters
     run, x, before, done = torch.compile(model, backend="esper", options=COLD), torch.randn(3, 4), _uncompiled(), jobs()
     run(x.clone().requires_grad_())
     (variant,) = model.compile_report().graphs[0].variants

@@ -67,7 +67,7 @@ def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(mode:
     host, x = small_transformer(), torch.randn(2, 5, 16)
     plain, ours = Recorder(), Recorder()
     torch.compile(host, backend=plain, fullgraph=True)(x)
-    torch.compile(esper.wrap(host, mode=mode), backend="esper", options={"inner": ours}, fullgraph=True)(x)  # type: ignore[arg-type]
+    torch.compile(esper.wrap(host, mode=mode), backend="esper", options={"inner": ours}, fullgraph=True)(x)  # type: ignore[arg-type]  # a text among the parameters
 
     def shape_of(module: fx.GraphModule) -> list[tuple[str, str, int]]:
         return [
@@ -86,7 +86,7 @@ def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(mode:
 @pytest.mark.parametrize("grad", [True, False])
 def test_eager_outputs_and_gradients_are_bit_identical(mode: str, grad: bool) -> None:
     host, x = small_transformer(), torch.randn(2, 5, 16)
-    wrapped = esper.wrap(host, mode=mode)  # type: ignore[arg-type]
+    wrapped = esper.wrap(host, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     with torch.set_grad_enabled(grad):
         expected, output = host(x), wrapped(x)
         assert torch.equal(output, expected)

@@ -37,7 +37,7 @@ def test_the_report_follows_the_plan(shelf: KernelShelf, fresh_dynamo: None) -> 
         ("dormant", "host compile", False),
         (f"0[{artifact.graph.digest[:12]}]", "in process", True),
     }
-    assert all(each.seconds is not None and each.seconds > 0 for each in graph.variants)
+    assert all(each.seconds is not None for each in graph.variants)
 
     model.unload_kernel("0", 0)
     compiled(x)

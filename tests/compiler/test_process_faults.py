@@ -35,7 +35,6 @@ def test_a_worker_that_hangs_is_killed_in_time_and_another_one_serves_the_next_l
 ) -> None:
     limit = {**os.environ, "ESPER_EXECUTION__COMPILE_TIMEOUT": "15"}
     failed, loaded = said(program(tmp_path, "has_a_worker_that_stops()", limit))
-    assert failed.pop("seconds") < 60
     reason = failed.pop("reason")
     assert "its job took longer than 15 s; raise the setting execution.compile_timeout" in reason
     assert failed == {

@@ -30,7 +30,7 @@ class Grown:
     def __init__(self, shelf: KernelShelf, commit: Any = "auto", **options: str) -> None:
         self.platform = GatedPlatform(shelf)
         self.model = esper.wrap(mlp(4, 4, 2), platform=self.platform, commit=commit)  # type: ignore[arg-type]  # the parts that wrap asks a platform for
-        self.run: nn.Module = torch.compile(self.model, backend="esper", options=options)  # type: ignore[assignment]
+        self.run: nn.Module = torch.compile(self.model, backend="esper", options=options)  # type: ignore[assignment]  # torch.compile is not typed as returning a module
         self.layer = self.model.kasmina_layers["0"]
         train(self.run, X)
 

@@ -47,4 +47,4 @@ def apart(**options: Any) -> esper.MorphableModel:
         kernel_source = None
         oona = RecordingSink()
 
-    return esper.wrap(mlp(8, 6, 4), platform=Nowhere(), **{"seeds_per_layer": 3, **options})  # type: ignore[arg-type]
+    return esper.wrap(mlp(8, 6, 4), platform=Nowhere(), **{"seeds_per_layer": 3, **options})  # type: ignore[arg-type]  # as much of a platform as is needed

@@ -188,7 +188,7 @@ def test_a_baked_state_dict_is_plain_data(shelf: KernelShelf) -> None:
 def test_a_grown_model_is_traced_for_torchscript(
     shelf: KernelShelf, x: torch.Tensor, mode: str, trainable: bool
 ) -> None:
-    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=trainable)
     traced = torch.jit.trace(model, x)
     other = torch.randn(9, 8)

@@ -91,7 +91,7 @@ def test_a_vanilla_checkpoint_loads_into_the_wrapped_model(make: Callable[[], nn
     with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict({**other.state_dict(), "unknown.weight": torch.ones(1)}, strict=True)
     with pytest.raises(TypeError):
-        model.load_state_dict(None)  # type: ignore[arg-type]
+        model.load_state_dict(None)  # type: ignore[arg-type]  # what is refused
 
 
 class WithMethodsOfItsOwn(nn.Module):
@@ -106,7 +106,7 @@ class WithMethodsOfItsOwn(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return OrderedDict((f"old.{key}", value) for key, value in super().state_dict(*args, **kwargs).items())
 
-    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]  # narrower than torch's
         return super().load_state_dict({key.removeprefix("old."): value for key, value in state_dict.items()}, strict)
 
 
@@ -219,7 +219,7 @@ def test_rolling_back_keeps_the_parameters_that_an_optimizer_holds(shelf: Kernel
 def test_a_checkpoint_replaces_the_whole_plan(shelf: KernelShelf, x: torch.Tensor) -> None:
     model = grown(shelf)
     gated = GatedPlatform(shelf)
-    fresh = esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=gated, commit="manual")  # type: ignore[arg-type]
+    fresh = esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=gated, commit="manual")  # type: ignore[arg-type]  # as much of a platform as is needed
     late = shelf.put(blueprint(8, 6, seed=9)).id
     gate = gated.hold(late)
     for layer, seed, kernel in (("0", 1, blueprint(8, 6, seed=7)), ("2", 0, blueprint(6, 4, seed=8))):
@@ -310,7 +310,7 @@ def test_as_a_part_of_a_larger_module(shelf: KernelShelf, x: torch.Tensor, neste
         if nested == "sequential":
             return nn.Sequential(OrderedDict(body=model, head=nn.Linear(4, 2)))
         if nested == "compiled":
-            compiled: nn.Module = torch.compile(model, backend="esper", options={"inner": "eager"})  # type: ignore[assignment]
+            compiled: nn.Module = torch.compile(model, backend="esper", options={"inner": "eager"})  # type: ignore[assignment]  # torch.compile is not typed as returning a module
             return compiled
         return nn.DataParallel(model)
 

@@ -218,7 +218,7 @@ def test_a_failure_keeps_the_kernel_in_force(shelf: KernelShelf, x: torch.Tensor
 
 def test_unloading_calls_off_a_load_under_way(shelf: KernelShelf, x: torch.Tensor, kernel: str) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of a platform as is needed
     dormant = model(x)
     gate = gated.hold(kernel)
     future = model.request_kernel("0", 0, kernel)
@@ -236,7 +236,7 @@ def test_calling_off_the_replacement_of_a_kernel_unloads_the_kernel(
     shelf: KernelShelf, x: torch.Tensor, kernel: str, other: str
 ) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of a platform as is needed
     dormant = model(x)
     load(model, "0", 0, kernel)
     gate = gated.hold(other)
@@ -251,7 +251,7 @@ def test_calling_off_the_replacement_of_a_kernel_unloads_the_kernel(
 
 def test_of_two_loads_of_a_seed_the_later_wins(shelf: KernelShelf, x: torch.Tensor, kernel: str, other: str) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of a platform as is needed
     gate = gated.hold(kernel)
     first = model.request_kernel("0", 0, kernel)
     gated.wait_until_held()
@@ -269,7 +269,7 @@ def test_a_load_that_outlasts_the_commit_of_an_earlier_one(
     shelf: KernelShelf, x: torch.Tensor, kernel: str, other: str, ends: str
 ) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of a platform as is needed
     dormant = model(x)
     assert model.request_kernel("0", 0, kernel, alpha=0.5).result(30)
     reference = HEX if ends == "badly" else other

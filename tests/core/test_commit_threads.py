@@ -36,7 +36,7 @@ class Twice(nn.Module):
 def test_every_forward_sees_one_plan_while_another_thread_loads_and_unloads(
     shelf: KernelShelf, mode: str, fresh_dynamo: None
 ) -> None:
-    model = esper.wrap(Twice(), platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]
+    model = esper.wrap(Twice(), platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]  # a text among the parameters
     kernel, x = shelf.put(blueprint(8, 8)).id, torch.randn(5, 8)
     run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
     allowed = [outputs(run, x)]
@@ -261,7 +261,7 @@ def test_a_forward_that_another_threads_commit_overtakes_ends_as_it_began(
     shelf: KernelShelf, mode: str, fresh_dynamo: None
 ) -> None:
     host = Halted()
-    model = esper.wrap(host, platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]
+    model = esper.wrap(host, platform=shelf.platform, mode="fx" if mode == "compiled" else mode)  # type: ignore[arg-type]  # a text among the parameters
     run = torch.compile(model, backend="esper", options={"inner": "eager"}) if mode == "compiled" else model
     kernels, x = [shelf.put(blueprint(8, 8, seed=seed)).id for seed in range(2)], torch.randn(5, 8)
     before = outputs(run, x)

@@ -50,7 +50,7 @@ each_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_of_a_dormant_model_is_independent(
     shelf: KernelShelf, x: torch.Tensor, copied: Callable[[Any], Any], mode: str
 ) -> None:
-    model = esper.wrap(mlp(8, 6, 4), seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     expected = model(x)
     twin = copied(model)
     assert isinstance(twin, esper.MorphableModel)

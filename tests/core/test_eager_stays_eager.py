@@ -151,7 +151,7 @@ def transforms(run: Run, x: Tensor, learning: Sequence[Tensor]) -> list[Tensor]:
 
 
 def recomputed(run: Run, x: Tensor, learning: Sequence[Tensor]) -> list[Tensor]:
-    return once(lambda x: checkpoint(run, x, use_reentrant=False), x, learning)  # type: ignore[no-any-return]
+    return once(lambda x: checkpoint(run, x, use_reentrant=False), x, learning)  # type: ignore[no-any-return]  # torch leaves it untyped
 
 
 def saved_elsewhere(run: Run, x: Tensor, learning: Sequence[Tensor]) -> list[Tensor]:

@@ -81,7 +81,7 @@ class Host(nn.Module):
 
 def wrapped(shelf: KernelShelf, mode: str = "module", **options: Any) -> Any:
     torch.manual_seed(0)
-    return esper.wrap(Host(), platform=shelf.platform, mode=mode, **options)  # type: ignore[arg-type]
+    return esper.wrap(Host(), platform=shelf.platform, mode=mode, **options)  # type: ignore[arg-type]  # a text among the parameters
 
 
 def staged(model: Any, shelf: KernelShelf, layer: str = "encoder.first", **options: Any) -> None:

@@ -78,7 +78,7 @@ class _Trial:
             platform=shelf.platform,
             mode=mode,
             telemetry_enabled=False,
-        )  # type: ignore[arg-type]
+        )  # type: ignore[arg-type]  # a text among the parameters
         self.kernels, self.x = kernels, torch.randn(5, 8)
         outputs(self.model, self.x)
         load(self.model, "0", 0, kernels[0], alpha=0.5)

@@ -33,7 +33,7 @@ class Block(nn.Module):
 def wrapped(shelf: KernelShelf, mode: str) -> Any:
     torch.manual_seed(0)
     host = nn.Sequential(Block(), nn.Tanh(), nn.Linear(8, 4))
-    return esper.wrap(host, seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    return esper.wrap(host, seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
 
 
 @pytest.fixture
@@ -196,11 +196,11 @@ def test_kernels_of_a_deleted_layer_are_not_saved(shelf: KernelShelf, mode: str)
 def test_a_checkpoint_has_the_kernels_where_their_layers_stand(
     shelf: KernelShelf, x: torch.Tensor, mode: str, moved_alike: bool
 ) -> None:
-    model: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    model: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
     _swapped(model)
     grown, saved = outputs(model, x), model.state_dict()
-    other: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    other: Any = esper.wrap(Two(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     if moved_alike:
         _swapped(other)
     for _ in range(2):
@@ -235,7 +235,7 @@ class Encoder(nn.Module):
 
 @MODES
 def test_a_new_layer_that_a_method_calls_first_has_the_kernels(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
-    model: Any = esper.wrap(Encoder(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+    model: Any = esper.wrap(Encoder(), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     load(model, "first", 0, shelf.put(blueprint(8, 8)).id, alpha=0.5, trainable=True)
     model.first = new = nn.Linear(8, 8)
     first = outputs(model.encode, x)

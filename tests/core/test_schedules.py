@@ -146,11 +146,11 @@ def test_a_schedule_that_returns_no_alpha_is_refused_or_ends(
     model: esper.MorphableModel, kernel: str, x: torch.Tensor, bad: object
 ) -> None:
     with pytest.raises(AlphaError):
-        model.request_kernel("0", 0, kernel, alpha=lambda step: bad)  # type: ignore[arg-type, return-value]
+        model.request_kernel("0", 0, kernel, alpha=lambda step: bad)  # type: ignore[arg-type, return-value]  # what is refused
     assert model.kasmina_layers["0"].state.lifecycle(0).name == "DORMANT"
-    load(model, "0", 0, kernel, alpha=lambda step: 0.5 if step < 1 else bad)  # type: ignore[arg-type, return-value]
+    load(model, "0", 0, kernel, alpha=lambda step: 0.5 if step < 1 else bad)  # type: ignore[arg-type, return-value]  # what is refused
     with pytest.raises(AlphaError):
-        model.set_alpha("0", 0, lambda step: bad)  # type: ignore[arg-type, return-value]
+        model.set_alpha("0", 0, lambda step: bad)  # type: ignore[arg-type, return-value]  # what is refused
     for _ in range(3):
         model(x)
     assert alpha(model) == 0.5
@@ -161,7 +161,7 @@ def test_a_failed_load_leaves_the_schedule_of_the_kernel_in_force(
     shelf: KernelShelf, kernel: str, x: torch.Tensor
 ) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated)  # type: ignore[arg-type]  # as much of a platform as is needed
     load(model, "0", 0, kernel, alpha=esper.LinearRamp(0.0, 1.0, 4))
     model(x)
     gate = gated.hold("cd" * 32)

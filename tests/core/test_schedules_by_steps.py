@@ -143,7 +143,7 @@ def test_an_optimizer_for_each_parameter_that_steps_inside_of_the_backward_is_on
     load(model, "0", 0, kernel, alpha=0.0, trainable=True)
     optimizers = {each: torch.optim.SGD([each], lr=0.01) for each in model.parameters()}
     for parameter in optimizers:
-        parameter.register_post_accumulate_grad_hook(lambda each: optimizers[each].step())  # type: ignore[index]
+        parameter.register_post_accumulate_grad_hook(lambda each: optimizers[each].step())  # type: ignore[index]  # keyed by parameters
     model.set_alpha("0", 0, 1.0)
     iterate(model, x)
     model.set_alpha("0", 0, ramp())

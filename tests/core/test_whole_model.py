@@ -51,7 +51,7 @@ def test_functional_call_grad_and_vmap(shelf: KernelShelf, x: torch.Tensor, mode
 
 def test_an_ensemble_of_copies(shelf: KernelShelf, x: torch.Tensor) -> None:
     models = [grown(shelf) for _ in range(3)]
-    stacked, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    stacked, buffers = stack_module_state(models)  # type: ignore[arg-type]  # a list of MorphableModels
     together = vmap(lambda values, kept: functional_call(models[0], (values, kept), x))(stacked, buffers)
     torch.testing.assert_close(together, torch.stack([model(x) for model in models]))
 
@@ -71,7 +71,7 @@ CASTS: dict[str, tuple[Callable[[nn.Module], object], torch.dtype]] = {
     "half": (lambda model: model.half(), torch.float16),
     "bfloat16": (lambda model: model.to(torch.bfloat16), torch.bfloat16),
     "inside": (lambda model: nn.Sequential(model).double(), torch.float64),
-    "the host": (lambda model: esper.unwrap(model).double(), torch.float64),  # type: ignore[arg-type]
+    "the host": (lambda model: esper.unwrap(model).double(), torch.float64),  # type: ignore[arg-type]  # a Sequential
 }
 
 
@@ -132,7 +132,7 @@ def test_a_model_moves_with_its_kernels(shelf: KernelShelf, x: torch.Tensor, mod
 @pytest.mark.parametrize("when", ["staged", "under way"])
 def test_a_cast_reaches_kernels_that_are_not_yet_in_force(shelf: KernelShelf, x: torch.Tensor, when: str) -> None:
     gated = GatedPlatform(shelf)
-    model = esper.wrap(mlp(8, 6, 4), platform=gated, commit="manual")  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=gated, commit="manual")  # type: ignore[arg-type]  # as much of a platform as is needed
     kernel = shelf.put(blueprint()).id
     gate = gated.hold(kernel)
     future = model.request_kernel("0", 0, kernel, alpha=0.5)
@@ -188,13 +188,13 @@ def test_apply_visits_every_module(shelf: KernelShelf) -> None:
 
     assert model.apply(visit) is model
     assert {id(module) for module in seen} == {id(module) for module in model.modules()}
-    assert not esper.unwrap(model)[0].weight.any()  # type: ignore[index]
+    assert not esper.unwrap(model)[0].weight.any()  # type: ignore[index]  # a Sequential
 
 
 def test_parameters_replaced_on_the_host_are_seen(shelf: KernelShelf, x: torch.Tensor, fresh_dynamo: None) -> None:
     host = mlp(8, 6, 4)
     for mode in ("fx", "module"):
-        model = esper.wrap(host, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]
+        model = esper.wrap(host, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
         compiled = torch.compile(model, backend="esper", options={"inner": "eager"})
         compiled(x), model(x)
         host[0].weight = nn.Parameter(torch.randn(6, 8))
@@ -266,11 +266,11 @@ def test_modules_that_are_added_replaced_and_deleted(x: torch.Tensor) -> None:
 def test_containers_stay_containers(shelf: KernelShelf) -> None:
     host = mlp(8, 6, 4)
     model = esper.wrap(host, platform=shelf.platform)
-    assert len(model) == 3  # type: ignore[arg-type]
+    assert len(model) == 3  # type: ignore[arg-type]  # the host's own method
     assert [type(each).__name__ for each in model] == ["KasminaLayer", "ReLU", "KasminaLayer"]
     assert model[-1] is model.kasmina_layers["2"]
     load(model, "0", 0, shelf.put(blueprint()).id)
-    assert len(model) == 3  # type: ignore[arg-type]
+    assert len(model) == 3  # type: ignore[arg-type]  # the host's own method
     model[1] = nn.Tanh()
     model.append(nn.Linear(4, 2))
     assert [name for name, _ in model.named_children()] == ["0", "1", "2", "3"]

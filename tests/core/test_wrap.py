@@ -37,7 +37,7 @@ def test_the_wrapped_model_is_the_host_and_the_host_stays(mode: str) -> None:
     host, x = small_transformer(), torch.randn(2, 5, 16)
     before = {name: (type(module), dict(module.__dict__)) for name, module in host.named_modules()}
     expected = host(x)
-    model = esper.wrap(host, mode=mode)  # type: ignore[arg-type]
+    model = esper.wrap(host, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     assert torch.equal(model(x), expected)
     assert torch.equal(host(x), expected)
     assert all(a is b for a, b in zip(model.parameters(), host.parameters(), strict=True))
@@ -49,7 +49,7 @@ def test_the_wrapped_model_is_the_host_and_the_host_stays(mode: str) -> None:
     assert all(isinstance(layer, KasminaLayer) for layer in model.kasmina_layers.values())
     assert all(model.get_submodule(name) is layer for name, layer in model.kasmina_layers.items())
     with pytest.raises(TypeError):
-        model.kasmina_layers["new"] = None  # type: ignore[index]
+        model.kasmina_layers["new"] = None  # type: ignore[index]  # what is refused
 
 
 TARGETS: dict[str, tuple[Any, list[str]]] = {
@@ -119,7 +119,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "with a layer of ours": (lambda: _around(KasminaLayer(0, 2, 8, 4)), "wrapped already.*'1'"),
     "a part of a wrapped model": (lambda: esper.wrap(small_transformer()).get_submodule("0"), "wrapped already"),
     "compiled": (lambda: torch.compile(mlp(8, 4)), "compiled already"),
-    "compiled inside": (lambda: _around(torch.compile(mlp(8, 4))), "compiled already.*'1'"),  # type: ignore[arg-type]
+    "compiled inside": (lambda: _around(torch.compile(mlp(8, 4))), "compiled already.*'1'"),  # type: ignore[arg-type]  # torch.compile is not typed as returning a module
     "compiled in place": (_compiled_in_place, "compiled already"),
     "compiled in place inside": (lambda: _around(_compiled_in_place()), "compiled already.*'1'"),
     "a script": (lambda: torch.jit.script(mlp(8, 4)), "ScriptModule"),
@@ -151,7 +151,7 @@ def test_an_option_out_of_range_is_refused(name: str, value: object, x: torch.Te
     host = mlp(8, 6, 4)
     before, attributes = host(x), [dict(module.__dict__) for module in host.modules()]
     with pytest.raises(ValueError, match=name):
-        esper.wrap(host, **{name: value})  # type: ignore[arg-type]
+        esper.wrap(host, **{name: value})  # type: ignore[arg-type]  # keywords from a dict or parameters
     assert torch.equal(host(x), before)
     assert [dict(module.__dict__) for module in host.modules()] == attributes
     assert torch.equal(esper.wrap(host)(x), before)

@@ -199,6 +199,6 @@ def test_tests_that_a_page_names_exist(page: Page) -> None:
     for path, names in re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", page.path.read_text(encoding="utf-8")):
         scope: ast.AST = ast.parse((ROOT / path).read_text(encoding="utf-8"))
         for name in names.split("::"):
-            inside = {each.name: each for each in scope.body if isinstance(each, _NAMED)}  # type: ignore[attr-defined]
+            inside = {each.name: each for each in scope.body if isinstance(each, _NAMED)}  # type: ignore[attr-defined]  # a module or a class
             assert name in inside, f"{path} has no {names}"
             scope = inside[name]

@@ -39,7 +39,7 @@ def x() -> torch.Tensor:
 
 
 def wrapped(platform: GatedPlatform, host: nn.Module | None = None, **options: Any) -> esper.MorphableModel:
-    return esper.wrap(host or mlp(8, 6, 4), seeds_per_layer=2, platform=platform, **options)  # type: ignore[arg-type]
+    return esper.wrap(host or mlp(8, 6, 4), seeds_per_layer=2, platform=platform, **options)  # type: ignore[arg-type]  # keywords from a dict or parameters
 
 
 def runner(model: esper.MorphableModel, mode: str) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ def test_the_guard_of_these_tests_notices_a_host_read() -> None:
 
 @pytest.mark.parametrize("mode", ["fx", "module"])
 def test_forward_backward_and_commit_read_no_tensor_on_the_host(mode: str, shelf: KernelShelf) -> None:
-    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode, commit="manual")  # type: ignore[arg-type]
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode, commit="manual")  # type: ignore[arg-type]  # a text among the parameters
     kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
     ramp = esper.LinearRamp(0.0, 1.0, 2)
     request = model.request_kernel("0", 0, kernel, alpha=ramp, trainable=True, isolate=True)

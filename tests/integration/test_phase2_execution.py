@@ -7,12 +7,12 @@ default one, where they are registered under the names that the guide uses as ke
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 
 import esper
 from esper import Blueprint, KasminaLayer, KernelCache, SeedLifecycleState
@@ -115,21 +115,16 @@ class TestPhase2ExecutionPipeline:
         assert layer.state.lifecycle_states[0] == SeedLifecycleState.DORMANT
 
     def test_performance_characteristics(self, simple_model: nn.Module, sample_input: torch.Tensor) -> None:
-        """The guide's own bound for catastrophes, 50 %. The goal is 1 %, which a benchmark measures.
-
-        It is the quietest of many rounds that counts, so that a busy machine does not decide.
-        """
+        """The guide bounds the time, which a benchmark measures; here the operators are counted that run."""
         wrapped = esper.wrap(simple_model, seeds_per_layer=2)
 
-        def seconds(model: nn.Module) -> float:
-            start = time.perf_counter()
-            for _ in range(100):
-                model(sample_input)
-            return time.perf_counter() - start
+        def operators(model: nn.Module) -> list[str]:
+            with profile() as profiled:
+                for _ in range(100):
+                    model(sample_input)
+            return sorted(event.name for event in profiled.events() if event.name.startswith("aten::"))
 
-        rounds = [(seconds(simple_model), seconds(wrapped)) for _ in range(50)]
-        host, dormant = (min(times) for times in zip(*rounds, strict=True))
-        assert (dormant - host) / host < 0.5
+        assert operators(wrapped) == operators(simple_model)
 
     def test_full_pipeline_integration(self, simple_model: nn.Module, sample_input: torch.Tensor) -> None:
         async def grow() -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "MLP",
     "MarkedLinear",
     "ReferenceSeed",
+    "Shown",
     "assert_backpropagated",
     "capture",
     "capture_with_inputs",
@@ -33,6 +34,10 @@ __all__ = [
     "run_low_rank",
     "through_aot",
 ]
+
+
+Shown = Callable[[fx.GraphModule | str], None]
+"""Compares a graph with the one that is expected; see `conftest.py`."""
 
 
 class MarkedLinear(nn.Linear):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from functorch.compile import default_partition, min_cut_rematerialization_partition
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,7 @@ from tests.passes.graphs import (
     MLP,
     MarkedLinear,
     ReferenceSeed,
+    Shown,
     assert_backpropagated,
     code,
     copied,
@@ -31,89 +31,14 @@ from tests.passes.graphs import (
 )
 
 
-def test_forward_and_backward_of_two_seeds() -> None:
+def test_forward_and_backward_of_two_seeds(shown: Shown) -> None:
     layer, x = MarkedLinear(4, 4, 3), torch.randn(2, 4)
     values = [low_rank_values(4, 4), low_rank_values(4, 4)]
     module, given = inlined(layer, x, {3: [(low_rank(), each) for each in values]}, torch.tensor([0.25, 0.5]))
     module, _ = apply(module, TWO)
     output, (forward, backward) = through_aot(module, given)
-    assert_expected_inline(
-        forward,
-        """\
-def forward(self, primals_1, primals_2, primals_3, primals_4, primals_5, primals_6, primals_7, primals_8,
-        primals_9, primals_10):
-    t = torch.ops.aten.t.default(primals_1)
-    addmm = torch.ops.aten.addmm.default(primals_2, primals_3, t)
-    cat = torch.ops.aten.cat.default([primals_4, primals_7])
-    t_1 = torch.ops.aten.t.default(cat)
-    mm = torch.ops.aten.mm.default(primals_3, t_1)
-    view = torch.ops.aten.view.default(mm, [2, 2, 2])
-    gelu = torch.ops.aten.gelu.default(view)
-    slice_1 = torch.ops.aten.slice.Tensor(primals_10, 0, 0, 2)
-    constant_pad_nd = torch.ops.aten.constant_pad_nd.default(slice_1, [1, 0], 1.0)
-    rsub = torch.ops.aten.rsub.Scalar(constant_pad_nd, 1)
-    expand = torch.ops.aten.expand.default(rsub, [3, 3])
-    ones_like = torch.ops.aten.ones_like.default(expand, pin_memory = False)
-    tril = torch.ops.aten.tril.default(ones_like)
-    triu = torch.ops.aten.triu.default(expand, 1)
-    add = torch.ops.aten.add.Tensor(triu, tril)
-    prod = torch.ops.aten.prod.dim_int(add, 1)
-    mul = torch.ops.aten.mul.Tensor(constant_pad_nd, prod)
-    slice_2 = torch.ops.aten.slice.Tensor(mul, 0, 1, 3)
-    unsqueeze = torch.ops.aten.unsqueeze.default(slice_2, -1)
-    mul_1 = torch.ops.aten.mul.Tensor(gelu, unsqueeze)
-    view_1 = torch.ops.aten.view.default(mul_1, [2, 4])
-    cat_1 = torch.ops.aten.cat.default([primals_5, primals_8], 1)
-    t_2 = torch.ops.aten.t.default(cat_1)
-    mm_1 = torch.ops.aten.mm.default(view_1, t_2)
-    stack = torch.ops.aten.stack.default([primals_6, primals_9])
-    mul_2 = torch.ops.aten.mul.Tensor(stack, unsqueeze)
-    sum_1 = torch.ops.aten.sum.dim_IntList(mul_2, [0])
-    add_1 = torch.ops.aten.add.Tensor(mm_1, sum_1)
-    select = torch.ops.aten.select.int(mul, 0, 0)
-    mul_3 = torch.ops.aten.mul.Tensor(addmm, select)
-    add_2 = torch.ops.aten.add.Tensor(add_1, mul_3)
-    t_5 = torch.ops.aten.t.default(t_2)
-    return (add_2, primals_3, mm, unsqueeze, view_1, select, t_5)""",
-    )
-    assert_expected_inline(
-        backward,
-        """\
-def forward(self, primals_3, mm, unsqueeze, view_1, select, t_5, tangents_1):
-    mul_4 = torch.ops.aten.mul.Tensor(tangents_1, select)
-    sum_2 = torch.ops.aten.sum.dim_IntList(tangents_1, [0], True)
-    view_2 = torch.ops.aten.view.default(sum_2, [4])
-    unsqueeze_2 = torch.ops.aten.unsqueeze.default(view_2, 0)
-    expand_1 = torch.ops.aten.expand.default(unsqueeze_2, [2, 4])
-    mul_5 = torch.ops.aten.mul.Tensor(expand_1, unsqueeze)
-    select_1 = torch.ops.aten.select.int(mul_5, 0, 0)
-    select_2 = torch.ops.aten.select.int(mul_5, 0, 1)
-    t_3 = torch.ops.aten.t.default(tangents_1)
-    mm_2 = torch.ops.aten.mm.default(t_3, view_1)
-    t_4 = torch.ops.aten.t.default(mm_2)
-    mm_3 = torch.ops.aten.mm.default(tangents_1, t_5)
-    t_6 = torch.ops.aten.t.default(t_4)
-    slice_4 = torch.ops.aten.slice.Tensor(t_6, 1, 0, 2)
-    slice_5 = torch.ops.aten.slice.Tensor(t_6, 1, 2, 4)
-    view_3 = torch.ops.aten.view.default(mm_3, [2, 2, 2])
-    mul_6 = torch.ops.aten.mul.Tensor(view_3, unsqueeze)
-    view = torch.ops.aten.view.default(mm, [2, 2, 2])
-    gelu_backward = torch.ops.aten.gelu_backward.default(mul_6, view)
-    view_4 = torch.ops.aten.view.default(gelu_backward, [2, 4])
-    t_7 = torch.ops.aten.t.default(view_4)
-    mm_4 = torch.ops.aten.mm.default(t_7, primals_3)
-    t_8 = torch.ops.aten.t.default(mm_4)
-    t_9 = torch.ops.aten.t.default(t_8)
-    slice_6 = torch.ops.aten.slice.Tensor(t_9, 0, 0, 2)
-    slice_7 = torch.ops.aten.slice.Tensor(t_9, 0, 2, 4)
-    t_10 = torch.ops.aten.t.default(mul_4)
-    mm_5 = torch.ops.aten.mm.default(t_10, primals_3)
-    t_11 = torch.ops.aten.t.default(mm_5)
-    sum_3 = torch.ops.aten.sum.dim_IntList(mul_4, [0], True)
-    view_5 = torch.ops.aten.view.default(sum_3, [4])
-    t_12 = torch.ops.aten.t.default(t_11)
-    return (t_12, view_5, None, slice_6, slice_4, select_1, slice_7, slice_5, select_2, None)""",
-    )
+    shown(forward)
+    shown(backward)
     seeds = [ReferenceSeed(each, alpha) for each, alpha in zip(values, (0.25, 0.5), strict=True)]
     expected = reference(x, layer.weight, layer.bias, seeds)
     assert_backpropagated(output, expected, [*layer.parameters(), *values[0], *values[1]])

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from tests.passes.graphs import (
     MLP,
     MarkedLinear,
     ReferenceSeed,
+    Shown,
     capture_with_inputs,
     code,
     copied,
@@ -41,85 +41,27 @@ def _marked(model: nn.Module) -> fx.GraphModule:
     return RewriteSites({"up": 3, "down": 5})(fx.symbolic_trace(model)).graph_module
 
 
-def test_one_seed() -> None:
+def test_one_seed(shown: Shown) -> None:
     module = _marked(MLP(marked=False))
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    up_weight = self.up.weight
-    up_bias = self.up.bias
-    site_default = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = site_default.relu()
-    down_weight = self.down.weight
-    site_default_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return site_default_1""",
-    )
+    shown(module)
     result = CallKernels({3: (SeedCall(kernel, uses_host=False, isolate=False),)}, alphas)(module)
     result.graph_module.graph.lint()
     assert result.graph_module is module
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    alphas = tests_passes_test_call_kernels_alphas()
-    up_weight = self.up.weight
-    up_bias = self.up.bias
-    site_default = torch._C._nn.linear(x, up_weight, up_bias)
-    kernel = tests_passes_test_call_kernels_kernel(x)
-    type_as_default = torch.ops.aten.type_as.default(kernel, site_default)
-    select = torch.select(alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, site_default)
-    lerp = torch.lerp(site_default, type_as_default, type_as_default_1)
-    relu = lerp.relu()
-    down_weight = self.down.weight
-    site_default_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return site_default_1""",
-    )
+    shown(module)
 
 
-def test_several_seeds_of_all_kinds_at_two_sites() -> None:
+def test_several_seeds_of_all_kinds_at_two_sites(shown: Shown) -> None:
     module = _marked(MLP(marked=False))
     seeds = {
         5: (SeedCall(host_kernel, uses_host=True, isolate=True),),
         3: (SeedCall(kernel, uses_host=False, isolate=True), SeedCall(host_kernel, uses_host=True, isolate=False)),
     }
     CallKernels(seeds, alphas)(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    alphas = tests_passes_test_call_kernels_alphas()
-    up_weight = self.up.weight
-    up_bias = self.up.bias
-    site_default = torch._C._nn.linear(x, up_weight, up_bias)
-    detach = torch.detach(x)
-    kernel = tests_passes_test_call_kernels_kernel(detach)
-    type_as_default = torch.ops.aten.type_as.default(kernel, site_default)
-    select = torch.select(alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, site_default)
-    lerp = torch.lerp(site_default, type_as_default, type_as_default_1)
-    host_kernel = tests_passes_test_call_kernels_host_kernel(x, lerp)
-    type_as_default_2 = torch.ops.aten.type_as.default(host_kernel, site_default)
-    select_1 = torch.select(alphas, 0, 1)
-    type_as_default_3 = torch.ops.aten.type_as.default(select_1, site_default)
-    lerp_1 = torch.lerp(lerp, type_as_default_2, type_as_default_3)
-    relu = lerp_1.relu()
-    down_weight = self.down.weight
-    site_default_1 = torch._C._nn.linear(relu, down_weight, None)
-    detach_1 = torch.detach(relu)
-    detach_2 = torch.detach(site_default_1)
-    host_kernel_1 = tests_passes_test_call_kernels_host_kernel(detach_1, detach_2)
-    type_as_default_4 = torch.ops.aten.type_as.default(host_kernel_1, site_default_1)
-    select_2 = torch.select(alphas, 0, 2)
-    type_as_default_5 = torch.ops.aten.type_as.default(select_2, site_default_1)
-    lerp_2 = torch.lerp(site_default_1, type_as_default_4, type_as_default_5)
-    return lerp_2""",
-    )
+    shown(module)
 
 
-def test_a_layer_called_twice_calls_its_kernel_twice_and_the_alphas_once() -> None:
+def test_a_layer_called_twice_calls_its_kernel_twice_and_the_alphas_once(shown: Shown) -> None:
     layer = nn.Linear(4, 4)
 
     class Twice(nn.Module):
@@ -132,29 +74,7 @@ def test_a_layer_called_twice_calls_its_kernel_twice_and_the_alphas_once() -> No
 
     module = _marked(Twice())
     CallKernels({3: (SeedCall(host_kernel, uses_host=True, isolate=False),)}, alphas)(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    alphas = tests_passes_test_call_kernels_alphas()
-    up_weight = self.up.weight
-    up_bias = self.up.bias
-    site_default = torch._C._nn.linear(x, up_weight, up_bias)
-    host_kernel = tests_passes_test_call_kernels_host_kernel(x, site_default)
-    type_as_default = torch.ops.aten.type_as.default(host_kernel, site_default)
-    select = torch.select(alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, site_default)
-    lerp = torch.lerp(site_default, type_as_default, type_as_default_1)
-    up_weight_1 = self.up.weight
-    up_bias_1 = self.up.bias
-    site_default_1 = torch._C._nn.linear(lerp, up_weight_1, up_bias_1)
-    host_kernel_1 = tests_passes_test_call_kernels_host_kernel(lerp, site_default_1)
-    type_as_default_2 = torch.ops.aten.type_as.default(host_kernel_1, site_default_1)
-    select_1 = torch.select(alphas, 0, 0)
-    type_as_default_3 = torch.ops.aten.type_as.default(select_1, site_default_1)
-    lerp_1 = torch.lerp(site_default_1, type_as_default_2, type_as_default_3)
-    return lerp_1""",
-    )
+    shown(module)
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, partial], ids=["function", "partial"])

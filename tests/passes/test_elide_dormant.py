@@ -6,39 +6,21 @@ import re
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from esper_passes import ElideDormant, is_site, sites_in
-from tests.passes.graphs import MLP, MarkedLinear, capture, capture_with_inputs, code, copied
+from tests.passes.graphs import MLP, MarkedLinear, Shown, capture, capture_with_inputs, code, copied
 
 
-def test_markers_become_what_stood_there() -> None:
+def test_markers_become_what_stood_there(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4))
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight):
-    enter = torch.ops.esper.enter(7)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = marked.relu()
-    marked_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return (marked_1,)""",
-    )
+    shown(module)
     result = ElideDormant()(module)
     result.graph_module.graph.lint()
     assert result.graph_module is module
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight):
-    marked = torch._C._nn.linear(x, up_weight, up_bias)
-    relu = marked.relu()
-    marked_1 = torch._C._nn.linear(relu, down_weight, None)
-    return (marked_1,)""",
-    )
+    shown(module)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -50,19 +32,11 @@ def test_a_dormant_model_leaves_the_graph_of_the_plain_model(dynamic: bool) -> N
     assert _up_to_names(code(marked)) == _up_to_names(code(plain))
 
 
-def test_active_sites_stay() -> None:
+def test_active_sites_stay(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4))
     ElideDormant(frozenset({5}))(module).graph_module.graph.lint()
     assert sites_in(module.graph) == (5,)
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight):
-    marked = torch._C._nn.linear(x, up_weight, up_bias)
-    relu = marked.relu()
-    marked_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return (marked_1,)""",
-    )
+    shown(module)
 
 
 def test_the_node_stays_the_same_with_its_name_and_metadata() -> None:
@@ -74,7 +48,7 @@ def test_the_node_stays_the_same_with_its_name_and_metadata() -> None:
     assert after == before
 
 
-def test_the_body_of_a_checkpoint_is_rewritten_in_this_module_alone() -> None:
+def test_the_body_of_a_checkpoint_is_rewritten_in_this_module_alone(shown: Shown) -> None:
     layer = MarkedLinear(4, 4, 2)
 
     def forward(x: Tensor) -> Tensor:
@@ -84,22 +58,7 @@ def test_the_body_of_a_checkpoint_is_rewritten_in_this_module_alone() -> None:
     copy = copied(module)
     assert ElideDormant()(copy).modified
     copy.graph.lint()
-    assert_expected_inline(
-        code(copy),
-        """\
-def forward(self, x, layer_weight, layer_bias):
-    wrap_body_0 = self.wrap_body_0
-    tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, layer_weight,
-        layer_bias, use_reentrant = False)
-    getitem = tag_activation_checkpoint[0]
-    return (getitem,)
-
-# wrap_body_0
-def forward(self, x, layer_weight, layer_bias):
-    marked = torch._C._nn.linear(x, layer_weight, layer_bias)
-    relu = marked.relu()
-    return (relu,)""",
-    )
+    shown(copy)
     assert (sites_in(copy.graph), sites_in(module.graph)) == ((), (2,))
     torch.testing.assert_close(copy(*inputs), module(*inputs))
 

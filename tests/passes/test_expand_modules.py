@@ -6,12 +6,11 @@ import copy
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, prune
 
 from esper_passes import ExpandModules
-from tests.passes.graphs import code
+from tests.passes.graphs import Shown
 
 
 class _Own(nn.ReLU):
@@ -26,7 +25,7 @@ def _calls(module: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
 
 
-def test_plain_modules_become_the_call_in_their_forward() -> None:
+def test_plain_modules_become_the_call_in_their_forward(shown: Shown) -> None:
     module = _traced(
         nn.Linear(4, 6),
         nn.LayerNorm(6),
@@ -39,67 +38,18 @@ def test_plain_modules_become_the_call_in_their_forward() -> None:
         nn.Softmax(dim=-1),
         nn.Flatten(),
     )
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, input):
-    input_1 = input
-    _0 = getattr(self, "0")(input_1)
-    _1 = getattr(self, "1")(_0)
-    _2 = getattr(self, "2")(_1)
-    _3 = getattr(self, "3")(_2)
-    _4 = getattr(self, "4")(_3)
-    _5 = getattr(self, "5")(_4)
-    _6 = getattr(self, "6")(_5)
-    _7 = getattr(self, "7")(_6)
-    _8 = getattr(self, "8")(_7)
-    _9 = getattr(self, "9")(_8)
-    return _9""",
-    )
+    shown(module)
     result = ExpandModules()(module)
     result.graph_module.graph.lint()
     assert result.graph_module is module
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, input):
-    input_1 = input
-    _0_weight = getattr(self, "0").weight
-    _0_bias = getattr(self, "0").bias
-    linear = torch._C._nn.linear(input_1, _0_weight, _0_bias)
-    _1_weight = getattr(self, "1").weight
-    _1_bias = getattr(self, "1").bias
-    layer_norm = torch.layer_norm(linear, (6,), _1_weight, _1_bias, 1e-05, True)
-    gelu = torch._C._nn.gelu(layer_norm, approximate = 'tanh')
-    _3 = getattr(self, "3")(gelu)
-    _5_weight = getattr(self, "5").weight
-    linear_1 = torch._C._nn.linear(_3, _5_weight, None)
-    relu = torch.relu(linear_1)
-    _7_weight = getattr(self, "7").weight
-    rms_norm = torch.rms_norm(relu, (4,), _7_weight, 1e-06)
-    softmax = torch.softmax(rms_norm, -1)
-    flatten = torch.flatten(softmax, 1, -1)
-    return flatten""",
-    )
+    shown(module)
 
 
-def test_layers_that_read_images_and_tokens() -> None:
+def test_layers_that_read_images_and_tokens(shown: Shown) -> None:
     module = _traced(nn.Embedding(10, 8, padding_idx=3), nn.Conv1d(5, 6, 3, padding="same"), nn.SiLU())
     ExpandModules()(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, input):
-    input_1 = input
-    _0_weight = getattr(self, "0").weight
-    embedding = torch.embedding(_0_weight, input_1, 3, False, False)
-    _1_weight = getattr(self, "1").weight
-    _1_bias = getattr(self, "1").bias
-    conv1d = torch.conv1d(embedding, _1_weight, _1_bias, (1,), 'same', (1,), 1)
-    silu = torch._C._nn.silu(conv1d)
-    return silu""",
-    )
+    shown(module)
 
 
 _FLOATS = [

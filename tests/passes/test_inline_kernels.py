@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,99 +14,30 @@ from tests.passes.graphs import (
     MLP,
     MarkedLinear,
     ReferenceSeed,
+    Shown,
     capture,
     capture_with_inputs,
-    code,
     low_rank,
     low_rank_values,
     reference,
 )
 
 
-def test_one_seed_without_bias_at_the_site() -> None:
+def test_one_seed_without_bias_at_the_site(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4))
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight):
-    enter = torch.ops.esper.enter(7)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = marked.relu()
-    marked_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return (marked_1,)""",
-    )
+    shown(module)
     result = InlineKernels({5: (low_rank(),)})(module)
     result.graph_module.graph.lint()
     assert result.graph_module is module
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight, esper_5_0_a, esper_5_0_b, esper_5_0_c, esper_alphas):
-    enter = torch.ops.esper.enter(7)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = marked.relu()
-    marked_1 = torch._C._nn.linear(relu, down_weight, None)
-    linear = torch._C._nn.linear(relu, esper_5_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_5_0_b, esper_5_0_c)
-    type_as_default = torch.ops.aten.type_as.default(linear_1, marked_1)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked_1)
-    lerp = torch.lerp(marked_1, type_as_default, type_as_default_1)
-    return (lerp,)""",
-    )
+    shown(module)
 
 
-def test_several_seeds_of_all_kinds_at_a_site_with_bias() -> None:
+def test_several_seeds_of_all_kinds_at_a_site_with_bias(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4))
     seeds = {3: (low_rank(), low_rank(isolate=True), low_rank(uses_host=True), low_rank(uses_host=True, isolate=True))}
     InlineKernels(seeds)(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight, esper_3_0_a, esper_3_0_b, esper_3_0_c, esper_3_1_a,
-        esper_3_1_b, esper_3_1_c, esper_3_2_a, esper_3_2_b, esper_3_2_c, esper_3_3_a, esper_3_3_b,
-        esper_3_3_c, esper_alphas):
-    enter = torch.ops.esper.enter(7)
-    marked = torch._C._nn.linear(x, up_weight, up_bias)
-    linear = torch._C._nn.linear(x, esper_3_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_3_0_b, esper_3_0_c)
-    type_as_default = torch.ops.aten.type_as.default(linear_1, marked)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked)
-    lerp = torch.lerp(marked, type_as_default, type_as_default_1)
-    detach = torch.detach(x)
-    linear_2 = torch._C._nn.linear(detach, esper_3_1_a)
-    gelu_1 = torch._C._nn.gelu(linear_2)
-    linear_3 = torch._C._nn.linear(gelu_1, esper_3_1_b, esper_3_1_c)
-    type_as_default_2 = torch.ops.aten.type_as.default(linear_3, marked)
-    select_1 = torch.select(esper_alphas, 0, 1)
-    type_as_default_3 = torch.ops.aten.type_as.default(select_1, marked)
-    lerp_1 = torch.lerp(lerp, type_as_default_2, type_as_default_3)
-    linear_4 = torch._C._nn.linear(x, esper_3_2_a)
-    gelu_2 = torch._C._nn.gelu(linear_4)
-    linear_5 = torch._C._nn.linear(gelu_2, esper_3_2_b, esper_3_2_c)
-    add = torch.add(lerp_1, linear_5)
-    type_as_default_4 = torch.ops.aten.type_as.default(add, marked)
-    select_2 = torch.select(esper_alphas, 0, 2)
-    type_as_default_5 = torch.ops.aten.type_as.default(select_2, marked)
-    lerp_2 = torch.lerp(lerp_1, type_as_default_4, type_as_default_5)
-    detach_1 = torch.detach(x)
-    detach_2 = torch.detach(lerp_2)
-    linear_6 = torch._C._nn.linear(detach_1, esper_3_3_a)
-    gelu_3 = torch._C._nn.gelu(linear_6)
-    linear_7 = torch._C._nn.linear(gelu_3, esper_3_3_b, esper_3_3_c)
-    add_1 = torch.add(detach_2, linear_7)
-    type_as_default_6 = torch.ops.aten.type_as.default(add_1, marked)
-    select_3 = torch.select(esper_alphas, 0, 3)
-    type_as_default_7 = torch.ops.aten.type_as.default(select_3, marked)
-    lerp_3 = torch.lerp(lerp_2, type_as_default_6, type_as_default_7)
-    relu = lerp_3.relu()
-    marked_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return (marked_1,)""",
-    )
+    shown(module)
 
 
 def test_placeholders_are_ordered_by_site_then_seed_then_parameter() -> None:
@@ -129,121 +59,34 @@ def test_placeholders_are_ordered_by_site_then_seed_then_parameter() -> None:
     assert list(module.graph.nodes)[: len(placeholders)] == placeholders
 
 
-def test_a_site_that_is_called_twice_uses_its_placeholders_twice() -> None:
+def test_a_site_that_is_called_twice_uses_its_placeholders_twice(shown: Shown) -> None:
     layer = MarkedLinear(4, 4, 3)
     module = capture(lambda x: layer(layer(x)), torch.randn(2, 4))
     InlineKernels({3: (low_rank(isolate=True),)})(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, layer_weight, layer_bias, x, esper_3_0_a, esper_3_0_b, esper_3_0_c, esper_alphas):
-    marked = torch._C._nn.linear(x, layer_weight, layer_bias)
-    detach = torch.detach(x)
-    linear = torch._C._nn.linear(detach, esper_3_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_3_0_b, esper_3_0_c)
-    type_as_default = torch.ops.aten.type_as.default(linear_1, marked)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked)
-    lerp = torch.lerp(marked, type_as_default, type_as_default_1)
-    marked_1 = torch._C._nn.linear(lerp, layer_weight, layer_bias)
-    detach_1 = torch.detach(lerp)
-    linear_2 = torch._C._nn.linear(detach_1, esper_3_0_a)
-    gelu_1 = torch._C._nn.gelu(linear_2)
-    linear_3 = torch._C._nn.linear(gelu_1, esper_3_0_b, esper_3_0_c)
-    type_as_default_2 = torch.ops.aten.type_as.default(linear_3, marked_1)
-    select_1 = torch.select(esper_alphas, 0, 0)
-    type_as_default_3 = torch.ops.aten.type_as.default(select_1, marked_1)
-    lerp_1 = torch.lerp(marked_1, type_as_default_2, type_as_default_3)
-    return (lerp_1,)""",
-    )
+    shown(module)
 
 
-def test_layers_that_share_a_weight_are_separate_sites() -> None:
+def test_layers_that_share_a_weight_are_separate_sites(shown: Shown) -> None:
     first, second = MarkedLinear(4, 4, 3), MarkedLinear(4, 4, 4)
     second.weight = first.weight
     module = capture(lambda x: second(first(x)), torch.randn(2, 4))
     InlineKernels({4: (low_rank(),)})(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, first_weight, first_bias, x, second_bias, esper_4_0_a, esper_4_0_b, esper_4_0_c,
-        esper_alphas):
-    marked = torch.ops.esper.site.default(x, first_weight, first_bias, 3)
-    marked_1 = torch._C._nn.linear(marked, first_weight, second_bias)
-    linear = torch._C._nn.linear(marked, esper_4_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_4_0_b, esper_4_0_c)
-    type_as_default = torch.ops.aten.type_as.default(linear_1, marked_1)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked_1)
-    lerp = torch.lerp(marked_1, type_as_default, type_as_default_1)
-    return (lerp,)""",
-    )
+    shown(module)
 
 
-def test_a_graph_with_a_dynamic_batch_keeps_its_symbols() -> None:
+def test_a_graph_with_a_dynamic_batch_keeps_its_symbols(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4), dynamic=True)
     InlineKernels({5: (low_rank(uses_host=True),)})(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, s77, x, down_weight, esper_5_0_a, esper_5_0_b, esper_5_0_c,
-        esper_alphas):
-    enter = torch.ops.esper.enter(7)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = marked.relu()
-    marked_1 = torch._C._nn.linear(relu, down_weight, None)
-    linear = torch._C._nn.linear(relu, esper_5_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_5_0_b, esper_5_0_c)
-    add = torch.add(marked_1, linear_1)
-    type_as_default = torch.ops.aten.type_as.default(add, marked_1)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked_1)
-    lerp = torch.lerp(marked_1, type_as_default, type_as_default_1)
-    return (lerp,)""",
-    )
+    shown(module)
 
 
-def test_kernels_inside_a_checkpoint_become_its_operands() -> None:
+def test_kernels_inside_a_checkpoint_become_its_operands(shown: Shown) -> None:
     first, second = MarkedLinear(4, 4, 2), MarkedLinear(4, 4, 9)
     module = capture(lambda x: second(checkpoint(first, x, use_reentrant=False)), torch.randn(2, 4))
     seeds = {2: (low_rank(),), 9: (low_rank(uses_host=True),)}
     InlineKernels(seeds)(module).graph_module.graph.lint()
     module.get_submodule("wrap_body_0").graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x, first_weight, first_bias, second_weight, second_bias, esper_2_0_a, esper_2_0_b,
-        esper_2_0_c, esper_9_0_a, esper_9_0_b, esper_9_0_c, esper_alphas):
-    wrap_body_0 = self.wrap_body_0
-    tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, first_weight,
-        first_bias, esper_2_0_a, esper_2_0_b, esper_2_0_c, esper_alphas, use_reentrant = False)
-    getitem = tag_activation_checkpoint[0]
-    marked = torch._C._nn.linear(getitem, second_weight, second_bias)
-    linear = torch._C._nn.linear(getitem, esper_9_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_9_0_b, esper_9_0_c)
-    add = torch.add(marked, linear_1)
-    type_as_default = torch.ops.aten.type_as.default(add, marked)
-    select = torch.select(esper_alphas, 0, 1)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked)
-    lerp = torch.lerp(marked, type_as_default, type_as_default_1)
-    return (lerp,)
-
-# wrap_body_0
-def forward(self, x, first_weight, first_bias, esper_2_0_a, esper_2_0_b, esper_2_0_c, esper_alphas):
-    marked = torch._C._nn.linear(x, first_weight, first_bias)
-    linear = torch._C._nn.linear(x, esper_2_0_a)
-    gelu = torch._C._nn.gelu(linear)
-    linear_1 = torch._C._nn.linear(gelu, esper_2_0_b, esper_2_0_c)
-    type_as_default = torch.ops.aten.type_as.default(linear_1, marked)
-    select = torch.select(esper_alphas, 0, 0)
-    type_as_default_1 = torch.ops.aten.type_as.default(select, marked)
-    lerp = torch.lerp(marked, type_as_default, type_as_default_1)
-    return (lerp,)""",
-    )
+    shown(module)
 
 
 def test_a_kernel_inside_a_branch_is_refused_by_name() -> None:

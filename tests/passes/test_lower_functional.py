@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from esper_passes import LowerFunctional
-from tests.passes.graphs import code
+from tests.passes.graphs import Shown
 
 
 def _traced(function: Callable[..., Any]) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), fx.Tracer().trace(function))
 
 
-def test_wrappers_become_the_built_in_that_they_end_in() -> None:
+def test_wrappers_become_the_built_in_that_they_end_in(shown: Shown) -> None:
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = F.layer_norm(x, (8,), weight, bias=bias)
         x = F.silu(F.relu(x)) * F.leaky_relu(x, 0.2)
@@ -28,44 +27,14 @@ def test_wrappers_become_the_built_in_that_they_end_in() -> None:
         return F.softmax(x, dim=-1)
 
     module = _traced(forward)
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x, weight, bias):
-    layer_norm = torch.nn.functional.layer_norm(x, (8,), weight = weight, bias = bias, eps = 1e-05)
-    relu = torch.nn.functional.relu(layer_norm, inplace = False)
-    silu = torch.nn.functional.silu(relu, inplace = False)
-    leaky_relu = torch.nn.functional.leaky_relu(layer_norm, negative_slope = 0.2, inplace = False)
-    mul = silu * leaky_relu
-    dropout = torch.nn.functional.dropout(mul, p = 0.1, training = False, inplace = False)
-    getattr_1 = dropout.shape
-    getitem = getattr_1[slice(-1, None, None)]
-    rms_norm = torch.nn.functional.rms_norm(dropout, getitem, weight = None, eps = 1e-06)
-    softmax = torch.nn.functional.softmax(rms_norm, dim = -1, _stacklevel = 3, dtype = None)
-    return softmax""",
-    )
+    shown(module)
     names = [node.name for node in module.graph.nodes]
     result = LowerFunctional()(module)
     result.graph_module.graph.lint()
     assert result.graph_module is module
     assert result.modified
     assert [node.name for node in module.graph.nodes] == names
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x, weight, bias):
-    layer_norm = torch.layer_norm(x, (8,), weight, bias, 1e-05, True)
-    relu = torch.relu(layer_norm)
-    silu = torch._C._nn.silu(relu)
-    leaky_relu = torch._C._nn.leaky_relu(layer_norm, 0.2)
-    mul = silu * leaky_relu
-    dropout = torch.dropout(mul, 0.1, False)
-    getattr_1 = dropout.shape
-    getitem = getattr_1[slice(-1, None, None)]
-    rms_norm = torch.rms_norm(dropout, getitem, None, 1e-06)
-    softmax = torch.softmax(rms_norm, -1)
-    return softmax""",
-    )
+    shown(module)
 
 
 _LOWERED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch._higher_order_ops import scan, while_loop
 from torch.nn.functional import linear
@@ -24,7 +23,7 @@ from esper_passes import (
     sites_in,
     tag_inputs,
 )
-from tests.passes.graphs import capture, capture_with_inputs, code, region
+from tests.passes.graphs import Shown, capture, capture_with_inputs, region
 
 
 def tag() -> Tensor:
@@ -61,23 +60,14 @@ def _inputs(module: fx.GraphModule, given: list[Any]) -> list[Any]:
     return [value for position, value in enumerate(given) if position not in tag_inputs(module)]
 
 
-def test_tags_become_numbers_in_order_of_first_use_and_are_no_inputs_any_more() -> None:
+def test_tags_become_numbers_in_order_of_first_use_and_are_no_inputs_any_more(shown: Shown) -> None:
     module = capture(Model(), torch.randn(2, 4))
     assert tag_inputs(module) == (0, 1, 5)
     result = NumberSites()(module)
     module.graph.lint()
     assert result.graph_module is module
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight, down_bias):
-    tagged_enter_default = torch.ops.esper.enter.default(0)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 1)
-    marked_1 = torch.ops.esper.site.default(marked, down_weight, down_bias, 2)
-    marked_2 = torch.ops.esper.site.default(marked_1, up_weight, up_bias, 1)
-    return (marked_2,)""",
-    )
+    shown(module)
     assert (runtimes_in(module.graph), site_calls_in(module.graph)) == ((0,), (1, 2, 1))
 
 
@@ -89,7 +79,7 @@ def test_a_graph_without_tags_is_not_touched() -> None:
     assert list(module.graph.nodes) == before
 
 
-def test_tags_leave_the_operands_of_a_checkpoint() -> None:
+def test_tags_leave_the_operands_of_a_checkpoint(shown: Shown) -> None:
     inside, outside = TaggedLinear(), TaggedLinear()
 
     def forward(x: Tensor) -> Tensor:
@@ -101,31 +91,7 @@ def test_tags_leave_the_operands_of_a_checkpoint() -> None:
     expected, left = module(*given), _inputs(module, given)
     NumberSites()(module)
     module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x, inside_weight, inside_bias, outside_weight, outside_bias):
-    wrap_body_1 = self.wrap_body_1
-    tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_1, x,
-        inside_weight, inside_bias, use_reentrant = False)
-    inner = tag_activation_checkpoint[0]
-    marked = torch.ops.esper.site.default(inner, outside_weight, outside_bias, 1)
-    return (marked,)
-
-# wrap_body_1
-def forward(self, x, inside_weight, inside_bias):
-    wrap_body_0 = self.wrap_body_0
-    tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x,
-        inside_weight, inside_bias, use_reentrant = False)
-    getitem = tag_activation_checkpoint[0]
-    relu = getitem.relu()
-    return (relu,)
-
-# wrap_body_0
-def forward(self, x, inside_weight, inside_bias):
-    marked = torch.ops.esper.site.default(x, inside_weight, inside_bias, 0)
-    return (marked,)""",
-    )
+    shown(module)
     assert sites_in(module.graph) == (0, 1)
     torch.testing.assert_close(module(*left), expected)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -101,9 +100,8 @@ def test_a_failing_pass_is_named_with_those_before_it() -> None:
     module = capture(MLP(), torch.randn(2, 4))
     with pytest.raises(PassError) as raised:
         Pipeline((ElideDormant(), InlineKernels({}), _Edit(_raise, "break_it")))(module)
-    assert_expected_inline(
-        str(raised.value),
-        """pass 'break_it' failed after elide_dormant, inline_kernels had run: KeyError: 'missing'""",
+    assert (
+        str(raised.value) == "pass 'break_it' failed after elide_dormant, inline_kernels had run: KeyError: 'missing'"
     )
     assert isinstance(raised.value.__cause__, KeyError)
     assert (raised.value.pass_name, raised.value.ran_before) == ("break_it", ("elide_dormant", "inline_kernels"))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,7 @@ from esper.artifacts import Blueprint
 from esper.torch_internals import fake_inputs, guard_count, pack_graph, unpack_graph
 from esper_passes import BatchSeeds, FoldFossils, GraphPass, RecordValues
 from tests.passes.batching import Seeds, apply, of_blueprint, with_seeds
-from tests.passes.graphs import MLP, MarkedLinear, capture, code, copied, low_rank_seed, region
+from tests.passes.graphs import MLP, MarkedLinear, Shown, capture, code, copied, low_rank_seed, region
 
 
 class Checkpointed(nn.Module):
@@ -66,48 +65,10 @@ def with_kernels(module: fx.GraphModule, seeds: Seeds, *passes: GraphPass) -> fx
     return apply(with_seeds(module, seeds, alphas), *passes)[0]
 
 
-def test_a_kernel_in_a_checkpoint() -> None:
+def test_a_kernel_in_a_checkpoint(shown: Shown) -> None:
     module = received(Checkpointed(), torch.randn(3, 4))
     module = with_kernels(module, {2: [low_rank_seed(isolate=True)]}, RecordValues())
-    assert_expected_inline(
-        recorded(module),
-        """\
-l_x_: float32[3, 4]
-first_weight_: float32[4, 4] requires grad
-first_bias_: float32[4] requires grad
-second_weight_: float32[4, 4] requires grad
-second_bias_: float32[4] requires grad
-esper_2_0_a: float32[2, 4] requires grad
-esper_2_0_b: float32[4, 2] requires grad
-esper_2_0_c: float32[4] requires grad
-esper_alphas: float32[1]
-wrap_body_0: None
-tag_activation_checkpoint: tuple of 1
-getitem: float32[3, 4] requires grad
-marked: float32[3, 4] requires grad
-output: tuple of 1
-
-# wrap_body_0
-l_x_: float32[3, 4]
-first_weight_: float32[4, 4] requires grad
-first_bias_: float32[4] requires grad
-esper_2_0_a: float32[2, 4] requires grad
-esper_2_0_b: float32[4, 2] requires grad
-esper_2_0_c: float32[4] requires grad
-esper_alphas: float32[1]
-relu: float32[3, 4]
-marked: float32[3, 4] requires grad
-detach: float32[3, 4]
-linear: float32[3, 2] requires grad
-gelu: float32[3, 2] requires grad
-linear_1: float32[3, 4] requires grad
-type_as_default: float32[3, 4] requires grad
-select: float32[]
-type_as_default_1: float32[]
-lerp: float32[3, 4] requires grad
-tanh: float32[3, 4] requires grad
-output: tuple of 1""",
-    )
+    shown(recorded(module))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -125,68 +86,20 @@ def test_in_a_worker_bodies_are_batched_as_they_are_in_process(nested: bool, dyn
     assert "lerp" in code(with_kernels(there, seeds, BatchSeeds()))  # not without what is recorded
 
 
-def test_in_a_worker_a_fossil_in_a_checkpoint_stands_alone() -> None:
+def test_in_a_worker_a_fossil_in_a_checkpoint_stands_alone(shown: Shown) -> None:
     module = received(Checkpointed(), torch.randn(3, 4))
     seeds = {2: [low_rank_seed() for _ in range(2)]}
     module = with_kernels(module, seeds, RecordValues(), FoldFossils({0: 0.25, 1: 1.0}))
     body = module.get_submodule("wrap_body_0")
     assert isinstance(body, fx.GraphModule)
-    assert_expected_inline(
-        code(body),
-        """\
-def forward(self, x, first_weight, first_bias, esper_2_0_a, esper_2_0_b, esper_2_0_c, esper_2_1_a,
-        esper_2_1_b, esper_2_1_c, esper_alphas):
-    relu = x.relu()
-    linear_2 = torch._C._nn.linear(relu, esper_2_1_a)
-    gelu_1 = torch._C._nn.gelu(linear_2)
-    linear_3 = torch._C._nn.linear(gelu_1, esper_2_1_b, esper_2_1_c)
-    to_dtype = torch.ops.aten.to.dtype(linear_3, torch.float32)
-    tanh = to_dtype.tanh()
-    return (tanh,)""",
-    )
+    shown(body)
 
 
-def test_a_region_that_is_called_twice() -> None:
+def test_a_region_that_is_called_twice(shown: Shown) -> None:
     layer = MarkedLinear(4, 4, 2)
     module = received(lambda x: region(layer, region(layer, x)), torch.randn(3, 4, requires_grad=True))
     module = with_kernels(module, {2: [low_rank_seed()]}, RecordValues())
-    assert_expected_inline(
-        re.sub(r"getitem_\d+", "getitem", recorded(module)),  # Dynamo's numbers differ between versions
-        """\
-l_x_: float32[3, 4] requires grad
-l_layer_weight_: float32[4, 4] requires grad
-l_layer_bias_: float32[4] requires grad
-esper_2_0_a: float32[2, 4] requires grad
-esper_2_0_b: float32[4, 2] requires grad
-esper_2_0_c: float32[4] requires grad
-esper_alphas: float32[1]
-subgraph_0: None
-invoke_subgraph: tuple of 1
-getitem: float32[3, 4] requires grad
-subgraph_1: None
-invoke_subgraph_1: tuple of 1
-getitem: float32[3, 4] requires grad
-output: tuple of 1
-
-# subgraph_0
-l_x_: float32[3, 4] requires grad
-l_layer_weight_: float32[4, 4] requires grad
-l_layer_bias_: float32[4] requires grad
-esper_2_0_a: float32[2, 4] requires grad
-esper_2_0_b: float32[4, 2] requires grad
-esper_2_0_c: float32[4] requires grad
-esper_alphas: float32[1]
-marked: float32[3, 4] requires grad
-linear: float32[3, 2] requires grad
-gelu: float32[3, 2] requires grad
-linear_1: float32[3, 4] requires grad
-type_as_default: float32[3, 4] requires grad
-select: float32[]
-type_as_default_1: float32[]
-lerp: float32[3, 4] requires grad
-relu: float32[3, 4] requires grad
-output: tuple of 1""",
-    )
+    shown(re.sub(r"getitem_\d+", "getitem", recorded(module)))  # Dynamo's numbers differ between versions
 
 
 def test_a_body_is_recorded_in_this_module_alone() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 
 from esper_passes import RewriteSites, is_site, sites_in
-from tests.passes.graphs import MLP, code
+from tests.passes.graphs import MLP, Shown
 
 
 class _Twice(nn.Module):
@@ -23,53 +22,20 @@ class _Twice(nn.Module):
         return self.shared(self.block(self.shared(input=x)))
 
 
-def test_calls_of_layers_become_markers() -> None:
+def test_calls_of_layers_become_markers(shown: Shown) -> None:
     module = fx.symbolic_trace(MLP(marked=False))
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    up = self.up(x)
-    relu = up.relu()
-    down = self.down(relu)
-    return down""",
-    )
+    shown(module)
     result = RewriteSites({"up": 3, "down": 5})(module)
     result.graph_module.graph.lint()
     assert result.modified
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    up_weight = self.up.weight
-    up_bias = self.up.bias
-    site_default = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = site_default.relu()
-    down_weight = self.down.weight
-    site_default_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return site_default_1""",
-    )
+    shown(module)
 
 
-def test_a_layer_that_is_called_twice_is_one_site() -> None:
+def test_a_layer_that_is_called_twice_is_one_site(shown: Shown) -> None:
     model, x = _Twice(), torch.randn(2, 4)
     module = fx.symbolic_trace(model)
     RewriteSites({"shared": 1, "block.0": 2})(module).graph_module.graph.lint()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, x):
-    shared_weight = self.shared.weight
-    shared_bias = self.shared.bias
-    site_default = torch.ops.esper.site.default(x, shared_weight, shared_bias, 1)
-    block_0_weight = getattr(self.block, "0").weight
-    site_default_1 = torch.ops.esper.site.default(site_default, block_0_weight, None, 2)
-    block_1 = getattr(self.block, "1")(site_default_1)
-    shared_weight_1 = self.shared.weight
-    shared_bias_1 = self.shared.bias
-    site_default_2 = torch.ops.esper.site.default(block_1, shared_weight_1, shared_bias_1, 1)
-    return site_default_2""",
-    )
+    shown(module)
     assert sites_in(module.graph) == (1, 2)
     assert torch.equal(module(x), model(x))
 

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import linear
@@ -23,7 +22,7 @@ from esper_passes import (
     site_id,
     sites_in,
 )
-from tests.passes.graphs import MLP, MarkedLinear, capture, code
+from tests.passes.graphs import MLP, MarkedLinear, Shown, capture
 
 
 def _tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,19 +86,10 @@ def test_entering_does_nothing_in_any_mode() -> None:
         assert ENTER(7) is None
 
 
-def test_dynamo_traces_both_markers_and_keeps_them() -> None:
+def test_dynamo_traces_both_markers_and_keeps_them(shown: Shown) -> None:
     module = capture(MLP(), torch.randn(2, 4))
     module.graph.eliminate_dead_code()
-    assert_expected_inline(
-        code(module),
-        """\
-def forward(self, up_weight, up_bias, x, down_weight):
-    enter = torch.ops.esper.enter(7)
-    marked = torch.ops.esper.site.default(x, up_weight, up_bias, 3)
-    relu = marked.relu()
-    marked_1 = torch.ops.esper.site.default(relu, down_weight, None, 5)
-    return (marked_1,)""",
-    )
+    shown(module)
     assert [node.name for node in module.graph.nodes if is_enter(node)] == ["enter"]
     assert [site_id(node) for node in module.graph.nodes if is_site(node)] == [3, 5]
 

@@ -42,12 +42,12 @@ def blueprint(kernel: Kernel, layer: str, number: int) -> esper.Blueprint:
     """The blueprint of a kernel; one that starts as the identity has its last map trained, so to say, by `stirred`."""
     size, options = FEATURES[layer], {"start": "identity" if kernel.identity else "kaiming", "seed": number}
     if kernel.kind == "bottleneck":
-        return esper.Blueprint.bottleneck(*size, 3, activation="tanh", **options)  # type: ignore[arg-type]
+        return esper.Blueprint.bottleneck(*size, 3, activation="tanh", **options)  # type: ignore[arg-type]  # keywords from a dict or parameters
     if kernel.kind == "gated_mlp":
-        return esper.Blueprint.gated_mlp(*size, 3, **options)  # type: ignore[arg-type]
+        return esper.Blueprint.gated_mlp(*size, 3, **options)  # type: ignore[arg-type]  # keywords from a dict or parameters
     if kernel.kind == "low_rank":
-        return esper.Blueprint.low_rank(*size, 2, **options)  # type: ignore[arg-type]
-    return esper.Blueprint.affine(*size, **options)  # type: ignore[arg-type]
+        return esper.Blueprint.low_rank(*size, 2, **options)  # type: ignore[arg-type]  # keywords from a dict or parameters
+    return esper.Blueprint.affine(*size, **options)  # type: ignore[arg-type]  # keywords from a dict or parameters
 
 
 def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Program(RuleBasedStateMachine):
 
     def _wrapped(self, host: Host) -> Any:
         mode: Any = "fx" if self.mode == "fx" else "module"
-        return esper.wrap(host, seeds_per_layer=3, platform=self.shelf.platform, mode=mode)  # type: ignore[arg-type]
+        return esper.wrap(host, seeds_per_layer=3, platform=self.shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
 
     def _use(self, model: Any) -> None:
         self.model = self.run = model

@@ -52,25 +52,25 @@ class _Watching:
         self._tell()
 
     def __delitem__(self, key: Any) -> None:
-        super().__delitem__(key)  # type: ignore[misc]
+        super().__delitem__(key)  # type: ignore[misc]  # as above
         self._tell()
 
     def pop(self, *args: Any, **kwargs: Any) -> Any:
-        value = super().pop(*args, **kwargs)  # type: ignore[misc]
+        value = super().pop(*args, **kwargs)  # type: ignore[misc]  # as above
         self._tell()
         return value
 
     def popitem(self, *args: Any, **kwargs: Any) -> Any:
-        item = super().popitem(*args, **kwargs)  # type: ignore[misc]
+        item = super().popitem(*args, **kwargs)  # type: ignore[misc]  # as above
         self._tell()
         return item
 
     def clear(self) -> None:
-        super().clear()  # type: ignore[misc]
+        super().clear()  # type: ignore[misc]  # as above
         self._tell()
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update(*args, **kwargs)  # type: ignore[misc]
+        super().update(*args, **kwargs)  # type: ignore[misc]  # as above
         self._tell()
 
     def __ior__(self, other: Any) -> Any:
@@ -78,7 +78,7 @@ class _Watching:
         return self
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        value = super().setdefault(key, default)  # type: ignore[misc]
+        value = super().setdefault(key, default)  # type: ignore[misc]  # as above
         self._tell()
         return value
 

@@ -32,11 +32,11 @@ from esper.services.errors import ServiceError
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import LOG, ChildRequest
 
-__all__ = ["LOOK_EVERY", "ChildExit", "StopSignal", "run_child"]
+__all__ = ["ChildExit", "StopSignal", "run_child"]
 
 _log = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.25
+_LOOK_EVERY = 0.25
 """Seconds between two looks at the child's memory. Its exit and a stop are noticed at once."""
 
 _MODULE = "esper.services.tezzeret.child"
@@ -99,7 +99,7 @@ def run_child(
 ) -> ChildExit:
     """Start the child for `request`, wait for it, and kill it with all that it started if it exceeds `limits`.
 
-    `look` is called every :data:`LOOK_EVERY` seconds; an exception from it ends the child and is passed on. Raises
+    `look` is called every quarter of a second; an exception from it ends the child and is passed on. Raises
     ``ServiceError`` if no process can be started.
     """
     log_path = Path(request.folder) / LOG
@@ -109,7 +109,7 @@ def run_child(
     try:
         with stop.attached(lambda: child.kill("stopped")):
             child.send(request)
-            while not child.exited.wait(LOOK_EVERY):
+            while not child.exited.wait(_LOOK_EVERY):
                 child.check(limits)
                 if look is not None:
                     look()

@@ -39,7 +39,7 @@ def measure_latencies(
             eager = _median(lambda inputs=inputs: module(*inputs), seconds)  # type: ignore[misc]  # a default binds
             attached = None
             if compiled is not None and count >= 2:  # compiled code takes two rows or more
-                attached = _median(lambda inputs=inputs: compiled(*inputs, *parameters), seconds)  # type: ignore[misc]
+                attached = _median(lambda inputs=inputs: compiled(*inputs, *parameters), seconds)  # type: ignore[misc]  # as above
             results.append(LatencyMeasurement(rows=count, graph_us=eager, attachment_us=attached))
     return tuple(results)
 

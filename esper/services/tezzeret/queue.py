@@ -49,7 +49,7 @@ class CompilationQueue:
             )
         except ValueError as cause:
             raise QueueUnavailableError(f"redis.url cannot be used: {cause}") from cause
-        self._broker = RedisBroker(client=self._client, middleware=[], namespace=f"{settings.prefix}:tezzeret")  # type: ignore[no-untyped-call]
+        self._broker = RedisBroker(client=self._client, middleware=[], namespace=f"{settings.prefix}:tezzeret")  # type: ignore[no-untyped-call]  # Dramatiq leaves it untyped
         self._broker.declare_queue(_QUEUE)
         self._key = f"{settings.prefix}:tezzeret:{_QUEUE}"
 

@@ -12,7 +12,12 @@ from torch import Tensor, fx, nn
 from esper.artifacts import KernelGraph
 from esper.contracts.validation import ValidationCheck
 
-__all__ = ["CompiledKernel", "KernelRun", "check_agreement", "check_eager", "trained_weights"]
+__all__ = [
+    "CompiledKernel",
+    "KernelRun",
+    "check_agreement",
+    "check_eager",
+]
 
 CompiledKernel = Callable[..., Tensor]
 """`(x [n, in][, host [n, out]], *parameters) -> [n, out]`, n at least 2; see `esper.compiler.attachment`."""
@@ -38,7 +43,7 @@ class KernelRun:
                 yield f"gradient of {name}", gradient
 
 
-def trained_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _trained_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` as some training would have left them. Zero-initialised kernels would hide most mistakes."""
     generator = _generator()
     scale = {name: 1.0 / math.sqrt(max(1, tensor.shape[-1] if tensor.dim() else 1)) for name, tensor in tensors.items()}
@@ -52,7 +57,7 @@ def check_eager(
     graph: KernelGraph, tensors: Mapping[str, Tensor], leading: Sequence[tuple[int, ...]]
 ) -> list[ValidationCheck]:
     """Shapes, gradients, large inputs and repeatability of the graph as PyTorch runs it, operator by operator."""
-    weights = (("initial weights", tensors), ("trained weights", trained_weights(tensors)))
+    weights = (("initial weights", tensors), ("trained weights", _trained_weights(tensors)))
     runs = [(lead, name, _run_eager(graph, values, lead)) for lead in leading for name, values in weights]
     return [
         _shapes(graph, runs),
@@ -76,7 +81,7 @@ def check_agreement(
     most = max(2, _MAX_ELEMENTS // max(graph.in_features, graph.out_features))
     rows = tuple(dict.fromkeys(min(each, most) for each in rows))
     for count in rows:
-        for values in (tensors, trained_weights(tensors)):
+        for values in (tensors, _trained_weights(tensors)):
             inputs = _inputs(graph, (count,))
             eager = _differentiate(_interpreted(graph), graph, values, inputs)
             attached = _differentiate(compiled, graph, values, inputs)

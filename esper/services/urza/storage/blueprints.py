@@ -31,9 +31,9 @@ from esper.services.urza.storage.database import Database
 from esper.services.urza.storage.models import BlueprintRow, KernelRow, NameRow, SignatureRow
 from esper.services.urza.storage.paging import Cursor, Page
 
-__all__ = ["MAX_ATTEMPTS", "BlueprintRecords", "Submission", "as_datetime"]
+__all__ = ["BlueprintRecords", "Submission", "as_datetime"]
 
-MAX_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 """A blueprint whose worker vanished this many times is invalid: it probably takes its worker down."""
 
 _LEGAL = {
@@ -139,7 +139,7 @@ class BlueprintRecords:
                 row = _next_free(session, now, blueprint_id)
                 if row is None:
                     return None
-                if row.attempts < MAX_ATTEMPTS:
+                if row.attempts < _MAX_ATTEMPTS:
                     return _claimed(row, worker, now, lease_seconds)
                 kernel = session.scalar(select(KernelRow).where(KernelRow.blueprint_id == row.id).limit(1))
                 if kernel is not None:  # a worker validated and stored it, and could not say so any more
