@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -239,6 +240,38 @@ def test_all_blocks_change_between_the_same_two_forwards(shelf: KernelShelf, x: 
     assert torch.equal(model(x), before)
     model.commit()
     assert [model.kasmina_layers[f"layers.{i}.up"].state.lifecycle(0).name for i in range(3)] == ["ACTIVE"] * 3
+    assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.parametrize("mode", ["module", "fx"])
+def test_a_commit_by_another_thread_between_two_blocks_waits_for_the_next_forward(
+    mode: Any, shelf: KernelShelf, x: Tensor
+) -> None:
+    class Interrupted(Stack):
+        between: Callable[[], None] = staticmethod(lambda: None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[0](self.first(x))
+            Interrupted.between()
+            y: Tensor = self.head(self.layers[2](self.layers[1](x)))
+            return y
+
+    model = esper.wrap(Interrupted(), platform=shelf.platform, mode=mode, commit="manual")
+    esper.compile_blocks(model, options={"inner": "eager"})
+    before, kernel = model(x), put(shelf, 8, 6)
+    loads = [model.request_kernel(f"layers.{i}.up", 0, kernel) for i in range(3)]
+    assert all(future.result(100) for future in loads)
+
+    def commit() -> None:
+        thread = threading.Thread(target=model.commit)
+        thread.start()
+        thread.join()
+
+    Interrupted.between = staticmethod(commit)
+    if mode == "fx":
+        model.retrace()
+    assert torch.equal(model(x), before)
+    Interrupted.between = staticmethod(lambda: None)
     assert not torch.allclose(model(x), before)
 
 
