@@ -21,11 +21,11 @@ from esper.compiler.report import CompileReport, GraphReport, VariantReport
 from esper.compiler.variant_cache import Boxed, Variant
 from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
-from esper.execution.call_counter import CallCounter
+from esper.execution.plans.executor import PlanOwner
 from esper.execution.plans.handover import Transition
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
-from esper.execution.telemetry import Telemetry
+from esper.execution.telemetry import CallCounter, Telemetry
 from esper.forking import reset_after_fork
 
 __all__ = ["Dispatcher", "SiteNumber", "report_on"]
@@ -119,11 +119,11 @@ class Dispatcher:
 
     # -- Executor, as the runtime sees it --------------------------------------------------------------------------
 
-    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+    def ready(self, plan: Plan, runtime: PlanOwner) -> bool:
         """Whether `plan` can come into force for `runtime` without a compilation that workers could do."""
         return self.variants.ready(self._planned(plan, runtime))
 
-    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
+    def prepare(self, plan: Plan, runtime: PlanOwner) -> Preparation | None:
         """Begin to make the variant that `plan` needs, unless it is there or has to be compiled at its first call."""
         return self.variants.begin(self._planned(plan, runtime), runtime.settings)
 
@@ -195,7 +195,7 @@ class Dispatcher:
         if runtimes and self._plan.structure == plan.structure and self._unresolved is None:
             runtimes[0].renew(self)
 
-    def _planned(self, plan: Plan | None = None, runtime: Runtime | None = None) -> GraphPlan:
+    def _planned(self, plan: Plan | None = None, runtime: PlanOwner | None = None) -> GraphPlan:
         """The plans in force for this graph's sites, by their numbers in it; that of `runtime` would be `plan`."""
         return self._joined(lambda each: each.following if plan is None or each is not runtime else plan)
 

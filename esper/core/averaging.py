@@ -15,21 +15,18 @@ import sys
 import weakref
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 from esper import torch_internals
+from esper.core.wrapping import WrappedModel
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.seeds.copying import LayerSeeds, restore_seeds
-
-if TYPE_CHECKING:
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["Average", "made_for_an_average"]
 
@@ -48,7 +45,7 @@ def made_for_an_average() -> bool:
 class Average:
     """What ties the copy in an `AveragedModel` to its original. For the thread that updates the average."""
 
-    def __init__(self, original: MorphableModel, twin: MorphableModel) -> None:
+    def __init__(self, original: WrappedModel, twin: WrappedModel) -> None:
         self._original = weakref.ref(original)
         self._twin = weakref.ref(twin)
         self._version = original.runtime.version
@@ -67,7 +64,7 @@ class Average:
         else:
             _follow_alphas(original, twin)
 
-    def _follow(self, original: MorphableModel, twin: MorphableModel) -> None:
+    def _follow(self, original: WrappedModel, twin: WrappedModel) -> None:
         theirs, mine = _kernels(original), _kernels(twin)
         seeds = {}
         for name, own in twin.kasmina_layers.items():
@@ -92,7 +89,7 @@ class Average:
         return own if source is None or source() is kernel else None
 
 
-def _kernels(model: MorphableModel) -> dict[tuple[str, int], LoadedKernel]:
+def _kernels(model: WrappedModel) -> dict[tuple[str, int], LoadedKernel]:
     return {
         (name, seed.seed): seed.kernel
         for name, layer in model.kasmina_layers.items()
@@ -129,7 +126,7 @@ def _follow_fossils(layer: KasminaLayer, own: KasminaLayer, name: str) -> None:
             return
 
 
-def _follow_alphas(original: MorphableModel, twin: MorphableModel) -> None:
+def _follow_alphas(original: WrappedModel, twin: WrappedModel) -> None:
     for name, own in twin.kasmina_layers.items():
         theirs = original.kasmina_layers[name].state
         for seed in np.flatnonzero(theirs.mirror("alpha_blend") != own.state.mirror("alpha_blend")).tolist():

@@ -15,8 +15,7 @@ from torch.nn.utils import parametrize
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.persistence import as_host, layer_places
-from esper.core.replica.replace_modules import plant
-from esper.core.targets import Selection
+from esper.core.replica.replace_modules import replace_modules
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
 from esper.execution.plans.plan import SeedPlan
@@ -63,7 +62,7 @@ def bake(morphable: MorphableModel) -> nn.Module:
 
     if "" in targets:
         return built_in("", cast("nn.Linear", host))
-    return plant(host, Selection(targets), built_in, lambda kind: kind, watched=False) if targets else host
+    return replace_modules(host, targets, built_in, lambda kind: kind, watched=False) if targets else host
 
 
 def _fold_first(

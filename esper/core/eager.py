@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 
@@ -18,17 +18,14 @@ from esper.core.explain import Explanation, LinearRow
 from esper.core.replica.mutation_watch import signal_of
 from esper.core.replica.subclassing import subclass_in_disguise
 from esper.core.targets import Selection
-from esper.core.wrap_options import Mode
+from esper.core.wrapping import Mode, WrappedModel
 from esper.eager import NotTracedError, TracedForward
-from esper.execution.call_counter import CallCounter
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.plans.executor import PlanOwner
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
-from esper.execution.telemetry import Telemetry
+from esper.execution.telemetry import CallCounter, Telemetry
 from esper.weak_methods import weakly
-
-if TYPE_CHECKING:
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["EagerExecutor"]
 
@@ -55,7 +52,7 @@ class EagerExecutor:
         self._runtime = runtime
         self._layers = dict(layers)
         self._selection = selection
-        self._model: weakref.ref[MorphableModel] | None = None
+        self._model: weakref.ref[WrappedModel] | None = None
         self._armed = False
         self._generated: _Run | None = None  # what runs in place of the tree
         self._traced: TracedForward | None = None
@@ -75,17 +72,17 @@ class EagerExecutor:
         if signal is not None:
             signal.listen(self._traced.changed)
 
-    def attach_to(self, model: MorphableModel) -> None:
+    def attach_to(self, model: WrappedModel) -> None:
         """Begin to run `model`."""
         self._model = weakref.ref(model)
         self._set(self._current)
         self._runtime.add_executor(self)
-        self._runtime.runs_eagerly = weakly(self._runs_eagerly)
         if self._runtime.telemetry is not None:
             self._runtime.divide()  # a sampled forward runs layer by layer, and a commit may come in between
             self._runtime.telemetry.watch(self, [layer.site for layer in self._layers.values()])
 
-    def _runs_eagerly(self) -> bool:
+    def runs_eagerly(self) -> bool:
+        """Whether the model was called outside of compiled graphs, or was not compiled."""
         others = (self, *self._layers.values())
         return bool(self.counter.value) or not any(each not in others for each in self._runtime.executors())
 
@@ -117,15 +114,15 @@ class EagerExecutor:
 
     # -- Executor --------------------------------------------------------------------------------------------------
 
-    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+    def ready(self, plan: Plan, runtime: PlanOwner) -> bool:
         """Always: what is not there is generated at the next call, in some milliseconds and without tracing."""
         del plan, runtime
         return True
 
-    def prepare(self, plan: Plan, runtime: Runtime) -> None:
+    def prepare(self, plan: Plan, runtime: PlanOwner) -> None:
         """Generate the code for `plan`, unless the model only runs compiled."""
         del runtime
-        if self._traced is not None and self._runs_eagerly():
+        if self._traced is not None and self.runs_eagerly():
             self._traced.prepare(plan)
 
     def follow(self, plan: Plan) -> None:
@@ -177,13 +174,13 @@ class EagerExecutor:
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """See :attr:`MorphableModel.graph_module`."""
+        """See :attr:`WrappedModel.graph_module`."""
         if self._traced is None:
             raise NotTracedError('the model runs as its own Python: wrap it with mode="fx" to have it traced')
         return self._traced.graph_module
 
     def retrace(self) -> None:
-        """See :meth:`MorphableModel.retrace`."""
+        """See :meth:`WrappedModel.retrace`."""
         if self._traced is not None:
             self._traced.retrace()
 

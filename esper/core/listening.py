@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from threading import Lock
@@ -27,13 +27,18 @@ from esper.forking import reset_after_fork
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["CommandBus", "Listener", "ListeningPlatform", "default_platform", "set_default_platform"]
 
 _log = logging.getLogger("esper.execution")  # one part of `ESPER_LOGS`
 _REMEMBERED = 4096  # commands whose outcomes are kept, to be given again
 _State = SeedLifecycleState
+
+
+class ModelWithLayers(Protocol):
+    """A wrapped model, as far as listening is concerned."""
+
+    kasmina_layers: Mapping[str, KasminaLayer]
 
 
 class _Subscription(Protocol):
@@ -84,7 +89,7 @@ class Listener:
     with its first outcome.
     """
 
-    def __init__(self, model: MorphableModel, oona: CommandBus, name: str | None) -> None:
+    def __init__(self, model: ModelWithLayers, oona: CommandBus, name: str | None) -> None:
         self.name = name
         """What commands have to name to reach this model alone."""
         self._model = weakref.ref(model)

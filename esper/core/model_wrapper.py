@@ -16,22 +16,19 @@ from esper import torch_internals
 from esper.compiler.attachment import attach_from
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
-from esper.core.morphable_model import MorphableModel, Wrapping
+from esper.core.morphable_model import MorphableModel, WrappedModelLink
 from esper.core.persistence import give_back
-from esper.core.replica.replace_modules import plant
+from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
 from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
-from esper.core.wrap_options import Mode, WrapOptions
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
+from esper.core.wrapping import Mode, WrapOptions, Wrapping
+from esper.execution.assembly import Assembly
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels import service_locator
-from esper.execution.plans.runtime import CommitMode, Runtime
-from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
-from esper.execution.seeds.control import SeedControl
-from esper.execution.state_layout import KasminaStateLayout
-from esper.execution.telemetry import Telemetry
+from esper.execution.plans.runtime import CommitMode
+from esper.execution.seeds.active_kernels import BANK_NAME
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
@@ -85,41 +82,32 @@ def assemble(
     model: nn.Module, selection: Selection, options: WrapOptions, into: MorphableModel | None = None
 ) -> MorphableModel:
     """Wrap `model` at the selected layers; everything has been checked. `into` is a wrapped model to initialise."""
-    targets, seeds_per_layer, platform = selection.targets, options.seeds_per_layer, options.platform
-    device = next((linear.weight.device for linear in targets.values()), torch.device("cpu"))
-    seeds = len(targets) * seeds_per_layer
-    runtime = Runtime(KasminaStateLayout(seeds, device), options.commit)
-    source = service_locator.kernel_source() if platform is None else platform.kernel_source
-    sink = _sink(platform) if options.telemetry_enabled else None
-    cache = KernelCache(options.cache_size_mb * max(len(targets), 1), max(128, seeds), source=source)
-    control = SeedControl(runtime, source, attach_from, sink)
-    sites = dict(zip(targets, runtime.reserve_sites(len(targets)), strict=True))
+    targets, platform = selection.targets, options.platform
     kind = wrapped_class(model, root_is_site="" in targets)
     wrapped: MorphableModel = object.__new__(kind) if into is None else into
+    assembly = Assembly.of(
+        WrappedModelLink(wrapped),
+        layers=len(targets),
+        seeds_per_layer=options.seeds_per_layer,
+        device=next((linear.weight.device for linear in targets.values()), torch.device("cpu")),
+        cache_size_mb=options.cache_size_mb,
+        commit=options.commit,
+        telemetry_enabled=options.telemetry_enabled,
+        source=service_locator.kernel_source() if platform is None else platform.kernel_source,
+        sink=_sink(platform) if options.telemetry_enabled else None,
+        attach=attach_from,
+    )
     layers: dict[str, KasminaLayer] = {}
 
     def replace(name: str, linear: nn.Linear) -> KasminaLayer:
-        first = len(layers) * seeds_per_layer
-        layers[name] = (KasminaLayer.at_site if name else functools.partial(RootLayer.of, weakref.ref(wrapped)))(
-            linear,
-            layer_id=len(layers),
-            layer_name=name,
-            site=sites[name],
-            first_seed=first,
-            runtime=runtime,
-            control=control,
-            cache=cache.view(name),
-            state=runtime.state.view(first, first + seeds_per_layer, label=f"layer {name!r}"),
-        )
+        parts = assembly.parts(len(layers), name, layer_id=len(layers))
+        at_site = KasminaLayer.at_site if name else functools.partial(RootLayer.of, weakref.ref(wrapped))
+        layers[name] = at_site(linear, parts)
         return layers[name]
 
-    plant(model, selection, replace, root=wrapped, watched=options.mode == "fx")
-    if options.telemetry_enabled:
-        runtime.telemetry = Telemetry({layer.site: layer for layer in layers.values()}, runtime.state, sink)
-        runtime.telemetry.start()
-    wrapping = Wrapping(model, KernelBank(runtime, control, layers), selection, options)
-    wrapped._become_wrapped(wrapping, runtime, layers)
-    wrapped._watch_sites()
+    replace_modules(model, targets, replace, root=wrapped, watched=options.mode == "fx")
+    runtime, bank = assembly.runtime, assembly.complete(layers)
+    wrapped._become_wrapped(Wrapping(model, bank, selection, options, again=assemble), runtime, assembly.tag, layers)
     wrapped._run_by(EagerExecutor(wrapped, runtime, layers, selection, options.mode, hosts_forward(wrapped)))
     return wrapped
 

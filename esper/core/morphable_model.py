@@ -5,11 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import sys
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -19,7 +18,6 @@ from torch import fx, nn
 from esper import torch_internals
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
-from esper.core.averaging import Average
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
@@ -27,35 +25,22 @@ from esper.core.listening import Listener, ListeningPlatform, default_platform
 from esper.core.persistence import ModelParts, layer_places, unpacked
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
-from esper.core.targets import Selection
-from esper.core.wrap_options import WrapOptions
+from esper.core.wrapping import WrappedModel, Wrapping
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
-from esper.weak_methods import weakly
 
-__all__ = ["MorphableModel", "Wrapping"]
+__all__ = ["MorphableModel", "WrappedModelLink"]
 
 _LOG = logging.getLogger("esper.core")
 _LOOK_FOR_PARAMETERS = frozenset({"torch.distributed.checkpoint.state_dict", "transformers.trainer_pt_utils"})
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
-@dataclass(frozen=True, slots=True)
-class Wrapping:
-    """What a wrapped model has besides what its host has."""
-
-    host: nn.Module
-    bank: KernelBank
-    selection: Selection
-    options: WrapOptions
-    average: Average | None = None
-    """What ties the copy in an `AveragedModel` to its original."""
-
-
-class MorphableModel(nn.Module):
+class MorphableModel(WrappedModel):
     """A model whose linear layers carry seeds. Made by `esper.wrap`.
 
     It is an instance of the host's class too: a replica of the host that shares its parameters and buffers, with a
@@ -64,14 +49,11 @@ class MorphableModel(nn.Module):
     (`commit="auto"`), whichever module or method of the model that forward enters, or with `commit()`.
     """
 
-    _wrapping: Wrapping
     _eager: EagerExecutor
     _runtime_id: int
     _runtime_tag: torch.Tensor
     _run: Callable[..., Any]
-    _root_site: KasminaLayer | None
-    runtime: Runtime
-    kasmina_layers: Mapping[str, KasminaLayer]
+    _site_watch: SiteWatch
     layer_mappings: dict[str, str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -81,39 +63,25 @@ class MorphableModel(nn.Module):
             raise TypeError("a MorphableModel is made by esper.wrap(model)")
         return kind(*args, **kwargs)
 
-    def _become_wrapped(self, wrapping: Wrapping, runtime: Runtime, layers: Mapping[str, KasminaLayer]) -> None:
+    def _become_wrapped(
+        self, wrapping: Wrapping, runtime: Runtime, tag: torch.Tensor, layers: Mapping[str, KasminaLayer]
+    ) -> None:
         """Turn a replica of the host into its wrapped model."""
         self.__dict__.update(
             _wrapping=wrapping,
             _runtime_id=runtime.id,
             _root_site=layers.get(""),
-            _runtime_tag=runtime.tag,
+            _runtime_tag=tag,
             runtime=runtime,
             kasmina_layers=MappingProxyType(dict(layers)),
             layer_mappings={name: type(linear).__name__ for name, linear in wrapping.selection.targets.items()},
         )
-        this = weakref.ref(self)
-        runtime.is_training = lambda: (model := this()) is None or model.training
-        runtime.on_commit = weakly(wrapping.bank.sync)
-        runtime.on_schedule = weakly(wrapping.bank.count_steps)
-        wrapping.bank.places = lambda: layer_places(model) if (model := this()) is not None else {}
-        runtime.uses_of = lambda parameter: model._uses_of(parameter) if (model := this()) is not None else 1
-        runtime.entries.of_modules(lambda: model.modules() if (model := this()) is not None else ())
-
-    def _watch_sites(self) -> None:
-        """Have the sites follow layers that are exchanged, from the next forward on."""
-        runtime = self.runtime
-        watch = self.__dict__["_site_watch"] = SiteWatch(self, runtime.note_layers_changed)
-        this = weakref.ref(watch)
-        runtime.follow_layers = lambda: found.follow() if (found := this()) is not None else None
+        self.__dict__["_site_watch"] = SiteWatch(self, runtime.note_layers_changed)
 
     def _run_by(self, eager: EagerExecutor) -> None:
         """Have uncompiled forwards run by `eager`."""
         self.__dict__["_eager"] = eager
         eager.attach_to(self)
-
-    def _uses_of(self, parameter: torch.Tensor) -> int:
-        return sum(each is parameter for module in self.modules() for each in module._parameters.values())
 
     @property
     def _esper(self) -> KernelBank:
@@ -372,6 +340,24 @@ class MorphableModel(nn.Module):
         """What was traced, what was not, and why; and what is compiled by itself. `str()` of it is a table."""
         compiled = [name for name, part in self.named_modules() if torch_internals.is_compiled_in_place(part)]
         return replace(self._eager.explain(), compiled=tuple(compiled))
+
+
+class WrappedModelLink(ModelLink[MorphableModel]):
+    """What a runtime asks of a wrapped model."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        return () if (model := self.model) is None else model.modules()
+
+    def places(self, names: Iterable[str]) -> Mapping[str, str]:
+        del names  # those of the model
+        return {} if (model := self.model) is None else layer_places(model)
+
+    def follow_layers(self) -> None:
+        if (model := self.model) is not None:
+            model._site_watch.follow()
+
+    def runs_eagerly(self) -> bool:
+        return (model := self.model) is None or model._eager.runs_eagerly()
 
 
 def _listed(names: Mapping[str, Any]) -> str:

@@ -8,24 +8,21 @@ copied. Checkpoints are the business of `esper.execution.seeds.checkpoint`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from esper.core.averaging import Average, made_for_an_average
-from esper.core.replica.replace_modules import plant
+from esper.core.replica.replace_modules import replace_modules
 from esper.core.replica.subclassing import undisguised
 from esper.core.targets import Selection
-from esper.core.wrap_options import WrapOptions
+from esper.core.wrapping import WrapOptions, WrappedModel
 from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
-
-if TYPE_CHECKING:
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["ModelParts", "as_host", "give_back", "layer_places", "unpacked"]
 
@@ -46,7 +43,7 @@ _OURS = frozenset(
 """What a wrapped model has besides what its host has."""
 
 
-def layer_places(model: MorphableModel) -> dict[str, str]:
+def layer_places(model: WrappedModel) -> dict[str, str]:
     """The dotted name at which each layer with seeds stands now, by its own name; without those that are gone.
 
     They differ where layers were moved after wrapping: exchanged, put into another module, counted anew by an `insert`.
@@ -57,26 +54,26 @@ def layer_places(model: MorphableModel) -> dict[str, str]:
     return {name: places[id(layer)] for name, layer in model.kasmina_layers.items() if id(layer) in places}
 
 
-def as_host(model: MorphableModel) -> nn.Module:
+def as_host(model: WrappedModel) -> nn.Module:
     """The host as it is now: a plain module tree, with the attributes, hooks and modes of the wrapped model's modules.
 
     It shares parameters and buffers with the wrapped model; kernels are not part of it.
     """
     hosts = model._wrapping.selection.targets
-    layers = Selection(model.kasmina_layers)
-    names = {id(layer): name for name, layer in layers.targets.items()}
+    layers = model.kasmina_layers
+    names = {id(layer): name for name, layer in layers.items()}
 
     def plain(_: str, layer: nn.Linear) -> nn.Linear:
         host = hosts[names[id(layer)]]
         linear = plain_linear(layer, parametrize.type_before_parametrizations(host))
         linear.__dict__.update({key: value for key, value in host.__dict__.items() if key in OWN_ATTRIBUTES})
-        linear._modules.clear()  # it has a shadow of what these are
+        linear._modules.clear()  # it has a replica of what these are
         return linear
 
-    return plant(model, layers, plain, undisguised, without=_OURS, watched=False)
+    return replace_modules(model, layers, plain, undisguised, without=_OURS, watched=False)
 
 
-def give_back(model: MorphableModel) -> nn.Module:
+def give_back(model: WrappedModel) -> nn.Module:
     """The very module that was wrapped, made what :func:`as_host` says: with layers, hooks and attributes set since.
 
     So are the modules below it, but for those that others have replaced.
@@ -88,7 +85,7 @@ def give_back(model: MorphableModel) -> nn.Module:
     def original(module: nn.Module) -> nn.Module | None:
         return host if module is plain else originals.get(id(module._parameters))
 
-    return plant(plain, Selection({}), lambda _, linear: linear, lambda kind: kind, watched=False, stand_in=original)
+    return replace_modules(plain, {}, lambda _, linear: linear, lambda kind: kind, watched=False, stand_in=original)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +99,14 @@ class PackedModel:
     options: WrapOptions
     """Without the platform, which belongs to a process."""
     seeds: dict[str, LayerSeeds]
+    again: Callable[..., Any]
+    """What wraps the host."""
 
     def __reduce__(self) -> Any:
-        return PackedModel, (self.host, self.targets, self.refused, self.options, self.seeds)
+        return PackedModel, (self.host, self.targets, self.refused, self.options, self.seeds, self.again)
 
     @classmethod
-    def of(cls, model: MorphableModel) -> PackedModel:
+    def of(cls, model: WrappedModel) -> PackedModel:
         """The parts of `model`; parameters and kernels are the model's own, not copies."""
         model.runtime.look_for_layers()
         targets = layer_places(model)
@@ -117,16 +116,15 @@ class PackedModel:
             dict(model._wrapping.selection.refused),
             replace(model._wrapping.options, platform=None),
             {name: LayerSeeds.of(model.kasmina_layers[name]) for name in targets},
+            model._wrapping.again,
         )
 
-    def unpack(self, options: WrapOptions | None = None, into: MorphableModel | None = None) -> MorphableModel:
+    def unpack(self, options: WrapOptions | None = None, into: WrappedModel | None = None) -> WrappedModel:
         """The wrapped model of these parts: `into`, which has not been initialised, or a new one."""
-        from esper.core.model_wrapper import assemble
-
         modules = dict(self.host.named_modules())
         targets: Mapping[str, Any] = {name: modules[place] for name, place in self.targets.items()}
         selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
-        model = assemble(self.host, selection, options or self.options, into)
+        model: WrappedModel = self.again(self.host, selection, options or self.options, into)
         restore_seeds(model.kasmina_layers, self.seeds, tell=options is None)
         return model
 
@@ -134,7 +132,7 @@ class PackedModel:
 class ModelParts:
     """A wrapped model on its way through `copy`, with its deep copy once that is made, or through `pickle`."""
 
-    def __init__(self, model: MorphableModel, made: MorphableModel | None = None) -> None:
+    def __init__(self, model: WrappedModel, made: WrappedModel | None = None) -> None:
         self.model = model
         self.made = made
 
@@ -145,14 +143,14 @@ class ModelParts:
         return PackedModel.of(self.model).__reduce__()
 
 
-def unpacked(parts: ModelParts | PackedModel) -> MorphableModel:
+def unpacked(parts: ModelParts | PackedModel) -> WrappedModel:
     """The wrapped model that has arrived; a shallow copy is one that shares parameters and kernels."""
     if isinstance(parts, PackedModel):
         return parts.unpack()
     return parts.made or PackedModel.of(parts.model).unpack()
 
 
-def _copied(model: MorphableModel, memo: dict[int, Any]) -> MorphableModel:
+def _copied(model: WrappedModel, memo: dict[int, Any]) -> WrappedModel:
     """A deep copy of `model`, with its platform and the schedules of its alphas, which an average leaves to `model`."""
     twin = memo[id(model)] = object.__new__(type(model))  # before the rest: something in the model may refer to it
     copy.deepcopy(PackedModel.of(model), memo).unpack(model._wrapping.options, into=twin)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 from weakref import ReferenceType
 
 import torch
 from torch import nn
 
 from esper.core.persistence import as_host
+from esper.core.wrapping import WrappedModel
+from esper.execution.assembly import LayerParts
 from esper.execution.kasmina_layer import KasminaLayer
-
-if TYPE_CHECKING:
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["RootLayer"]
 
@@ -23,10 +22,10 @@ class RootLayer(KasminaLayer):
     Hooks, parametrizations and pruning stand at the model.
     """
 
-    _model: ReferenceType[MorphableModel]
+    _model: ReferenceType[WrappedModel]
 
     @classmethod
-    def of(cls, model: ReferenceType[MorphableModel], linear: nn.Linear, **parts: Any) -> RootLayer:
+    def of(cls, model: ReferenceType[WrappedModel], linear: nn.Linear, parts: LayerParts) -> RootLayer:
         """As :meth:`KasminaLayer.at_site`, for the wrapped `model` of `linear`."""
         bare = nn.Module()
         layer = cls.__new__(cls)
@@ -34,7 +33,7 @@ class RootLayer(KasminaLayer):
         layer.__dict__.pop("forward", None)
         layer.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
         layer.__dict__.update(_modules={}, _model=model)
-        layer._join(**parts)
+        layer._join(parts)
         return layer
 
     @property
@@ -51,4 +50,4 @@ class RootLayer(KasminaLayer):
 
     def as_linear(self) -> nn.Linear:
         """As :meth:`KasminaLayer.as_linear`, with the hooks of the model."""
-        return cast("nn.Linear", as_host(cast("MorphableModel", self._model())))
+        return cast("nn.Linear", as_host(cast("WrappedModel", self._model())))

@@ -16,7 +16,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -25,11 +25,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from esper.core.targets import unfit_reason
+from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
 from esper.execution.kasmina_layer import KasminaLayer
-
-if TYPE_CHECKING:
-    from esper.core.morphable_model import MorphableModel
 
 __all__ = ["SiteWatch"]
 
@@ -91,7 +89,7 @@ def _known(new: nn.Module) -> KasminaLayer | None:
 class SiteWatch:
     """Keeps the sites of one model where its layers are. For the thread that changes and runs the model."""
 
-    def __init__(self, model: MorphableModel, sites_changed: Callable[[], None]) -> None:
+    def __init__(self, model: WrappedModel, sites_changed: Callable[[], None]) -> None:
         self._model = weakref.ref(model)
         self._layers: Mapping[str, KasminaLayer] = model.kasmina_layers
         self._changed = sites_changed
@@ -126,7 +124,7 @@ class SiteWatch:
             elif layer.absence is None:
                 self._replaced(model, name, layer)
 
-    def _replaced(self, model: MorphableModel, name: str, layer: KasminaLayer) -> None:
+    def _replaced(self, model: WrappedModel, name: str, layer: KasminaLayer) -> None:
         new = dict(model.named_modules(remove_duplicate=False)).get(name)
         if new is not None:
             _known(new)
@@ -141,14 +139,14 @@ class SiteWatch:
         layer.absence = f"layer {name!r} was {what} after wrapping: nothing computes with its seeds"
         self._give_up(layer, name, f"it was {what}")
 
-    def _adopt(self, model: MorphableModel, layer: KasminaLayer, new: nn.Linear) -> None:
+    def _adopt(self, model: WrappedModel, layer: KasminaLayer, new: nn.Linear) -> None:
         for module in list(model.modules()):
             for key, child in module._modules.items():
                 if child is new:
                     module._modules[key] = layer
         layer.take_in(new)
         self._moved.add(layer)
-        model._eager.retrace()  # traces have the parameters' dictionary
+        model.retrace()  # traces have the parameters' dictionary
 
     def _give_up(self, layer: KasminaLayer, name: str, why: str) -> None:
         lost = layer.drop_kernels()

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
+import weakref
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from esper.execution import site_marker
+from esper.execution.assembly import Assembly, LayerParts
 from esper.execution.kernel_cache import KernelCache
+from esper.execution.kernels import service_locator
 from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
 from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.executor import PlanOwner
 from esper.execution.plans.handover import Transition
+from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
 from esper.execution.seeds.control import SeedControl
+from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.seeds.seed import Seed
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
-from esper.execution.standalone_layer import LayerMeter, PackedLayer, copy_layer, equip, pack_layer
 from esper.execution.state_layout import KasminaStateLayout, seed_number
-from esper.execution.telemetry import Telemetry
+from esper.execution.telemetry import CallCounter, Telemetry
 from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
 __all__ = ["KasminaLayer"]
@@ -59,6 +66,8 @@ class KasminaLayer(nn.Linear):
     kernel_cache: KernelCache
     state: KasminaStateLayout
     seed_errors: dict[int, str]
+    _esper: KernelBank
+    """The kernels in force, of a layer that stands alone."""
 
     def __init__(
         self,
@@ -78,21 +87,21 @@ class KasminaLayer(nn.Linear):
         layer_name: str = "",
     ) -> None:
         super().__init__(input_dim, output_dim, bias=bias, device=device, dtype=dtype)
-        equip(self, layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink, layer_name)
+        self._stand_alone(layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink, layer_name)
 
     @classmethod
-    def at_site(cls, linear: nn.Linear, **parts: Any) -> KasminaLayer:
-        """The layer that takes `linear`'s place, sharing its parameters; `parts` are those of :meth:`_join`."""
+    def at_site(cls, linear: nn.Linear, parts: LayerParts) -> KasminaLayer:
+        """The layer that takes `linear`'s place, sharing its parameters."""
         layer = cls._sharing(linear)
-        layer._modules.clear()  # it gets a shadow of what these are
-        layer._join(**parts)
+        layer._modules.clear()  # it gets a replica of what these are
+        layer._join(parts)
         return layer
 
     @classmethod
     def alone(cls, linear: nn.Linear, **options: Any) -> KasminaLayer:
         """A layer that stands alone and shares `linear`'s parameters; `options` are those of the constructor."""
         layer = cls._sharing(linear)
-        equip(layer, **options)
+        layer._stand_alone(**options)
         return layer
 
     @classmethod
@@ -106,35 +115,52 @@ class KasminaLayer(nn.Linear):
         parametrize_alike(linear, layer)
         return layer
 
-    def _join(
+    def _stand_alone(
         self,
-        *,
         layer_id: int,
-        layer_name: str,
-        site: int,
-        first_seed: int,
-        runtime: Runtime,
-        control: SeedControl,
-        cache: KernelCache,
-        state: KasminaStateLayout,
-        meter: LayerMeter | None = None,
-        stands_alone: bool = False,
+        num_seeds: int,
+        cache_size_mb: float,
+        telemetry_enabled: bool,
+        commit: CommitMode,
+        source: KernelSource | None = None,
+        sink: TelemetrySink | None = None,
+        layer_name: str = "",
     ) -> None:
-        self.layer_id = layer_id
-        self.layer_name = layer_name
-        self.site = site
-        self.first_seed = first_seed
+        """Be a model of one layer, with state, cache, plan, kernels and telemetry of its own."""
+        name = _checked_name(layer_id, layer_name)
+        assembly = Assembly.of(
+            ModelLink(self),
+            layers=1,
+            seeds_per_layer=num_seeds,
+            device=self.weight.device,
+            cache_size_mb=cache_size_mb,
+            commit=commit,
+            telemetry_enabled=telemetry_enabled,
+            source=source or service_locator.kernel_source(),
+            sink=sink or service_locator.telemetry_sink(),
+            attach=service_locator.attach_kernel(),
+        )
+        self._join(assembly.parts(0, name, layer_id), _LayerMeter(self) if telemetry_enabled else None, alone=True)
+        self.add_module(BANK_NAME, assembly.complete({name: self}))
+
+    def _join(self, parts: LayerParts, meter: _LayerMeter | None = None, *, alone: bool = False) -> None:
+        """Be one of the layers of a model."""
+        runtime, state = parts.runtime, parts.state
+        self.layer_id = parts.layer_id
+        self.layer_name = parts.layer_name
+        self.site = parts.site
+        self.first_seed = parts.first_seed
         self.runtime = runtime
-        self.control = control
-        self.kernel_cache = cache
+        self.control = parts.control
+        self.kernel_cache = parts.kernel_cache
         self.state = state
         self.seed_errors = {}
         self.absence: str | None = None
         self.seeds = tuple(Seed(self, index) for index in range(state.num_seeds))
         self._runtime_id = runtime.id
-        self._runtime_tag = runtime.tag
-        self._site_tag = registry.make_tag(site)
-        self._stands_alone = stands_alone
+        self._runtime_tag = parts.runtime_tag
+        self._site_tag = registry.make_tag(parts.site)
+        self._stands_alone = alone
         self._meter = meter
         self._armed = False
         self._seeds: tuple[SeedPlan, ...] = ()
@@ -142,6 +168,10 @@ class KasminaLayer(nn.Linear):
         self._current = dormant_path(self)
         self._run = self._at_rest()
         runtime.add_executor(self)
+        if runtime.telemetry is not None:
+            runtime.telemetry.add(self)
+            if meter is not None:
+                runtime.telemetry.watch(meter, [self.site])
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
@@ -196,12 +226,12 @@ class KasminaLayer(nn.Linear):
 
     # -- Executor --------------------------------------------------------------------------------------------------
 
-    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+    def ready(self, plan: Plan, runtime: PlanOwner) -> bool:
         """Always: the layer calls its kernels one by one."""
         del plan, runtime
         return True
 
-    def prepare(self, plan: Plan, runtime: Runtime) -> None:
+    def prepare(self, plan: Plan, runtime: PlanOwner) -> None:
         """Nothing to prepare."""
         del plan, runtime
 
@@ -211,7 +241,7 @@ class KasminaLayer(nn.Linear):
         if not seeds and not self._seeds:
             return
         if seeds:
-            current = active_path(self, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
+            current = active_path(self, self.layer_name, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
         else:
             current = dormant_path(self)
         if self.runtime.in_parts:
@@ -314,10 +344,13 @@ class KasminaLayer(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
         """A copy that stands alone, with copies of the kernels in force."""
-        return copy_layer(self, memo)
+        packed = copy.deepcopy(_PackedLayer.of(self), memo)
+        twin = packed.unpack(source=self.kernel_cache.source, sink=self.control.sink)
+        copy_schedules({self.layer_name: self}, {self.layer_name: twin})
+        return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return PackedLayer.unpack, (pack_layer(self),)
+        return _PackedLayer.unpack, (_PackedLayer.of(self),)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         bank = self._modules.get(BANK_NAME)
@@ -491,3 +524,54 @@ class KasminaLayer(nn.Linear):
         active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))
         counts = f"num_seeds={self.num_seeds}, active_seeds={active}"
         return f"{super().extra_repr()}, {counts}{f', fossilized_seeds={fossils}' if fossils else ''}"
+
+
+class _LayerMeter:
+    """Counts the calls of a layer that stands alone."""
+
+    def __init__(self, layer: KasminaLayer) -> None:
+        self.counter = CallCounter()
+        self._layer = weakref.ref(layer)
+
+    def sample(self, telemetry: Telemetry) -> None:
+        """Time the layer's next call."""
+        layer = self._layer()
+        if layer is not None:
+            layer.sample_next(telemetry)
+
+
+@dataclass(frozen=True, slots=True)
+class _PackedLayer:
+    """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
+
+    linear: nn.Linear
+    options: dict[str, Any]
+    seeds: LayerSeeds
+
+    @classmethod
+    def of(cls, layer: KasminaLayer) -> _PackedLayer:
+        """`layer`, with its parameters and kernels, not copies of them."""
+        options = {
+            "layer_id": layer.layer_id,
+            "layer_name": layer.layer_name,
+            "num_seeds": layer.num_seeds,
+            "cache_size_mb": layer.kernel_cache.max_cache_size_mb,
+            "telemetry_enabled": layer.runtime.telemetry is not None,
+            "commit": layer.runtime.commit_mode,
+        }
+        return cls(layer.as_linear(), options, LayerSeeds.of(layer))
+
+    def unpack(self, **outside: Any) -> KasminaLayer:
+        """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
+        layer = KasminaLayer.alone(self.linear, **self.options, **outside)
+        restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
+        return layer
+
+
+def _checked_name(layer_id: object, layer_name: str) -> str:
+    """The name of a layer that stands alone: its number, if it has no other."""
+    if isinstance(layer_id, bool) or not isinstance(layer_id, int) or layer_id < 0:
+        raise ValueError(
+            f"layer_id must be a whole number, at least 0, not {layer_id!r}; a name is given as layer_name"
+        )
+    return layer_name or str(layer_id)

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook
 
 from esper.execution.plans.plan import SeedPlan
-
-if TYPE_CHECKING:
-    from esper.execution.kasmina_layer import KasminaLayer
 
 __all__ = ["SitePath", "active_path", "blended", "dormant_path", "with_backward_hooks"]
 
 SitePath = Callable[[Tensor], Tensor]
 
 
-def alive(reference: weakref.ref[KasminaLayer]) -> KasminaLayer:
+def alive(reference: weakref.ref[nn.Linear]) -> nn.Linear:
     """The layer, whose path this is."""
     layer = reference()
     assert layer is not None
     return layer
 
 
-def dormant_path(layer: KasminaLayer) -> SitePath:
+def dormant_path(layer: nn.Linear) -> SitePath:
     """The host's linear layer, reading the parameters at each call. For as long as `layer` lives, which has it."""
     parameters, linear, this = layer._parameters, torch.nn.functional.linear, weakref.ref(layer)
 
@@ -41,7 +37,7 @@ def dormant_path(layer: KasminaLayer) -> SitePath:
     return dormant
 
 
-def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
+def active_path(layer: nn.Linear, layer_name: str, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
     """The host's layer and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call."""
     host_path, called_back = dormant_path(layer), (layer._backward_hooks, layer._backward_pre_hooks)
     this = weakref.ref(layer)
@@ -53,11 +49,10 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
             for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
                 y = blended(y, seed, kernel, alpha, x)
         except NotImplementedError as error:
-            there = alive(this)
-            if there.state.device.type != "meta" or x.device.type == "meta":
+            if alphas().device.type != "meta" or x.device.type == "meta":
                 raise
             raise RuntimeError(
-                f"layer {there.layer_name!r} was moved to the meta device with its kernels, whose values are gone. If "
+                f"layer {layer_name!r} was moved to the meta device with its kernels, whose values are gone. If "
                 "that was done to call it with other parameters, as Opacus does, use the model that esper.bake() makes"
             ) from error
         return y
@@ -65,7 +60,7 @@ def active_path(layer: KasminaLayer, seeds: Iterable[SeedPlan], alphas: Callable
     return active
 
 
-def with_backward_hooks(layer: KasminaLayer, host_path: SitePath, x: Tensor) -> Tensor:
+def with_backward_hooks(layer: nn.Linear, host_path: SitePath, x: Tensor) -> Tensor:
     """`host_path(x)`, whose gradients the layer's own backward hooks see: `KasminaLayer._get_backward_hooks`."""
     full = layer._backward_hooks.values() if layer._is_full_backward_hook else ()
     hook = BackwardHook(layer, list(full), list(layer._backward_pre_hooks.values()))

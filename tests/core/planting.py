@@ -1,4 +1,4 @@
-"""What the tests of shadows share: a site module, and a model wrapped by hand."""
+"""What the tests of replicas share: a site module, and a model wrapped by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.core.replica.replace_modules import plant
+from esper.core.replica.replace_modules import replace_modules
 from esper.core.targets import select_targets
 
 __all__ = ["Planted", "Site", "agrees", "planted"]
@@ -28,7 +28,7 @@ class Site(nn.Linear):
 
 @dataclass
 class Planted:
-    """A host, its shadow and the shadow's sites."""
+    """A host, its replica and the replica's sites."""
 
     host: nn.Module
     root: nn.Module
@@ -43,7 +43,7 @@ def planted(host: nn.Module, target_layers: Any = None) -> Planted:
         sites[name] = Site.of(linear)
         return sites[name]
 
-    root = plant(host, select_targets(host, target_layers), replace)
+    root = replace_modules(host, select_targets(host, target_layers).targets, replace)
     return Planted(host, root, sites)
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         (lambda: layers["request"].request_kernel(0, one.id), "background:_staff", "start"),
         (lambda: layers["cache"].kernel_cache.held(one.id), "kernel_cache:held", "find"),
         (lambda: layers["telemetry"].get_layer_stats(), "telemetry:executions", "sum"),
-        (lambda: KasminaLayer(9, 2, 8, 8), "plans.registry:reserve_sites", "__setitem__"),
+        (lambda: KasminaLayer(9, 2, 8, 8), "plans.registry:register", "__setitem__"),
     ]
     stopped = [StoppedThread(work, f"{_MODULES}.{caller}", callee) for work, caller, callee in steps]
 

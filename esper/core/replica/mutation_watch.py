@@ -1,6 +1,6 @@
 """Dictionaries of a module that tell when they change.
 
-A shadow's children and hooks live in these, so that code generated for the model is dropped in the moment in which a
+A replica's children and hooks live in these, so that code generated for the model is dropped in the moment in which a
 child is replaced or a hook is registered. Dynamo traces through them as through the plain ones.
 """
 
@@ -116,6 +116,6 @@ class WatchedHooks(_Watching, OrderedDict[int, Any]):
 
 
 def signal_of(module: nn.Module) -> ChangeSignal | None:
-    """The signal of the tree that shadow `module` belongs to; None if it is no shadow."""
+    """The signal of the tree that replica `module` belongs to; None if it is no replica."""
     children = module._modules
     return children.signal if isinstance(children, WatchedDict) else None

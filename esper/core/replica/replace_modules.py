@@ -1,6 +1,6 @@
-"""The shadow tree: the host's modules once more, with other modules at the sites.
+"""Replicas of module trees: the host's modules once more, with other modules at the sites.
 
-A shadow has its module's class, attributes, parameters and buffers: the same dictionaries, so whatever moves, casts,
+A replica has its module's class, attributes, parameters and buffers: the same dictionaries, so whatever moves, casts,
 loads or replaces a tensor through one is seen through the other. It has its own children, hooks and training flag. The
 host stays as it was.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +21,7 @@ from esper.core.replica.references import References
 from esper.core.replica.subclassing import own_slots
 from esper.core.replica.transformer_fast_path import adapted_class
 
-if TYPE_CHECKING:
-    from esper.core.targets import Selection
-
-__all__ = ["opaque_reason", "plant"]
+__all__ = ["opaque_reason", "replace_modules"]
 
 _SHARED = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
@@ -34,7 +31,7 @@ _CALLED_HOOKS = frozenset(HOOK_KINDS)
 def opaque_reason(module: nn.Module) -> str | None:
     """Why nothing below `module` can be replaced, or None.
 
-    Such a module stands in the shadow tree itself, as the host's own object.
+    Such a module stands in the replica itself, as the host's own object.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return "a ScriptModule, whose code is fixed"
@@ -45,9 +42,9 @@ def opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
-def plant(
+def replace_modules(
     model: nn.Module,
-    selection: Selection,
+    targets: Mapping[str, nn.Linear],
     replace: Callable[[str, nn.Linear], nn.Module],
     class_of: Callable[[type], type] = adapted_class,
     root: nn.Module | None = None,
@@ -55,19 +52,19 @@ def plant(
     watched: bool = True,
     stand_in: Callable[[nn.Module], nn.Module | None] = lambda _: None,
 ) -> nn.Module:
-    """The shadow of `model` in which `replace(name, linear)` stands in the place of each selected layer.
+    """The replica of `model` in which `replace(name, linear)` stands in the place of each of `targets`.
 
-    `replace` is called once for each of `selection.targets`, in order; what it returns must share the linear layer's
-    `_parameters`. It is given hooks and a training flag like any shadow. A module used under several names has one
-    shadow. `class_of` says of which class the shadow of a module is, by the module's class; `root`, a bare instance
-    with an empty `__dict__`, is to be the shadow of `model` itself, also where that is selected. Attributes of `model`
-    that are named in `without` are left out. Unless `watched`, the shadows' dictionaries are plain ones. `stand_in` may
-    give a module that is to become the shadow of another, whatever it was; all of them do so at the end.
+    `replace` is called once for each of them, in order; what it returns must share the linear layer's
+    `_parameters`. It is given hooks and a training flag like any replica. A module used under several names has one
+    replica. `class_of` says of which class the replica of a module is, by the module's class; `root`, a bare instance
+    with an empty `__dict__`, is to be the replica of `model` itself, also where that is selected. Attributes of `model`
+    that are named in `without` are left out. Unless `watched`, the replicas' dictionaries are plain ones. `stand_in`
+    may give a module that is to become the replica of another, whatever it was; all of them do so at the end.
     """
-    return _Planter(selection.targets, replace, class_of, watched, stand_in).plant(model, root, without)
+    return _Replication(targets, replace, class_of, watched, stand_in).carry_out(model, root, without)
 
 
-class _Planter:
+class _Replication:
     def __init__(
         self,
         targets: Mapping[str, nn.Linear],
@@ -82,47 +79,47 @@ class _Planter:
         self._targets = {id(module): (name, module) for name, module in targets.items()}
         self._replace = replace
         self._signal = ChangeSignal()
-        self._shadows: dict[int, nn.Module] = {}
-        self._references = References(self._shadows)
+        self._replicas: dict[int, nn.Module] = {}
+        self._references = References(self._replicas)
 
-    def plant(self, model: nn.Module, root: nn.Module | None, without: frozenset[str]) -> nn.Module:
-        modules = list(_shadowed(model, without))
+    def carry_out(self, model: nn.Module, root: nn.Module | None, without: frozenset[str]) -> nn.Module:
+        modules = list(_replicated(model, without))
         for name, linear in self._targets.values():
-            self._shadows[id(linear)] = self._replace(name, linear)
+            self._replicas[id(linear)] = self._replace(name, linear)
         if root is not None:
             _copy_slots(model, root)
-            self._shadows[id(model)] = root
+            self._replicas[id(model)] = root
         for module in modules:
-            if id(module) not in self._shadows:
+            if id(module) not in self._replicas:
                 there = self._stand_in(module)
-                self._shadows[id(module)] = _bare_copy(module, self._class_of) if there is None else there
+                self._replicas[id(module)] = _bare_copy(module, self._class_of) if there is None else there
         made: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         for module in modules:
-            shadow = self._shadows[id(module)]
-            is_site = id(module) in self._targets and shadow is not root
-            content = self._content(module, shadow, is_site, without if module is model else frozenset())
-            made.append((module, shadow, {**shadow.__dict__, **content} if is_site else content))
-        for module, shadow, content in made:
-            if self._stand_in(module) is shadow:
-                _keep_hook_dictionaries(shadow, content)
-            object.__setattr__(shadow, "__dict__", content)
-            if self._stand_in(module) is shadow:
-                object.__setattr__(shadow, "__class__", self._class_of(type(module)))
-        for module, shadow, _ in made:
+            replica = self._replicas[id(module)]
+            is_site = id(module) in self._targets and replica is not root
+            content = self._content(module, replica, is_site, without if module is model else frozenset())
+            made.append((module, replica, {**replica.__dict__, **content} if is_site else content))
+        for module, replica, content in made:
+            if self._stand_in(module) is replica:
+                _keep_hook_dictionaries(replica, content)
+            object.__setattr__(replica, "__dict__", content)
+            if self._stand_in(module) is replica:
+                object.__setattr__(replica, "__class__", self._class_of(type(module)))
+        for module, replica, _ in made:
             is_site = id(module) in self._targets
-            if parametrize.is_parametrized(module) and not is_site and not _computes_parametrizations(shadow):
-                torch_internals.inject_parametrizations(shadow)
-        return self._shadows.get(id(model), model)
+            if parametrize.is_parametrized(module) and not is_site and not _computes_parametrizations(replica):
+                torch_internals.inject_parametrizations(replica)
+        return self._replicas.get(id(model), model)
 
-    def _content(self, module: nn.Module, shadow: nn.Module, is_site: bool, without: frozenset[str]) -> dict[str, Any]:
+    def _content(self, module: nn.Module, replica: nn.Module, is_site: bool, without: frozenset[str]) -> dict[str, Any]:
         own: dict[str, Any] = {}
         for name, value in module.__dict__.items():
             if name in without:
                 continue
             if name == "_modules":
                 kept = {key: child for key, child in value.items() if key not in without}
-                children = {key: self._shadows.get(id(child), child) for key, child in kept.items()}
-                children.update(shadow._modules if is_site else {})
+                children = {key: self._replicas.get(id(child), child) for key, child in kept.items()}
+                children.update(replica._modules if is_site else {})
                 own[name] = WatchedDict(children, self._signal) if self._watched else children
             elif name in _SHARED:
                 own[name] = value
@@ -145,8 +142,8 @@ def _keep_hook_dictionaries(module: nn.Module, content: dict[str, Any]) -> None:
             content[name] = before
 
 
-def _shadowed(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:
-    """The modules that get a shadow, each once: `model`, and all but opaque ones and what stands below these alone."""
+def _replicated(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:
+    """The modules that get a replica, each once: `model`, and all but opaque ones and what stands below these alone."""
     seen = {id(model)}
     yield model
     children = [child for name, child in model._modules.items() if name not in without]
@@ -161,9 +158,9 @@ def _shadowed(model: nn.Module, without: frozenset[str]) -> Iterator[nn.Module]:
 
 
 def _bare_copy(module: nn.Module, class_of: Callable[[type], type]) -> nn.Module:
-    shadow: nn.Module = object.__new__(class_of(type(module)))
-    _copy_slots(module, shadow)
-    return shadow
+    replica: nn.Module = object.__new__(class_of(type(module)))
+    _copy_slots(module, replica)
+    return replica
 
 
 def _computes_parametrizations(module: nn.Module) -> bool:
@@ -171,7 +168,7 @@ def _computes_parametrizations(module: nn.Module) -> bool:
     return all(isinstance(getattr(type(module), name, None), property) for name in names)
 
 
-def _copy_slots(module: nn.Module, shadow: nn.Module) -> None:
+def _copy_slots(module: nn.Module, replica: nn.Module) -> None:
     for name in own_slots(type(module)):
         if hasattr(module, name):
-            object.__setattr__(shadow, name, getattr(module, name))
+            object.__setattr__(replica, name, getattr(module, name))

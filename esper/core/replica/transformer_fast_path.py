@@ -1,7 +1,7 @@
 """nn.TransformerEncoderLayer reads the weights of its linear layers, without calling them, on its fast path.
 
 The fast path is for inference. It computes the same with the host's weights alone, so it stays for as long as no seed
-in the layer is active. The shadow of such a layer leaves it, and the shadow of the nn.TransformerEncoder around it does
+in the layer is active. The replica of such a layer leaves it, and that of the nn.TransformerEncoder around it does
 not turn to nested tensors, while one is.
 
 For `backend="esper"` Dynamo never traces the fast path: that would be a graph without sites, and a swap would have to
@@ -25,7 +25,7 @@ _classes: WeakValueDictionary[type, type] = WeakValueDictionary()
 
 
 def adapted_class(kind: type) -> type:
-    """The class for shadows of modules of class `kind`; `kind` itself, unless it has a fast path past its sites."""
+    """The class for replicas of modules of class `kind`; `kind` itself, unless it has a fast path past its sites."""
     if issubclass(kind, nn.TransformerEncoderLayer):
         attribute = "activation_relu_or_gelu"  # 1 or 2 for functions that the fast path knows, 0 for others
     elif issubclass(kind, nn.TransformerEncoder):

@@ -33,15 +33,11 @@ class Entries:
     runtime's lock, on any thread.
     """
 
-    def __init__(self) -> None:
-        self._modules: Callable[[], Iterable[nn.Module]] = tuple
+    def __init__(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
+        self._modules = modules
         self._look: _Look | None = _Look(())  # before the first commit every call begins a forward
         self._look.watching = True
         self._prepared = False
-
-    def of_modules(self, modules: Callable[[], Iterable[nn.Module]]) -> None:
-        """The modules of the model, asked for whenever there is something to commit."""
-        self._modules = modules
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of the model, kernels' included; one that is used in several places comes several times."""

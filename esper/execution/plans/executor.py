@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol
+from contextvars import Context
+from typing import Any, Protocol
 
 from esper.errors import EsperError
 from esper.execution.plans.plan import Plan
 
-if TYPE_CHECKING:
-    from esper.execution.plans.runtime import Runtime
-
-__all__ = ["Executor", "Preparation", "PreparationCancelledError", "ShutDownError"]
+__all__ = ["Executor", "PlanOwner", "Preparation", "PreparationCancelledError", "ShutDownError"]
 
 
 class PreparationCancelledError(EsperError):
@@ -37,14 +35,21 @@ class Preparation(Protocol):
         """Instead of :meth:`finish`: nobody waits any more."""
 
 
+class PlanOwner(Protocol):
+    """A runtime, as executors know it: they tell by it whose plan is spoken of."""
+
+    settings: Context
+    """The settings of torch's compilers under which to compile."""
+
+
 class Executor(Protocol):
     """Something that executes (a part of) the model and is specialised for a plan."""
 
-    def ready(self, plan: Plan, runtime: Runtime) -> bool:
+    def ready(self, plan: Plan, runtime: PlanOwner) -> bool:
         """Whether following `plan`, as that of `runtime`, needs no preparation. On any thread."""
         ...
 
-    def prepare(self, plan: Plan, runtime: Runtime) -> Preparation | None:
+    def prepare(self, plan: Plan, runtime: PlanOwner) -> Preparation | None:
         """Make ready to follow `plan`, or begin to. On a background thread; may be slow, may raise."""
 
     def follow(self, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""Site and runtime numbers, process-wide: a graph carries tags with numbers, and this says whose they are.
+"""The registry of sites and runtimes, process-wide: graphs carry tags with numbers, and this says whose they are.
 
 A tag is a tensor of no elements that stands for one site or one runtime, by being that very tensor. Dynamo takes it for
 an input like any other and guards on nothing but its type, so that sites and models of one structure share a graph.
@@ -10,24 +10,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 
+from esper.execution.plans.runtime import Runtime
 from esper.forking import reset_after_fork
 
-if TYPE_CHECKING:
-    from esper.execution.plans.runtime import Runtime
-
-__all__ = [
-    "make_tag",
-    "register_runtime",
-    "reserve_sites",
-    "runtime_by_id",
-    "runtime_of_site",
-    "runtimes",
-    "tag_number",
-]
+__all__ = ["make_tag", "new_numbers", "register", "runtime_by_id", "runtime_of_site", "runtimes", "tag_number"]
 
 _NUMBER = "esper_number"
 
@@ -49,22 +38,20 @@ _runtimes: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictiona
 _owners: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
 
 
-def register_runtime(runtime: Runtime) -> int:
-    """A number for `runtime`, greater than every earlier one."""
+def new_numbers(sites: int) -> tuple[int, range]:
+    """A number for a runtime, greater than every earlier one, and consecutive numbers for its sites."""
     with _next.lock:
         number, _next.runtime = _next.runtime, _next.runtime + 1
-        _runtimes[number] = runtime
-    return number
+        first, _next.site = _next.site, _next.site + sites
+    return number, range(first, first + sites)
 
 
-def reserve_sites(runtime: Runtime, count: int) -> range:
-    """`count` consecutive site numbers that belong to `runtime`."""
+def register(runtime: Runtime) -> None:
+    """Have `runtime` found by its number and by those of its sites."""
     with _next.lock:
-        sites = range(_next.site, _next.site + count)
-        _next.site += count
-        for site in sites:
+        _runtimes[runtime.id] = runtime
+        for site in runtime.sites:
             _owners[site] = runtime
-    return sites
 
 
 def make_tag(number: int) -> torch.Tensor:

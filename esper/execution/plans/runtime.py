@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from esper.errors import EsperError
 from esper.execution import background
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.lifecycle import Transition
-from esper.execution.plans import registry
 from esper.execution.plans.alpha import AlphaSchedule, Schedule
 from esper.execution.plans.alphas import SeedAlphas
 from esper.execution.plans.commit import Commit
@@ -33,6 +32,7 @@ from esper.execution.plans.entries import Entries
 from esper.execution.plans.executor import Executor, Preparation, PreparationCancelledError
 from esper.execution.plans.handover import ForwardStarts
 from esper.execution.plans.handover import Transition as Between
+from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import DORMANT, Plan
 from esper.execution.plans.plan_edit import PlanEdit
 from esper.execution.state_layout import KasminaStateLayout
@@ -68,30 +68,33 @@ class _FirstForward:
 
 
 class Runtime:
-    """The plan of one model and everything that follows it. `state` holds all of the model's seeds."""
+    """The plan of one model and everything that follows it.
 
-    def __init__(self, state: KasminaStateLayout, commit: CommitMode = "auto") -> None:
+    `number` and `sites` are what `registry` calls it and its sites, `state` holds all of the model's seeds, and `model`
+    answers what is asked of the model itself.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        sites: Sequence[int],
+        state: KasminaStateLayout,
+        model: ModelLink[Any],
+        telemetry: Telemetry | None,
+        commit: CommitMode = "auto",
+    ) -> None:
         if commit not in ("auto", "manual"):
             raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
-        self.id = registry.register_runtime(self)
-        self.tag = registry.make_tag(self.id)
+        self.id = number
+        self.sites = frozenset(sites)
         self.state = state
+        self.model = model
+        self.telemetry = telemetry
         self.commit_mode: CommitMode = commit
-        self.is_training: Callable[[], bool] = lambda: True
-        self.on_commit: Callable[[Plan], None] = lambda _: None
-        self.on_schedule: Callable[[], None] = lambda: None
-        """An alpha that moves is asked for."""
-        self.uses_of: Callable[[torch.Tensor], int] = lambda _: 1
-        """In how many places of the model a parameter stands."""
-        self.runs_eagerly: Callable[[], bool] = lambda: True
-        """Whether forwards run outside of compiled graphs, where a kernel's attachment is of use."""
-        self.telemetry: Telemetry | None = None
         self.version = 0
         self.starts = ForwardStarts()
-        self.follow_layers: Callable[[], None] = lambda: None
-        """Looks where the layers with seeds are, after some were exchanged."""
         self._layers_changed = False
-        self.entries = Entries()
+        self.entries = Entries(model.modules)
         self.armed = True
         """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
@@ -123,7 +126,6 @@ class Runtime:
         self.settings = contextvars.copy_context()
         """The context, and in it the settings of torch's compilers, that the thread that runs the model was seen in."""
         self._has_run = False  # the first forward says which thread that is
-        self._sites: frozenset[int] = frozenset()
         reset_after_fork(self)
 
     def after_fork(self) -> None:
@@ -131,12 +133,6 @@ class Runtime:
         self.lock = threading.RLock()
         self._committing = threading.RLock()
         self._target = self._edited(self._plan, self._staged)  # the fork may have come between the two
-
-    def reserve_sites(self, count: int) -> range:
-        """Numbers for this model's sites."""
-        sites = registry.reserve_sites(self, count)
-        self._sites = self._sites | frozenset(sites)
-        return sites
 
     @property
     def plan(self) -> Plan:
@@ -341,7 +337,7 @@ class Runtime:
         """
         if (self._layers_changed or anew) and not torch_internals.inside_backward():
             self._layers_changed = False
-            self.follow_layers()
+            self.model.follow_layers()
 
     def boundary(self) -> None:
         """A forward begins on this thread: commit what is staged, move the scheduled alphas.
@@ -358,7 +354,7 @@ class Runtime:
             self._flip(lambda edit: self.commit_mode == "auto" and edit.is_safe(), wait=False)
         if self._renewed:
             self._follow_renewed()
-        if self._alphas.moving and torch.is_grad_enabled() and self.is_training():
+        if self._alphas.moving and torch.is_grad_enabled() and self.model.is_training():
             self._advance_schedules()
         self.begin()
         self._disarm_if_settled()
@@ -449,7 +445,7 @@ class Runtime:
             if commit.edits:
                 for executor in list(self._executors):
                     executor.follow(commit.plan)
-                self.on_commit(commit.plan)
+                self.model.hold_kernels(commit.plan)
             self._conclude(commit)
 
     def _conclude(self, commit: Commit) -> None:
@@ -510,7 +506,7 @@ class Runtime:
 
         What it returns, :meth:`SeedAlphas.reader` says.
         """
-        own = (seed for site, seeds in plan.sites.items() if site in self._sites for seed in seeds)
+        own = (seed for site, seeds in plan.sites.items() if site in self.sites for seed in seeds)
         return self._alphas.reader([seed.alpha_index for seed in own])
 
     def start_alpha(self, alpha_index: int, alpha: float | AlphaSchedule, first: float, step: int = 0) -> None:

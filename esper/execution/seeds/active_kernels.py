@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -50,9 +50,6 @@ class KernelBank(nn.Module):
         self._runtime = runtime
         self._control = control
         self._layers = dict(layers)
-        names = {name: name for name in layers}
-        self.places: Callable[[], Mapping[str, str]] = lambda: names
-        """Where the layers stand now, by their own names; without those that are gone."""
         self._names = {layer.site: name for name, layer in layers.items()}
         self._plan = DORMANT
         self._expected: tuple[SavedKernel, ...] = ()
@@ -148,7 +145,7 @@ class KernelBank(nn.Module):
         return super().__getattr__(name)
 
     def _saved(self) -> Iterator[tuple[SavedSeed, KernelTemplate]]:
-        places = self.places()
+        places = self._runtime.model.places(self._layers)
         for site, seeds in self._plan.sites.items():
             layer = self._layers[self._names[site]]
             for each in seeds:
@@ -191,7 +188,7 @@ class KernelBank(nn.Module):
 
     def _standing(self) -> Mapping[str, SeedLayer]:
         """The layers by where they stand."""
-        return {place: self._layers[name] for name, place in self.places().items()}
+        return {place: self._layers[name] for name, place in self._runtime.model.places(self._layers).items()}
 
     def _known(self, artifact_id: str) -> KernelTemplate | None:
         cached = next(iter(self._layers.values())).kernel_cache.held(artifact_id) if self._layers else None

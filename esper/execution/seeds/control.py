@@ -73,7 +73,7 @@ class SeedControl:
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         options = LoadOptions(reference, alpha, first, trainable, isolate)
         if callable(alpha):
-            self._runtime.on_schedule()
+            self._runtime.model.count_steps()
         self._runtime.note_settings()
         with self._runtime.lock:
             seed.refuse_fossil()

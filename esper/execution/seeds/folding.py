@@ -56,7 +56,7 @@ class Fold:
             and is_cheap(graph)
             and (not before or is_added(graph))
             and all(is_added(each.kernel.graph) and not each.isolate for each in before)
-            and all(type(each) is nn.Parameter and self.runtime.uses_of(each) == 1 for each in self._weights())
+            and all(type(each) is nn.Parameter and self.runtime.model.uses_of(each) == 1 for each in self._weights())
         )
 
     def is_safe(self) -> bool:

@@ -78,7 +78,7 @@ class Load(Operation):
             cached.check_fits(layer.in_features, layer.out_features, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=self._options.trainable)
             rest()
-            if self._attach is not None and cache.source is not None and self._runtime.runs_eagerly():
+            if self._attach is not None and cache.source is not None and self._runtime.model.runs_eagerly():
                 self._attach(cache.source, kernel)
         except BaseException:
             cache.unpin(cached.artifact_id)

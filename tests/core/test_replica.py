@@ -1,4 +1,4 @@
-"""The shadow tree: the host's modules once more, sharing its tensors, with the host left alone."""
+"""The replica: the host's modules once more, sharing its tensors, with the host left alone."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_parametrized_scripted_and_uninitialised_modules() -> None:
     agrees(host, case.root, torch.randn(3, 4))
 
 
-def test_weight_norm_runs_on_the_shadow() -> None:
+def test_weight_norm_runs_on_the_replica() -> None:
     host = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     agrees(host, planted(host).root, torch.randn(3, 4))
 
@@ -191,7 +191,7 @@ def test_classes_with_slots_and_with_their_own_new() -> None:
     agrees(host, planted(host).root, torch.randn(3, 4))
 
 
-def test_load_hooks_are_called_with_the_shadow() -> None:
+def test_load_hooks_are_called_with_the_replica() -> None:
     seen: list[nn.Module] = []
     host = nn.Sequential(Block())
     host[0].register_load_state_dict_pre_hook(lambda module, *rest: seen.append(module))
@@ -211,7 +211,7 @@ def test_watched_dictionaries_copy_as_plain_ones() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_dynamo_traces_a_shadow_as_it_traces_the_host(backend: str) -> None:
+def test_dynamo_traces_a_replica_as_it_traces_the_host(backend: str) -> None:
     host = nn.Sequential(Block(), nn.ModuleList([nn.Linear(4, 4)])[0], nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
     host[2].register_forward_hook(lambda module, args, output: output * 2)
     case = planted(host)

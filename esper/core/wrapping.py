@@ -1,19 +1,25 @@
-"""How a model was wrapped: what `esper.wrap` was given besides the model and the layers."""
+"""The record of how a model was wrapped, which every wrapped model has."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from torch import nn
 
 from esper.core.errors import WrapError
 from esper.core.listening import default_platform
-from esper.execution.plans.runtime import CommitMode
+from esper.core.targets import Selection
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.plans.runtime import CommitMode, Runtime
+from esper.execution.seeds.active_kernels import KernelBank
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
     from esper.platform import Platform
 
-__all__ = ["Mode", "WrapOptions"]
+__all__ = ["Mode", "WrapOptions", "WrappedModel", "Wrapping"]
 
 Mode = Literal["fx", "module"]
 
@@ -52,6 +58,39 @@ class WrapOptions:
             cache_size_mb = settings.execution.cache_size_mb if cache_size_mb is None else cache_size_mb
             telemetry_enabled = settings.telemetry.enabled if telemetry_enabled is None else telemetry_enabled
         return cls(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform)
+
+
+class _Average(Protocol):
+    """What ties the copy in an `AveragedModel` to its original."""
+
+    def catch_up(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """What a wrapped model has besides what its host has."""
+
+    host: nn.Module
+    bank: KernelBank
+    selection: Selection
+    options: WrapOptions
+    again: Callable[..., Any]
+    """Wraps a host as this one was: `assemble`, which copies and pickles need."""
+    average: _Average | None = None
+
+
+class WrappedModel(nn.Module):
+    """What there is to know of a wrapped model. What can be done with it, `MorphableModel` says."""
+
+    _wrapping: Wrapping
+    _root_site: KasminaLayer | None
+    """The layer with seeds that the model is itself, if it is one."""
+    runtime: Runtime
+    kasmina_layers: Mapping[str, KasminaLayer]
+
+    def retrace(self) -> None:
+        """Trace the model anew where its next calls need it."""
+        raise NotImplementedError
 
 
 def _check(telemetry_enabled: object, platform: object, config: object) -> None:
