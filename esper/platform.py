@@ -20,6 +20,7 @@ from esper.configs import ConfigError, EsperConfig, checked_settings, load_confi
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.kernels.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
+from esper.futures import InterruptSafeFuture
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import (
     CompilationFailedError,
@@ -347,7 +348,7 @@ def _check_blueprint(blueprint: object) -> None:
 
 def _in_thread(work: Callable[[], CompiledKernelArtifact], timeout: float | None) -> Future[CompiledKernelArtifact]:
     """Run `work`, which knows of `timeout`; soon after that, the future does not wait for it any more."""
-    future: Future[CompiledKernelArtifact] = Future()
+    future: Future[CompiledKernelArtifact] = InterruptSafeFuture()
     future.set_running_or_notify_cancel()
 
     def run() -> None:

@@ -19,6 +19,7 @@ from esper.compiler.errors import (
 from esper.compiler.report import WorkerCounters
 from esper.compiler.worker_link import LinkEndedError, LinkTimeoutError, WorkerLink
 from esper.forking import no_forks, reset_after_fork
+from esper.futures import InterruptSafeFuture
 
 __all__ = ["CompileWorkers", "default_workers", "workers_so_far"]
 
@@ -182,7 +183,7 @@ class _Job:
     def __init__(self, payload: bytes, timeout: float) -> None:
         self.payload = payload
         self.timeout = timeout
-        self.future: Future[bytes] = Future()
+        self.future: Future[bytes] = InterruptSafeFuture()
 
     def begin(self) -> bool:
         """False if it was cancelled. From here on it cannot be."""

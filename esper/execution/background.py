@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from esper.forking import reset_after_fork
+from esper.futures import InterruptSafeFuture
 
 __all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "rest", "waiting"]
 
@@ -117,7 +118,7 @@ class BackgroundThreads:
 
     def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
         """Run `job`; the future has its result or its exception. Raises `RuntimeError` if there is no thread for it."""
-        future: Future[_Result] = Future()
+        future: Future[_Result] = InterruptSafeFuture()
         with self._lock:
             if _exit.has_begun:
                 return future  # which nobody waits for any more

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.forking import reset_after_fork
+from esper.futures import InterruptSafeFuture
 
 __all__ = ["MB", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
 
@@ -35,7 +36,7 @@ class Fetch:
     """A fetch under way: what it leads to, and whether somebody still waits for it."""
 
     def __init__(self) -> None:
-        self.future: Future[LoadedKernel] = Future()
+        self.future: Future[LoadedKernel] = InterruptSafeFuture()
         self.waiting: list[Callable[[], bool]] = []
         self._began = time.monotonic()
 

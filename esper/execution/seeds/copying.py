@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ class LayerSeeds:
     errors: dict[int, str]
     ramps: dict[int, SavedRamp | None]
     """What moved a seed's alpha, as far as that is data."""
+
+    def __reduce__(self) -> Any:
+        """With the state as numbers: memory that a spawned process shares must outlive the pickle; copies do not."""
+        numbers = {field: (values.tolist(), values.dtype) for field, values in self.state.items()}
+        return LayerSeeds.of_numbers, (self.kernels, numbers, self.errors, self.ramps)
+
+    @classmethod
+    def of_numbers(cls, kernels: Any, numbers: Mapping[str, tuple[Any, torch.dtype]], errors: Any, ramps: Any) -> Self:
+        """What :meth:`__reduce__` has taken apart."""
+        state = {field: torch.tensor(values, dtype=dtype) for field, (values, dtype) in numbers.items()}
+        return cls(kernels, state, errors, ramps)
 
     @classmethod
     def of(cls, layer: ControlledLayer) -> LayerSeeds:

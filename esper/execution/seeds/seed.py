@@ -13,6 +13,7 @@ from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from esper.execution.plans.plan_edit import PlanEdit
 from esper.execution.state_layout import KasminaStateLayout
+from esper.futures import InterruptSafeFuture
 
 __all__ = ["Operation", "Seed", "SeedLayer", "Ticket"]
 
@@ -169,7 +170,7 @@ class Operation(PlanEdit):
         self.seed = seed
         self.layer = seed.layer
         self.ticket = ticket or seed.ticket
-        self.staged: Future[bool] = Future()
+        self.staged: Future[bool] = InterruptSafeFuture()
 
     @property
     def is_wanted(self) -> bool:
