@@ -12,7 +12,7 @@ from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.forking import reset_after_fork
 
-__all__ = ["MB", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
+__all__ = ["MB", "CacheEntries", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
 MB = 1024 * 1024
 _FAILURES_KEPT = 128
@@ -46,7 +46,7 @@ class Fetch:
         return late and not any(still() for still in self.waiting)
 
 
-class KernelPool:
+class CacheEntries:
     """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly.
 
     A forked child has the parent's entries and none of its fetches.
