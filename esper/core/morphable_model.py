@@ -16,11 +16,11 @@ from torch import fx, nn
 
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
+from esper.core.copying import ModelParts, layer_places, unpacked
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
-from esper.core.listening import Listener, ListeningPlatform, default_platform
-from esper.core.persistence import ModelParts, layer_places, unpacked
+from esper.core.remote_control import Listener, ListeningPlatform, default_platform
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import WrappedModel, Wrapping

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from torch import nn
 
 from esper.core.errors import WrapError
-from esper.core.listening import default_platform
+from esper.core.remote_control import default_platform
 from esper.core.targets import Selection
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.runtime import CommitMode, Runtime
