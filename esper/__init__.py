@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from esper.artifacts import Blueprint
 from esper.compiler.attachment import attach_from
 from esper.core.baking import bake
-from esper.core.listening import ListeningPlatform, set_default_platform
 from esper.core.model_wrapper import MorphableModel, unwrap, wrap
 from esper.core.regions import compile_blocks
+from esper.core.remote_control import ListeningPlatform, set_default_platform
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache

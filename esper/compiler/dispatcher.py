@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from esper.compiler.graph_plan import GraphPlan
-from esper.compiler.graph_variants import GraphVariants, Preparation
+from esper.compiler.graph_variants import GraphVariants, VariantPreparation
 from esper.compiler.report import CompileReport, GraphReport, VariantReport
 from esper.compiler.variant_cache import Boxed, Variant
 from esper.compiler.variant_store import default_store
 from esper.compiler.workers import workers_so_far
 from esper.execution.plans.executor import PlanOwner
-from esper.execution.plans.handover import Transition
+from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
 from esper.execution.telemetry import CallCounter, Telemetry
@@ -48,9 +48,9 @@ class Dispatcher:
 
     __slots__ = (
         "__weakref__",
-        "_armed",
         "_current",
         "_device",
+        "_has_entry_hook",
         "_lock",
         "_plan",
         "_roots",
@@ -80,7 +80,7 @@ class Dispatcher:
         self.counter = CallCounter()
         self.tick = self.counter.tick
         self.site_calls = tuple(sites[number].number for number in calls)
-        self._armed = False
+        self._has_entry_hook = False
         self._device = runtimes[0].state.device
         self._sites = {index: (sites[index].number, weakref.ref(sites[index].runtime)) for index in sorted(sites)}
         self._runtimes = [weakref.ref(runtime) for runtime in runtimes]
@@ -89,7 +89,7 @@ class Dispatcher:
         self._unresolved: Boxed | None = None
         self._current: Boxed = self._at(self._plan)
         if not all(runtime.starts.settled(runtime.upcoming) for runtime in runtimes if runtime not in roots):
-            self._current = Transition(runtimes, self._as_begun, self._current, self._settle)
+            self._current = PlanHandover(runtimes, self._as_begun, self._current, self._finish)
         self.variant: Boxed = self._current
         """What a call runs."""
         for runtime in runtimes:
@@ -97,7 +97,7 @@ class Dispatcher:
                 runtime.may_divide()
             else:  # a graph after a graph break, or of a part of the model that was compiled alone
                 runtime.divide()
-        self.disarm()
+        self.remove_entry_hook()
         for runtime in runtimes:
             runtime.add_executor(self)
             runtime.called.update(self.site_calls)
@@ -123,7 +123,7 @@ class Dispatcher:
         """Whether `plan` can come into force for `runtime` without a compilation that workers could do."""
         return self.variants.ready(self._planned(plan, runtime))
 
-    def prepare(self, plan: Plan, runtime: PlanOwner) -> Preparation | None:
+    def prepare(self, plan: Plan, runtime: PlanOwner) -> VariantPreparation | None:
         """Begin to make the variant that `plan` needs, unless it is there or has to be compiled at its first call."""
         return self.variants.begin(self._planned(plan, runtime), runtime.settings)
 
@@ -135,42 +135,42 @@ class Dispatcher:
             self._unresolved = None
             before, new = self._current, self._at(self._plan)
             at_once = self.roots and not any(runtime.in_parts for runtime in self.runtimes)
-            self._point_to(new if at_once else Transition(self.runtimes, before, new, self._settle))
+            self._point_to(new if at_once else PlanHandover(self.runtimes, before, new, self._finish))
 
-    def _settle(self, transition: Transition) -> None:
+    def _finish(self, handover: PlanHandover) -> None:
         with self._lock:
-            if self._current is transition:
-                self._point_to(transition.new)
+            if self._current is handover:
+                self._point_to(handover.new)
 
-    def arm(self) -> None:
+    def install_entry_hook(self) -> None:
         """Have the next call that begins a forward go through the runtimes' boundary."""
         with self._lock:
-            self._armed = True
+            self._has_entry_hook = True
             self.variant = self._enter
 
-    def disarm(self) -> None:
+    def remove_entry_hook(self) -> None:
         """Back to the direct path."""
         with self._lock:
-            self._armed = False
-            self.variant = self._at_rest()
+            self._has_entry_hook = False
+            self.variant = self._untimed()
 
-    def _at_rest(self) -> Boxed:
+    def _untimed(self) -> Boxed:
         return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
 
     def _begin(self, inputs: list[Any]) -> Any:
         for runtime in self.roots:
-            runtime.begin()
+            runtime.note_forward()
         return self._current(inputs)
 
     def sample(self, telemetry: Telemetry) -> None:
         """Time the next call. A graph is timed as a whole, so its sites all get the time of the graph."""
-        current = self._at_rest()
+        current = self._untimed()
         sites = [site for site in set(self.site_calls) if telemetry.knows(site)]
 
         def timed(inputs: list[Any]) -> Any:
             with self._lock:
                 if self.variant is timed:
-                    self.variant = self._enter if self._armed else self._at_rest()
+                    self.variant = self._enter if self._has_entry_hook else self._untimed()
             watch = telemetry.stopwatch()
             outputs = current(inputs)
             watch.stop()
@@ -214,8 +214,8 @@ class Dispatcher:
 
     def _point_to(self, variant: Boxed) -> None:
         self._current = variant
-        if not self._armed:
-            self.variant = self._at_rest()
+        if not self._has_entry_hook:
+            self.variant = self._untimed()
 
     def _enter(self, inputs: list[Any]) -> Any:
         roots = self.roots
@@ -234,7 +234,7 @@ class Dispatcher:
             with self._lock:
                 if self._unresolved is resolve:
                     self._unresolved = None
-                    if isinstance(self._current, Transition):
+                    if isinstance(self._current, PlanHandover):
                         self._current.new = bound
                     else:
                         self._point_to(bound)

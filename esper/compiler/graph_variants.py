@@ -14,7 +14,7 @@ from esper.compiler.variant_compiler import Compilation, VariantCompiler
 from esper.execution.plans.executor import ShutDownError
 from esper.forking import reset_after_fork
 
-__all__ = ["GraphVariants", "Preparation"]
+__all__ = ["GraphVariants", "VariantPreparation"]
 
 
 class GraphVariants:
@@ -44,7 +44,7 @@ class GraphVariants:
         """Whether `plan` can come into force without a compilation that workers could do."""
         return not self.compiler.remote or self.cache.get(plan.structure) is not None
 
-    def begin(self, plan: GraphPlan, context: Context | None = None) -> Preparation | None:
+    def begin(self, plan: GraphPlan, context: Context | None = None) -> VariantPreparation | None:
         """Begin to make the variant for `plan`, unless it is there or has to be compiled at its first call.
 
         One that was made under other settings than `context` sees is made anew. For a background thread. What is under
@@ -63,14 +63,14 @@ class GraphVariants:
             shared = self._under_way.get(structure)
             if shared is not None:
                 shared.users += 1
-                return Preparation(self, structure, shared)
+                return VariantPreparation(self, structure, shared)
         started = self.compiler.start(plan, context)
         if not isinstance(started, Compilation):
             self.cache.put(structure, started)
             return None
         with self._lock:
             shared = self._under_way[structure] = _Shared(started)
-        return Preparation(self, structure, shared)
+        return VariantPreparation(self, structure, shared)
 
     def here(self, plan: GraphPlan, *, while_captured: bool = False) -> Variant:
         """The variant for `plan`, compiled at once if it is not there. On the thread that runs the model.
@@ -124,7 +124,7 @@ class _Shared:
         self.error: Exception | None = None
 
 
-class Preparation:
+class VariantPreparation:
     """A variant that somebody waits for. For the background thread that began it."""
 
     def __init__(self, variants: GraphVariants, structure: Hashable, shared: _Shared) -> None:

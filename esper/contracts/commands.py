@@ -17,7 +17,7 @@ class KasminaAction(StrEnum):
     LOAD = "load"
     """Load `kernel_artifact_id` into the seed; `alpha`, `trainable` and `isolate` as for `load_kernel`."""
     UNLOAD = "unload"
-    """Make the seed dormant again, or call off its load."""
+    """Make the seed dormant again, or cancel its load."""
     SET_ALPHA = "set_alpha"
     """Set the share of the seed's kernel to `alpha`."""
     FOSSILIZE = "fossilize"

@@ -1,4 +1,4 @@
-"""Running a wrapped model without a compiler.
+"""The executor of a wrapped model that runs without a compiler.
 
 In `mode="module"` the host's own Python runs, on a module tree with a :class:`KasminaLayer` at each site; in
 `mode="fx"` it is code that is generated from traces of it (`esper.eager`). Either is one callable, `model._run`, and
@@ -53,7 +53,7 @@ class EagerExecutor:
         self._layers = dict(layers)
         self._selection = selection
         self._model: weakref.ref[WrappedModel] | None = None
-        self._armed = False
+        self._has_entry_hook = False
         self._generated: _Run | None = None  # what runs in place of the tree
         self._traced: TracedForward | None = None
         if mode == "module":
@@ -92,19 +92,19 @@ class EagerExecutor:
 
     def _tree(self, *args: Any, **kwargs: Any) -> Any:
         self.counter.tick()
-        self._runtime.begin()
+        self._runtime.note_forward()
         return self._forward(*args, **kwargs)
 
     def _set(self, run: _Run) -> None:
         model = self._model() if self._model is not None else None
         if model is not None:
-            in_parts = self._runtime.in_parts and self._traced is not None and not self._armed
+            in_parts = self._runtime.in_parts and self._traced is not None and not self._has_entry_hook
             model.__dict__["_run"] = self._begin if in_parts and run == self._current else run
 
     def _point_to(self, run: _Run) -> None:
         with self._runtime.lock:  # whoever arms meanwhile has the last word
             self._generated = run
-            if not self._armed:
+            if not self._has_entry_hook:
                 self._set(run)
 
     def refresh(self) -> None:
@@ -130,16 +130,16 @@ class EagerExecutor:
         if self._traced is not None:
             self._traced.follow(plan)
 
-    def arm(self) -> None:
-        self._armed = True
+    def install_entry_hook(self) -> None:
+        self._has_entry_hook = True
         self._set(self._enter)
 
-    def disarm(self) -> None:
-        self._armed = False
+    def remove_entry_hook(self) -> None:
+        self._has_entry_hook = False
         self._set(self._current)
 
     def _begin(self, *args: Any, **kwargs: Any) -> Any:
-        self._runtime.begin()
+        self._runtime.note_forward()
         return self._current(*args, **kwargs)
 
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,8 +152,8 @@ class EagerExecutor:
 
         def sampled(*args: Any, **kwargs: Any) -> Any:
             with self._runtime.lock:  # a commit may be prepared just now, which arms
-                self._set(self._enter if self._armed else self._current)
-            if self._armed:
+                self._set(self._enter if self._has_entry_hook else self._current)
+            if self._has_entry_hook:
                 self._runtime.enter(whole=True)
             calls: list[int] = []
             for layer in self._layers.values():
@@ -167,7 +167,7 @@ class EagerExecutor:
                 telemetry.watch(self, calls)
 
         with self._runtime.lock:
-            if self.counter.value and not self._armed:
+            if self.counter.value and not self._has_entry_hook:
                 self._set(sampled)
 
     # -- what was traced -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What wrapping did with a model, and why."""
+"""The explanation of what wrapping did with a model, and why."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from esper import torch_internals
 from esper.compiler.attachment import attach_from
+from esper.core.copying import give_back
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, WrappedModelLink
-from esper.core.persistence import give_back
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
 from esper.core.site_share import report_share

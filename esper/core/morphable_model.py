@@ -18,11 +18,11 @@ from torch import fx, nn
 from esper import torch_internals
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
+from esper.core.copying import ModelParts, layer_places, unpacked
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
-from esper.core.listening import Listener, ListeningPlatform, default_platform
-from esper.core.persistence import ModelParts, layer_places, unpacked
+from esper.core.remote_control import Listener, ListeningPlatform, default_platform
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import WrappedModel, Wrapping
@@ -31,7 +31,7 @@ from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.runtime import Runtime
-from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 
 __all__ = ["MorphableModel", "WrappedModelLink"]
 
@@ -84,7 +84,7 @@ class MorphableModel(WrappedModel):
         eager.attach_to(self)
 
     @property
-    def _esper(self) -> KernelBank:
+    def _esper(self) -> ActiveKernels:
         """The kernels in force. No child of the model, whose own code may call all of its children one by one."""
         return self._wrapping.bank
 
@@ -257,7 +257,7 @@ class MorphableModel(WrappedModel):
         return await layer.load_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
 
     def unload_kernel(self, layer_name: str, seed_idx: int) -> bool:
-        """Make a seed dormant again, or call off its load; False if there is nothing to unload.
+        """Make a seed dormant again, or cancel its load; False if there is nothing to unload.
 
         True means staged; see :meth:`KasminaLayer.unload_kernel` for when it is in force.
         """

@@ -1,4 +1,4 @@
-"""How much of a model stands at sites, and what was passed over: told at every wrap."""
+"""The share of a model that stands at sites, and what was passed over: told at every wrap."""
 
 from __future__ import annotations
 

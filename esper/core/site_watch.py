@@ -1,4 +1,4 @@
-"""Layers that were exchanged after wrapping: a site follows its layer's replacement, or gives up its kernels.
+"""The watch over layers that are exchanged after wrapping: a site follows its layer's replacement, or gives up.
 
 A new head for fine-tuning, `resize_token_embeddings`, `model.fc = nn.Linear(...)` put another module where a layer with
 seeds stood. Where it is a linear layer that can carry seeds, the site takes it in with its parameters: of the same

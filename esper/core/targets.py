@@ -1,4 +1,4 @@
-"""Which linear layers of a model become sites."""
+"""The selection of the linear layers of a model that become sites."""
 
 from __future__ import annotations
 

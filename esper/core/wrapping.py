@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from torch import nn
 
 from esper.core.errors import WrapError
-from esper.core.listening import default_platform
+from esper.core.remote_control import default_platform
 from esper.core.targets import Selection
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.runtime import CommitMode, Runtime
-from esper.execution.seeds.active_kernels import KernelBank
+from esper.execution.seeds.active_kernels import ActiveKernels
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
@@ -71,7 +71,7 @@ class Wrapping:
     """What a wrapped model has besides what its host has."""
 
     host: nn.Module
-    bank: KernelBank
+    bank: ActiveKernels
     selection: Selection
     options: WrapOptions
     again: Callable[..., Any]

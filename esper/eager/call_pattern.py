@@ -1,4 +1,4 @@
-"""How a module is called: which arguments are tensors, and the values of the others, which a trace has as constants."""
+"""The pattern of a module's call: which arguments are tensors, and the values of the others, constants of a trace."""
 
 from __future__ import annotations
 

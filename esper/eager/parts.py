@@ -19,7 +19,7 @@ from esper.eager.call_pattern import CallPattern, pattern_of, pattern_of_a_plain
 from esper.eager.code import generate, global_module_hooks
 from esper.eager.tracer import Trace, modules_of, trace
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.plans.handover import Transition
+from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
 from esper_passes import (
@@ -91,7 +91,7 @@ class Part:
 
     def enter(self) -> None:
         """The part is called as a module: a forward may begin with it."""
-        if self._runtime.armed and threading.get_ident() not in self._runtime.whole:
+        if self._runtime.has_entry_hooks and threading.get_ident() not in self._runtime.whole:
             self._runtime.enter()
 
     def _follow(self, plan: Plan) -> None:
@@ -109,19 +109,19 @@ class Part:
             before, same = self.run, self._planned.plan is plan
             self._follow(plan)
             if self._runtime.in_parts and not same:
-                self._switch(Transition([self._runtime], before, self._planned, self._settle))
+                self._switch(PlanHandover([self._runtime], before, self._planned, self._finish))
 
-    def _settle(self, transition: Transition) -> None:
+    def _finish(self, handover: PlanHandover) -> None:
         with self._runtime.lock:
-            if self.run is transition:
-                self._switch(transition.new)
+            if self.run is handover:
+                self._switch(handover.new)
 
     def settle_on(self, planned: _Planned, function: Run) -> None:
         """Let calls run `function`, if they are to follow the plan of `planned` still."""
         with self._runtime.lock:
             if planned.plan is not self._planned.plan and planned.plan != self._planned.plan:
                 return
-            if isinstance(self.run, Transition):
+            if isinstance(self.run, PlanHandover):
                 self.run.new = function
             else:
                 self._switch(function)

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from esper import torch_internals
 from esper.eager.call_pattern import CallPattern
 from esper.execution.kasmina_layer import KasminaLayer
-from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.forking import ModuleLock
 from esper_passes import hooks_of
 
@@ -79,7 +79,7 @@ def modules_of(module: nn.Module) -> dict[str, nn.Module]:
     stack = [("", module)]
     while stack:
         path, each = stack.pop()
-        if each in found or isinstance(each, KernelBank):
+        if each in found or isinstance(each, ActiveKernels):
             continue
         found[each] = path
         children = [(f"{path}.{name}".strip("."), child) for name, child in each._modules.items() if child is not None]

@@ -14,7 +14,7 @@ from esper.execution.kernels.sources import KernelSource
 from esper.execution.plans import registry
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.runtime import CommitMode, Runtime
-from esper.execution.seeds.active_kernels import KernelBank
+from esper.execution.seeds.active_kernels import ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.seed import SeedLayer
 from esper.execution.state_layout import KasminaStateLayout
@@ -91,8 +91,8 @@ class Assembly:
             control=self.control,
         )
 
-    def complete(self, layers: Mapping[str, SeedLayer]) -> KernelBank:
+    def complete(self, layers: Mapping[str, SeedLayer]) -> ActiveKernels:
         """The layers are there: begin to report on them; returns where their kernels are registered."""
         if self.runtime.telemetry is not None:
             self.runtime.telemetry.start()
-        return KernelBank(self.runtime, self.control, layers)
+        return ActiveKernels(self.runtime, self.control, layers)

@@ -24,11 +24,11 @@ from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.executor import PlanOwner
-from esper.execution.plans.handover import Transition
+from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import CommitMode, Runtime
-from esper.execution.seeds.active_kernels import BANK_NAME, KernelBank
+from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.seeds.seed import Seed
@@ -66,7 +66,7 @@ class KasminaLayer(nn.Linear):
     kernel_cache: KernelCache
     state: KasminaStateLayout
     seed_errors: dict[int, str]
-    _esper: KernelBank
+    _esper: ActiveKernels
     """The kernels in force, of a layer that stands alone."""
 
     def __init__(
@@ -162,11 +162,11 @@ class KasminaLayer(nn.Linear):
         self._site_tag = registry.make_tag(parts.site)
         self._stands_alone = alone
         self._meter = meter
-        self._armed = False
+        self._has_entry_hook = False
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
         self._current = dormant_path(self)
-        self._run = self._at_rest()
+        self._run = self._untimed()
         runtime.add_executor(self)
         if runtime.telemetry is not None:
             runtime.telemetry.add(self)
@@ -213,7 +213,7 @@ class KasminaLayer(nn.Linear):
 
     def _with_backward_hooks(self, x: torch.Tensor) -> torch.Tensor:
         """The layer outside of graphs: compiled code could not call the layer's hooks around a part of a site."""
-        if self._armed:
+        if self._has_entry_hook:
             self._begin()
         return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
 
@@ -245,29 +245,29 @@ class KasminaLayer(nn.Linear):
         else:
             current = dormant_path(self)
         if self.runtime.in_parts:
-            current = Transition([self.runtime], before, current, self._settle)
+            current = PlanHandover([self.runtime], before, current, self._finish)
         self._current = current
         self._alphas = self.state.alpha_blend
-        self._run = self._at_rest()
+        self._run = self._untimed()
         self._seeds = seeds
 
-    def _settle(self, transition: Transition) -> None:
+    def _finish(self, handover: PlanHandover) -> None:
         with self.runtime.lock:  # another thread may be committing
-            if self._current is transition:
-                self._current = transition.new
-                self._run = self._at_rest()
+            if self._current is handover:
+                self._current = handover.new
+                self._run = self._untimed()
 
-    def arm(self) -> None:
-        self._armed = True
-        self._run = self._at_rest()
+    def install_entry_hook(self) -> None:
+        self._has_entry_hook = True
+        self._run = self._untimed()
 
-    def disarm(self) -> None:
-        self._armed = False
-        self._run = self._at_rest()
+    def remove_entry_hook(self) -> None:
+        self._has_entry_hook = False
+        self._run = self._untimed()
 
-    def _at_rest(self) -> SitePath:
+    def _untimed(self) -> SitePath:
         """What `_run` is while nothing is timed."""
-        if self._armed:
+        if self._has_entry_hook:
             return self._enter
         if self.site not in self.runtime.called:
             return self._first
@@ -276,7 +276,7 @@ class KasminaLayer(nn.Linear):
     def _first(self, x: torch.Tensor) -> torch.Tensor:
         with self.runtime.lock:
             self.runtime.called.add(self.site)
-            self._run = self._at_rest()
+            self._run = self._untimed()
         return self._run(x)
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -313,7 +313,7 @@ class KasminaLayer(nn.Linear):
     def end_sample(self) -> None:
         """Stop timing."""
         with self.runtime.lock:
-            self._run = self._at_rest()
+            self._run = self._untimed()
         telemetry = self.runtime.telemetry
         if telemetry is not None:
             for seed in self._seeds:
@@ -324,7 +324,7 @@ class KasminaLayer(nn.Linear):
 
         def timed(x: torch.Tensor) -> torch.Tensor:
             with self.runtime.lock:
-                self._run = self._at_rest()
+                self._run = self._untimed()
             watch = telemetry.stopwatch()
             y = self._run(x)
             watch.stop()
@@ -333,7 +333,7 @@ class KasminaLayer(nn.Linear):
             return y
 
         with self.runtime.lock:
-            if not self._armed:
+            if not self._has_entry_hook:
                 self._run = timed
 
     # -- copies and checkpoints ------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ class KasminaLayer(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         bank = self._modules.get(BANK_NAME)
-        if isinstance(bank, KernelBank):
+        if isinstance(bank, ActiveKernels):
             bank.expect(state_dict, f"{prefix}{BANK_NAME}.")  # raises before anything is loaded
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -422,7 +422,7 @@ class KasminaLayer(nn.Linear):
         Returns whether the kernel is staged; awaited on the thread that runs the model (and with `commit="auto"`) it
         is in force then. False leaves the layer as it was, with the reason in `seed_errors`. Raises `IndexError` for
         a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A task that is cancelled
-        here calls the load off.
+        here cancels the load.
         """
         future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
         try:
@@ -435,7 +435,7 @@ class KasminaLayer(nn.Linear):
         return staged
 
     def unload_kernel(self, seed_idx: int) -> bool:
-        """Make seed `seed_idx` dormant again, or call off its load; False if there is nothing to unload.
+        """Make seed `seed_idx` dormant again, or cancel its load; False if there is nothing to unload.
 
         True means staged, as for :meth:`fossilize`. Where the seed keeps its place until a variant is compiled, its
         alpha is 0 meanwhile (`commit="auto"`). Raises `LifecycleError` for a fossilized seed.
@@ -475,7 +475,7 @@ class KasminaLayer(nn.Linear):
             seed.kernel.module.to(linear.weight.device, linear.weight.dtype)
         self._current = dormant_path(self)  # which reads the parameters from where they are now
         self.follow(self.runtime.following)
-        self._run = self._at_rest()
+        self._run = self._untimed()
 
     def drop_kernels(self) -> list[int]:
         """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""

@@ -19,10 +19,10 @@ from esper.artifacts.loading import load_artifact
 from esper.execution.background import FETCHING, rest, waiting
 from esper.execution.kernels.cache_entries import (
     MB,
+    CacheEntries,
     Fetch,
     KernelCacheError,
     KernelCacheFullError,
-    KernelPool,
     KernelTooLargeError,
 )
 from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
@@ -64,7 +64,7 @@ class KernelCache:
             raise ValueError(f"max_cache_size_mb is {max_cache_size_mb}; pass a number of megabytes above 0.")
         if max_entries < 1:
             raise ValueError(f"max_entries is {max_entries}; pass at least 1.")
-        self._pool = KernelPool(int(max_cache_size_mb * MB), max_entries)
+        self._entries = CacheEntries(int(max_cache_size_mb * MB), max_entries)
         self._source = source
         self._limits = limits if limits is not None else Limits()
         self._parent: KernelCache | None = None
@@ -75,7 +75,7 @@ class KernelCache:
         """The same cache with hit and miss counters of its own, for one layer; this one goes on counting all."""
         view = object.__new__(type(self))
         view.layer_name = layer_name
-        view._pool, view._source, view._limits = self._pool, self._source, self._limits
+        view._entries, view._source, view._limits = self._entries, self._source, self._limits
         view._parent = self
         view._hits = view._misses = 0
         return view
@@ -129,18 +129,18 @@ class KernelCache:
 
     def failure(self, artifact_id: str) -> str | None:
         """Why the last request for this reference failed, or None if it did not, or was long ago."""
-        return self._pool.failures.get(artifact_id)
+        return self._entries.failures.get(artifact_id)
 
     def _hit(self, artifact_id: str, reference: str, pin: bool) -> LoadedKernel | None:
-        pool = self._pool
-        with pool.lock:
-            kernel = pool.find(artifact_id)
+        entries = self._entries
+        with entries.lock:
+            kernel = entries.find(artifact_id)
             if kernel is not None:
                 self._count(hit=True)
                 if pin:
-                    pool.pins[artifact_id] = pool.pins.get(artifact_id, 0) + 1
-                if pool.failures:
-                    pool.failures.pop(reference, None)
+                    entries.pins[artifact_id] = entries.pins.get(artifact_id, 0) + 1
+                if entries.failures:
+                    entries.failures.pop(reference, None)
         return kernel
 
     def _count(self, *, hit: bool) -> None:
@@ -157,7 +157,7 @@ class KernelCache:
             with waiting():
                 return self._require_source(reference).resolve(reference)
         except BaseException:
-            with self._pool.lock:
+            with self._entries.lock:
                 self._count(hit=False)
             raise
 
@@ -197,23 +197,23 @@ class KernelCache:
 
     def _join(self, artifact_id: str) -> tuple[Fetch, bool]:
         """The fetch of this id that is under way, or a new one and True: then the caller has to carry it out."""
-        pool = self._pool
-        with pool.lock:
+        entries = self._entries
+        with entries.lock:
             self._count(hit=False)
-            fetch = pool.in_flight.get(artifact_id)
+            fetch = entries.in_flight.get(artifact_id)
             if fetch is not None and not fetch.is_abandoned:
                 return fetch, False
-            fetch = pool.in_flight[artifact_id] = Fetch()
+            fetch = entries.in_flight[artifact_id] = Fetch()
             fetch.future.set_running_or_notify_cancel()  # from here on, cancelling one waiter cannot cancel it for all
         return fetch, True
 
     def _carry_out(self, artifact_id: str, fetch: Fetch) -> None:
         """Fetch, verify and insert; the future gets the kernel or the exception."""
-        pool = self._pool
+        entries = self._entries
         try:
             kernel = self._fetch_and_verify(artifact_id)
-            with pool.lock:
-                pool.insert(kernel)
+            with entries.lock:
+                entries.insert(kernel)
                 self._forget(artifact_id, fetch)
             fetch.future.set_result(kernel)
         except Exception as error:  # noqa: BLE001  # the future carries it to whoever waits
@@ -227,21 +227,21 @@ class KernelCache:
 
     def _give_up(self, artifact_id: str, fetch: Fetch, error: Exception) -> None:
         try:
-            with self._pool.lock:
+            with self._entries.lock:
                 self._forget(artifact_id, fetch)
             fetch.future.set_exception(error)
         finally:
             del fetch
 
     def _forget(self, artifact_id: str, fetch: Fetch) -> None:
-        if self._pool.in_flight.get(artifact_id) is fetch:
-            del self._pool.in_flight[artifact_id]
+        if self._entries.in_flight.get(artifact_id) is fetch:
+            del self._entries.in_flight[artifact_id]
 
     def _fetch_and_verify(self, artifact_id: str) -> LoadedKernel:
         source = self._require_source(artifact_id)
         with waiting():
             fetched = source.fetch(artifact_id)
-        size, allowed = len(fetched.data), self._pool.max_bytes
+        size, allowed = len(fetched.data), self._entries.max_bytes
         if size > allowed:
             raise KernelTooLargeError(
                 f"kernel {artifact_id[:12]} has {size / MB:.2f} MB, more than the whole cache of "
@@ -261,90 +261,90 @@ class KernelCache:
 
     def _take(self, kernel: LoadedKernel, reference: str, pin: bool) -> LoadedKernel:
         """Hand over a kernel that was just fetched, pinned if asked for: even if it was evicted meanwhile."""
-        pool = self._pool
-        with pool.lock:
+        entries = self._entries
+        with entries.lock:
             if pin:
-                if kernel.artifact_id not in pool.kernels:
-                    pool.insert(kernel)
-                pool.pins[kernel.artifact_id] = pool.pins.get(kernel.artifact_id, 0) + 1
-            pool.failures.pop(reference, None)
+                if kernel.artifact_id not in entries.kernels:
+                    entries.insert(kernel)
+                entries.pins[kernel.artifact_id] = entries.pins.get(kernel.artifact_id, 0) + 1
+            entries.failures.pop(reference, None)
         return kernel
 
     def _note(self, reference: str, error: Exception) -> None:
-        with self._pool.lock:
-            self._pool.note_failure(reference, error)
+        with self._entries.lock:
+            self._entries.note_failure(reference, error)
 
     # ---- keeping -----------------------------------------------------------------------------------------------
 
     def pin(self, artifact_id: str) -> None:
         """Keep a cached kernel from being evicted until as many `unpin`; `KernelCacheError` if it is not cached."""
-        pool = self._pool
-        with pool.lock:
-            if artifact_id not in pool.kernels:
+        entries = self._entries
+        with entries.lock:
+            if artifact_id not in entries.kernels:
                 raise KernelCacheError(f"kernel {artifact_id[:12]} is not cached; load it with pin=True.")
-            pool.pins[artifact_id] = pool.pins.get(artifact_id, 0) + 1
+            entries.pins[artifact_id] = entries.pins.get(artifact_id, 0) + 1
 
     def unpin(self, artifact_id: str) -> None:
         """Take back one `pin` of a full id; `KernelCacheError` if there is none."""
-        pool = self._pool
-        with pool.lock:
-            count = pool.pins.get(artifact_id, 0)
+        entries = self._entries
+        with entries.lock:
+            count = entries.pins.get(artifact_id, 0)
             if count == 0:
                 raise KernelCacheError(f"kernel {artifact_id[:12]} is not pinned, so it cannot be unpinned.")
             if count == 1:
-                del pool.pins[artifact_id]
+                del entries.pins[artifact_id]
             else:
-                pool.pins[artifact_id] = count - 1
+                entries.pins[artifact_id] = count - 1
 
     def adopt(self, kernel: LoadedKernel) -> bool:
         """Keep and pin a kernel that was verified elsewhere; False, and nothing changed, if there is no room for it."""
-        pool, identity = self._pool, kernel.artifact_id
+        entries, identity = self._entries, kernel.artifact_id
         frozen = kernel.template.place()
-        with pool.lock:
-            if pool.find(identity) is None:
-                if kernel.size_bytes > pool.max_bytes:
+        with entries.lock:
+            if entries.find(identity) is None:
+                if kernel.size_bytes > entries.max_bytes:
                     return False
                 try:
-                    pool.insert(frozen)
+                    entries.insert(frozen)
                 except KernelCacheFullError:
                     return False
-            pool.pins[identity] = pool.pins.get(identity, 0) + 1
+            entries.pins[identity] = entries.pins.get(identity, 0) + 1
         return True
 
     def held(self, artifact_id: str) -> LoadedKernel | None:
         """The cached kernel with this full id, or None; not counted as a request."""
-        with self._pool.lock:
-            return self._pool.find(artifact_id)
+        with self._entries.lock:
+            return self._entries.find(artifact_id)
 
     def clear_cache(self) -> Cleared:
         """Drop every kernel that is not in use. Counters stay."""
-        pool = self._pool
-        with pool.lock:
-            loose = [artifact_id for artifact_id in pool.kernels if artifact_id not in pool.pins]
+        entries = self._entries
+        with entries.lock:
+            loose = [artifact_id for artifact_id in entries.kernels if artifact_id not in entries.pins]
             for artifact_id in loose:
-                pool.remove(artifact_id)
-            return Cleared(removed=len(loose), pinned=len(pool.kernels))
+                entries.remove(artifact_id)
+            return Cleared(removed=len(loose), pinned=len(entries.kernels))
 
     # ---- questions ---------------------------------------------------------------------------------------------
 
     def get_cache_stats(self) -> dict[str, Any]:
         """`cache_hit_rate` (0 to 1; 0 before the first request), `cache_hits`, `cache_misses`: of this view.
         `cache_size_mb`, `cache_entries`: of the whole cache."""
-        pool = self._pool
-        with pool.lock:
+        entries = self._entries
+        with entries.lock:
             requests = self._hits + self._misses
             return {
                 "cache_hit_rate": self._hits / requests if requests else 0.0,
                 "cache_hits": self._hits,
                 "cache_misses": self._misses,
-                "cache_size_mb": pool.bytes / MB,
-                "cache_entries": len(pool.kernels),
+                "cache_size_mb": entries.bytes / MB,
+                "cache_entries": len(entries.kernels),
             }
 
     @property
     def evictions(self) -> int:
         """How many kernels have made room for others, in the whole cache."""
-        return self._pool.evictions
+        return self._entries.evictions
 
     @property
     def source(self) -> KernelSource | None:
@@ -353,18 +353,18 @@ class KernelCache:
     @property
     def max_cache_size_mb(self) -> float:
         """The budget of the whole cache, in MB of 2**20 bytes."""
-        return self._pool.max_bytes / MB
+        return self._entries.max_bytes / MB
 
     @property
     def max_entries(self) -> int:
-        return self._pool.max_entries
+        return self._entries.max_entries
 
     def __contains__(self, artifact_id: str) -> bool:
         """Whether the kernel with this full id is cached; not counted as a request."""
-        return artifact_id in self._pool.kernels
+        return artifact_id in self._entries.kernels
 
     def __len__(self) -> int:
-        return len(self._pool.kernels)
+        return len(self._entries.kernels)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelCache:
         """A copied model uses the same cache: its kernels are shared and immutable."""

@@ -78,7 +78,7 @@ def after_failed_load(in_force: bool) -> SeedLifecycleState:
 
 
 def after_cancelled_load(in_force: bool) -> SeedLifecycleState:
-    """Where a `LOADING` seed goes when its load is called off: to what it was doing before."""
+    """Where a `LOADING` seed goes when its load is cancelled: to what it was doing before."""
     return _S.ACTIVE if in_force else _S.DORMANT
 
 

@@ -31,7 +31,7 @@ OWN_ATTRIBUTES = frozenset(
         "_runtime_id",
         "_stands_alone",
         "_meter",
-        "_armed",
+        "_has_entry_hook",
         "_site_tag",
         "_runtime_tag",
         "_seeds",

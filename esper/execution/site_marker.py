@@ -1,4 +1,4 @@
-"""How a site knows, while Dynamo traces it, for whom it is traced."""
+"""Site markers: for which backend Dynamo traces a site, and what the traced code does there."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def commit_while_tracing(runtime_id: int) -> None:
     """
     runtime = registry.runtime_by_id(runtime_id)
     if not runtime.scheduled:
-        runtime.boundary()
+        runtime.on_forward_start()
         runtime.begun_while_tracing = runtime.scheduled
 
 
@@ -102,7 +102,7 @@ def enter_uncompiled(runtime_id: int) -> None:
     if runtime.begun_while_tracing:
         runtime.begun_while_tracing = False
     else:
-        runtime.boundary()
+        runtime.on_forward_start()
 
 
 def call_uncompiled(function: Callable[..., Any], *args: Any) -> Any:

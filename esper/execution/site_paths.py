@@ -1,4 +1,4 @@
-"""What a site computes, as Python: the host's path, and the host's path with kernels blended in."""
+"""The computation of a site, as Python: the host's path, and the host's path with kernels blended in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known about every seed of a model: eight tensors on the model's device, and their mirror in host memory.
+"""The state of every seed of a model: eight tensors on the model's device, and their mirror in host memory.
 
 The tensors are one Structure-of-Arrays for the whole model; a layer holds a *view*, which is a range of the same
 storage. Compiled graphs read the tensors (`alpha_blend` above all). The control side never does: every question is
@@ -299,7 +299,7 @@ class KasminaStateLayout:
         return self._leave_loading(seed, failed=True)
 
     def cancel_load(self, seed: int) -> SeedLifecycleState:
-        """A `LOADING` seed's load was called off: go back to `DORMANT` or `ACTIVE`. Returns the new state."""
+        """A `LOADING` seed's load was cancelled: go back to `DORMANT` or `ACTIVE`. Returns the new state."""
         return self._leave_loading(seed, failed=False)
 
     def _leave_loading(self, seed: int, *, failed: bool) -> SeedLifecycleState:

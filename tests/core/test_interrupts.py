@@ -85,6 +85,7 @@ class _Trial:
 
     def stage(self) -> None:
         assert self.model.request_kernel("2", 1, self.kernels[1], alpha=0.25).result(30)
+        self.model.set_alpha("2", 1, 0.75)
 
     def check(self) -> None:
         """That the model computes what its seeds' states say, and that device and mirror agree."""
@@ -106,6 +107,8 @@ class _Trial:
                     assert model.runtime.plan.seed(layer.site, seed) is None
             expected = y.tanh() if name == "0" else y
         torch.testing.assert_close(before, expected.detach())
+        late = model.kasmina_layers["2"].state
+        assert not late.in_force(1) or late.alpha(1) == 0.75  # what was set during the load
         done = threading.Event()  # nobody else waits for a lock for ever
         threading.Thread(
             target=lambda: (model.get_model_stats(), model.runtime.executors(), model.commit(), done.set())

@@ -1,4 +1,4 @@
-"""Following references between modules when a module tree is copied."""
+"""References between modules, followed when a module tree is copied."""
 
 from __future__ import annotations
 

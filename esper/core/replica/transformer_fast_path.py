@@ -1,4 +1,4 @@
-"""nn.TransformerEncoderLayer reads the weights of its linear layers, without calling them, on its fast path.
+"""The fast path of nn.TransformerEncoderLayer, which reads the weights of linear layers without calling them.
 
 The fast path is for inference. It computes the same with the host's weights alone, so it stays for as long as no seed
 in the layer is active. The replica of such a layer leaves it, and that of the nn.TransformerEncoder around it does

@@ -13,7 +13,7 @@ from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.forking import reset_after_fork
 from esper.futures import InterruptSafeFuture
 
-__all__ = ["MB", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelPool", "KernelTooLargeError"]
+__all__ = ["MB", "CacheEntries", "Fetch", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
 MB = 1024 * 1024
 _FAILURES_KEPT = 128
@@ -47,7 +47,7 @@ class Fetch:
         return late and not any(still() for still in self.waiting)
 
 
-class KernelPool:
+class CacheEntries:
     """The entries that all views of a cache share. Every attribute changes under `lock`, which is held briefly.
 
     A forked child has the parent's entries and none of its fetches.

@@ -1,4 +1,4 @@
-"""What a layer that is used on its own gets when it is given nothing: set once by the package's top level.
+"""The services that a layer uses by itself when it is given none: set once by the package's top level.
 
 `execution` does not know the platform or the compiler; whoever does puts them here.
 """

@@ -1,4 +1,4 @@
-"""Where kernels come from: the protocol between the execution side and whatever stores artifacts.
+"""Kernel sources: the protocol between the execution side and whatever stores artifacts.
 
 Execution knows a source only through this protocol. The embedded store and the HTTP client implement it.
 """

@@ -1,4 +1,4 @@
-"""How a seed's alpha moves over training steps."""
+"""Alpha schedules: the course of a seed's alpha over training steps."""
 
 from __future__ import annotations
 

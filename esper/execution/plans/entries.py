@@ -1,4 +1,4 @@
-"""Where forwards begin: at the outermost call of a model's modules or methods that is under way on a thread.
+"""The beginnings of forwards: the outermost call of a model's modules or methods that is under way on a thread.
 
 A forward may enter a model anywhere: at the model, at a method of the host's class, at one of its modules. Nothing is
 noted of that while there is nothing to commit. Once there is, whoever is entered (a layer with seeds, the model, a

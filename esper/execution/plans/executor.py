@@ -1,4 +1,4 @@
-"""What executes a model, as its runtime knows it: it follows a plan, and may have to be made ready for one."""
+"""The protocol of executors: what runs a model follows its plan, and may have to be made ready for one."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Executor(Protocol):
     def follow(self, plan: Plan) -> None:
         """Switch to `plan`. On the thread that runs the model, at a commit; a pointer change, must not raise."""
 
-    def arm(self) -> None:
-        """From now on, call :meth:`Runtime.boundary` where a forward begins. On any thread."""
+    def install_entry_hook(self) -> None:
+        """From now on, call :meth:`Runtime.on_forward_start` where a forward begins. On any thread."""
 
-    def disarm(self) -> None:
+    def remove_entry_hook(self) -> None:
         """Stop calling it."""

@@ -1,4 +1,4 @@
-"""Which plan a forward sees that other threads' commits overtake.
+"""The handover from one plan to the next, for forwards that other threads' commits overtake.
 
 A forward that consists of several parts (graphs between graph breaks, modules that run one by one) must see one plan,
 while another thread may commit at any time. Nobody waits for anybody: each thread notes the version of the plan at
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from esper.execution.plans.plan import Plan
 
-__all__ = ["ForwardStarts", "Transition"]
+__all__ = ["ForwardStarts", "PlanHandover"]
 
 _LONGEST_FORWARD = 60.0  # seconds
 _BEGINNING = -1  # a version before all others
@@ -58,7 +58,7 @@ class ForwardStarts:
 
 
 class Versioned(Protocol):
-    """What a transition has to know of a runtime."""
+    """What a handover has to know of a runtime."""
 
     @property
     def version(self) -> int: ...
@@ -74,7 +74,7 @@ class Versioned(Protocol):
     @property
     def starts(self) -> ForwardStarts: ...
 
-    def note_transition(self, transition: Transition) -> None:
+    def note_handover(self, handover: PlanHandover) -> None:
         """See to it that it settles, also where nobody calls it."""
 
 
@@ -103,11 +103,11 @@ class _Overtaken:
         )
 
 
-class Transition:
+class PlanHandover:
     """Calls `old` on threads whose forward began before the commit that is under way, and `new` on all others.
 
     Made before the runtime's version becomes that of the commit, which is the moment at which all parts of a forward
-    change together. Where `old` is a transition, that of it is kept which some thread's forward began with, and not
+    change together. Where `old` is a handover, that of it is kept which some thread's forward began with, and not
     what came and went meanwhile. `settle` is called once nobody needs anything but `new`.
     """
 
@@ -116,15 +116,15 @@ class Transition:
         runtimes: Sequence[Versioned],
         old: Callable[..., Any],
         new: Callable[..., Any],
-        settle: Callable[[Transition], None],
+        finish: Callable[[PlanHandover], None],
     ) -> None:
         self.new = new
-        before = old._needed() if isinstance(old, Transition) else []
-        latest = _Overtaken(old.new if isinstance(old, Transition) else old, runtimes)
+        before = old._needed() if isinstance(old, PlanHandover) else []
+        latest = _Overtaken(old.new if isinstance(old, PlanHandover) else old, runtimes)
         self._overtaken = [*before, latest]  # the earliest first
-        self._settle = settle
+        self._finish = finish
         for runtime in runtimes:
-            runtime.note_transition(self)
+            runtime.note_handover(self)
 
     def _needed(self) -> list[_Overtaken]:
         """What forwards that are under way began with."""
@@ -140,11 +140,11 @@ class Transition:
                     break
         return [one for one in overtaken if one in needed]
 
-    def settle_if_over(self) -> bool:
+    def finish_if_over(self) -> bool:
         """Settle, unless some thread may need what is overtaken."""
         over = self._overtaken[-1].is_over()
         if over:
-            self._settle(self)
+            self._finish(self)
         return over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,5 +152,5 @@ class Transition:
         for each in self._overtaken:
             if now < each.end and each.is_for_this_thread():
                 return each.call(*args, **kwargs)
-        self.settle_if_over()
+        self.finish_if_over()
         return self.new(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What one wrapped model has in common: the plan in force, what is staged, and when one becomes the other.
+"""The runtime of one model: the plan in force, what is staged, and when one becomes the other.
 
 Threads. `plan` is read by anyone. :meth:`Runtime.commit` runs on the thread that runs the model, between two forwards;
 :meth:`publish` on any thread. The one lock is held for pointer changes only, never while something is fetched, hashed,
@@ -30,8 +30,7 @@ from esper.execution.plans.alphas import SeedAlphas
 from esper.execution.plans.commit import Commit
 from esper.execution.plans.entries import Entries
 from esper.execution.plans.executor import Executor, Preparation, PreparationCancelledError
-from esper.execution.plans.handover import ForwardStarts
-from esper.execution.plans.handover import Transition as Between
+from esper.execution.plans.handover import ForwardStarts, PlanHandover
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import DORMANT, Plan
 from esper.execution.plans.plan_edit import PlanEdit
@@ -95,12 +94,12 @@ class Runtime:
         self.starts = ForwardStarts()
         self._layers_changed = False
         self.entries = Entries(model.modules)
-        self.armed = True
+        self.has_entry_hooks = True
         """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.in_parts = False
-        """Whether a forward consists of several parts, so that :meth:`begin` has to be called where it begins."""
+        """Whether a forward consists of several parts: then :meth:`note_forward` has to be called where it begins."""
         self._first_forward: _FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
@@ -108,7 +107,7 @@ class Runtime:
         """Sites that a forward has called, or that were compiled."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
-        self._transitions: deque[weakref.ref[Between]] = deque()  # that are not known to have settled, by age
+        self._handovers: deque[weakref.ref[PlanHandover]] = deque()  # that are not known to have settled, by age
         self._earlier: list[tuple[int, weakref.ref[Plan]]] = []  # plans that some forward may have begun with
         self._target = DORMANT
         self._staged: list[PlanEdit] = []
@@ -178,8 +177,8 @@ class Runtime:
         with self.lock:
             self._executors.add(executor)
             self.executors_added += 1
-            if self._needs_boundary():
-                executor.arm()
+            if self._needs_entry_hooks():
+                executor.install_entry_hook()
 
     def divide(self) -> None:
         """From now on a forward consists of several parts."""
@@ -199,37 +198,37 @@ class Runtime:
         if not self.in_parts:
             self.starts.forget_before(self.version)
             self.in_parts = True
-            self._arm()  # whoever begins a forward learns of it when the boundary is behind it
+            self._install_entry_hooks()  # whoever begins a forward learns of it when the boundary is behind it
 
-    def begin(self) -> None:
+    def note_forward(self) -> None:
         """A forward begins on this thread; called at least where :attr:`in_parts`."""
         self.starts.note(self)
-        if self._transitions:
-            self._settle_transitions()
+        if self._handovers:
+            self._finish_handovers()
         first = self._first_forward
         if first is not None and first.is_over():
             self._stays_whole(first)
 
-    def note_transition(self, transition: Between) -> None:
-        """Have `transition` settle, also where nobody calls it: what is not run any more keeps no kernels."""
-        self._transitions.append(weakref.ref(transition))
+    def note_handover(self, handover: PlanHandover) -> None:
+        """Have `handover` finish, also where nobody calls it: what is not run any more keeps no kernels."""
+        self._handovers.append(weakref.ref(handover))
 
-    def _settle_transitions(self) -> None:
+    def _finish_handovers(self) -> None:
         with contextlib.suppress(IndexError):  # other threads may be at the same
             while True:
-                each = self._transitions.popleft()
-                transition = each()
-                if transition is not None and not transition.settle_if_over():
-                    self._transitions.appendleft(each)
+                each = self._handovers.popleft()
+                handover = each()
+                if handover is not None and not handover.finish_if_over():
+                    self._handovers.appendleft(each)
                     return
 
     def _stays_whole(self, first: _FirstForward) -> None:
         with self.lock:
             if self._first_forward is first:
                 self._first_forward, self.in_parts = None, False
-                if not self.armed:
+                if not self.has_entry_hooks:
                     for executor in list(self._executors):
-                        executor.disarm()
+                        executor.remove_entry_hook()
 
     def executors(self) -> list[Any]:
         """Those alive now."""
@@ -276,7 +275,7 @@ class Runtime:
         """
         with self.lock:
             self._renewed.add(executor)
-            self._arm()
+            self._install_entry_hooks()
 
     def publish(self, *edits: PlanEdit) -> None:
         """Stage `edits` for the next commit, in which they come into force together."""
@@ -286,7 +285,7 @@ class Runtime:
                 self._staged.append(edit)
             if self.commit_mode == "auto":
                 self.pending = True
-                self._arm()
+                self._install_entry_hooks()
 
     def withdraw(self, edit: PlanEdit) -> bool:
         """Take a staged edit back; False, and nothing done, if it is committed, or others could not go without it."""
@@ -305,7 +304,7 @@ class Runtime:
     def enter(self, whole: bool = False) -> None:
         """The model, or with `whole` false a part of it, was entered: a forward may begin on this thread."""
         if not torch_internals.inside_backward() and self.entries.begins(whole, self._writes):
-            self.boundary()
+            self.on_forward_start()
 
     def enter_whole(self, forward: Callable[[], Any]) -> Any:
         """As :meth:`enter` for the whole model; call `forward`, in which nothing else has to look for a beginning."""
@@ -328,7 +327,7 @@ class Runtime:
         """A module of the model was exchanged: look, before the next forward, whether it was a layer with seeds."""
         with self.lock:
             self._layers_changed = True
-            self._arm()
+            self._install_entry_hooks()
 
     def look_for_layers(self, *, anew: bool = False) -> None:
         """Have the sites follow layers that were exchanged, if any may have been; between two forwards.
@@ -339,7 +338,7 @@ class Runtime:
             self._layers_changed = False
             self.model.follow_layers()
 
-    def boundary(self) -> None:
+    def on_forward_start(self) -> None:
         """A forward begins on this thread: commit what is staged, move the scheduled alphas.
 
         A forward that begins inside a backward is an activation recomputation, and has to see the plan of the forward
@@ -356,8 +355,8 @@ class Runtime:
             self._follow_renewed()
         if self._alphas.moving and torch.is_grad_enabled() and self.model.is_training():
             self._advance_schedules()
-        self.begin()
-        self._disarm_if_settled()
+        self.note_forward()
+        self._remove_entry_hooks_if_settled()
 
     def commit(self) -> list[Transition]:
         """Put everything staged in force at once, between two forwards, and return what changed.
@@ -366,8 +365,8 @@ class Runtime:
         """
         self.refuse_in_backward()
         transitions = self._flip()
-        self.begin()  # or what this thread calls next, without a forward's beginning, would see the plan before
-        self._disarm_if_settled()
+        self.note_forward()  # or what this thread calls next, without a forward's beginning, would see the plan before
+        self._remove_entry_hooks_if_settled()
         return transitions
 
     def refuse_in_backward(self) -> None:
@@ -472,7 +471,7 @@ class Runtime:
                 executor.follow(self.following)
                 self._renewed.discard(executor)
 
-    def _needs_boundary(self) -> bool:
+    def _needs_entry_hooks(self) -> bool:
         staged = bool(self._staged) and self.commit_mode == "auto"
         unfinished = self._commit is not None
         return (
@@ -484,20 +483,20 @@ class Runtime:
             or bool(self._renewed)
         )
 
-    def _arm(self) -> None:
+    def _install_entry_hooks(self) -> None:
         self.entries.prepare()
-        self.armed = True
+        self.has_entry_hooks = True
         for executor in self._executors:
-            executor.arm()
+            executor.install_entry_hook()
         self.entries.watch()
 
-    def _disarm_if_settled(self) -> None:
+    def _remove_entry_hooks_if_settled(self) -> None:
         with self.lock:
-            if not self._needs_boundary():
+            if not self._needs_entry_hooks():
                 self.entries.forget()
-                self.armed = False
+                self.has_entry_hooks = False
                 for executor in self._executors:
-                    executor.disarm()
+                    executor.remove_entry_hook()
 
     # -- alpha -----------------------------------------------------------------------------------------------------
 
@@ -517,7 +516,7 @@ class Runtime:
         with self.lock:
             if callable(alpha):  # before there is a schedule: an interrupt must not leave one that nobody moves
                 self.scheduled = True
-                self._arm()
+                self._install_entry_hooks()
             self._alphas.start(alpha_index, alpha, first, step)
             self.scheduled = self._alphas.moving
 

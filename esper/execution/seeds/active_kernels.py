@@ -1,4 +1,4 @@
-"""Where active kernels are registered, so that `parameters()`, `to()` and `state_dict()` see them."""
+"""The module that holds a model's active kernels, so that `parameters()`, `to()` and `state_dict()` see them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.restoring import RestoredSeed
 from esper.execution.seeds.seed import Seed, SeedLayer
 
-__all__ = ["BANK_NAME", "KernelBank"]
+__all__ = ["BANK_NAME", "ActiveKernels"]
 
 _LOG = logging.getLogger("esper.execution")
 _DORMANT = "esper_dormant"  # beside "version" in a state dict's metadata
@@ -42,7 +42,7 @@ BANK_NAME = "_esper"
 """The name under which a bank is registered: every state-dict key of Esper's starts with it."""
 
 
-class KernelBank(nn.Module):
+class ActiveKernels(nn.Module):
     """The modules of the kernels in force, and the seeds' state, which follows the model from device to device."""
 
     def __init__(self, runtime: Runtime, control: SeedControl, layers: Mapping[str, SeedLayer]) -> None:
@@ -112,7 +112,7 @@ class KernelBank(nn.Module):
         return self
 
     def forward(self, *_: Any) -> Any:
-        raise TypeError("a KernelBank holds kernels and is not called")
+        raise TypeError("a ActiveKernels holds kernels and is not called")
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class KernelBank(nn.Module):
         Raises `CommitError` inside a backward, where kernels could not leave.
         """
         dormant = bool(said.get(_DORMANT)) or prefix + INDEX in state_dict
-        if dormant and not self._at_rest:
+        if dormant and not self._is_dormant:
             self._runtime.refuse_in_backward()
         return dormant
 
@@ -236,7 +236,7 @@ class KernelBank(nn.Module):
         return said.get(_DORMANT, "") is None
 
     @property
-    def _at_rest(self) -> bool:
+    def _is_dormant(self) -> bool:
         """Whether no kernel is in force, staged, under way or folded into its layer's weight."""
         busy = (SeedLifecycleState.LOADING, SeedLifecycleState.FOSSILIZED)
         dormant = self._plan.is_dormant and self._runtime.target.is_dormant
@@ -244,7 +244,7 @@ class KernelBank(nn.Module):
 
     def follow(self, kernels: tuple[SavedKernel, ...], dormant: bool, state_dict: Mapping[str, Any]) -> None:
         """Be as a checkpoint says whose host's part has been loaded: with `kernels`, or `dormant`, or as before."""
-        if kernels or (dormant and not self._at_rest):
+        if kernels or (dormant and not self._is_dormant):
             self.restore(kernels)
         elif not dormant and not self.is_empty and state_dict:
             _LOG.warning(
@@ -308,7 +308,7 @@ def _same(mine: Tensor, theirs: Tensor) -> bool:
     return mine.device.type != "meta" and torch.equal(mine.detach(), theirs.detach().to(mine))
 
 
-def _forgive_missing(bank: KernelBank, incompatible: Any) -> None:
+def _forgive_missing(bank: ActiveKernels, incompatible: Any) -> None:
     """A checkpoint without kernels is complete: it leaves those in force as they are."""
     prefix = bank._prefix
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.startswith(prefix)]

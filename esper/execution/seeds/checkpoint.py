@@ -1,7 +1,7 @@
-"""How kernels in force are written into a `state_dict`, and read back.
+"""The format of kernels in a `state_dict`, written and read.
 
 Every value is a tensor, so that whatever handles state dicts handles these, and `torch.load(weights_only=True)` reads
-them. Below the prefix under which a model registers its `KernelBank` there are
+them. Below the prefix under which a model registers its `ActiveKernels` there are
 
 - `seeds`: uint8, JSON that names each seed with its artifact, flags and state (:class:`SavedSeed`), and spaces up to a
   size that depends on the layers' names alone, so that a planner of distributed checkpoints can read it in place;

@@ -1,4 +1,4 @@
-"""When a fossil can become part of the host's own weights, and when it may.
+"""Folding a fossil into the host's own weights: when it is exact, and when it is safe.
 
 The weights are written in place, at a commit. An autograd graph that still needs them as they were would raise in its
 backward: a commit where a forward begins waits until there is none.

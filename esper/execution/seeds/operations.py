@@ -1,4 +1,4 @@
-"""What is done to a seed: `Load`, `Unload`, `Fossilize`, `Restore`, each from the request until it is in force.
+"""The operations on a seed: `Load`, `Unload`, `Fossilize`, `Restore`, each from the request until it is in force.
 
 Whatever fails leaves the model as it was: the seed goes to `ERROR_RECOVERY`, or stays active if its old kernel still
 is, and keeps the reason.
@@ -78,8 +78,9 @@ class Load(Operation):
             cached.check_fits(layer.in_features, layer.out_features, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=self._options.trainable)
             rest()
-            if self._attach is not None and cache.source is not None and self._runtime.model.runs_eagerly():
-                self._attach(cache.source, kernel)
+            source = cache.source
+            if self._attach is not None and source is not None and self._runtime.model.runs_eagerly():
+                self._attach(source, kernel)
         except BaseException:
             cache.unpin(cached.artifact_id)
             raise

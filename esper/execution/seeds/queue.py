@@ -1,4 +1,4 @@
-"""Changes are made ready on a background thread and then staged; those that are asked for at the same time, together.
+"""The staging queue: operations are made ready on a background thread and then staged, side by side if they can.
 
 What is compiled for them is compiled once. Kernels are fetched side by side, on other threads, and one whose fetch
 takes long is not waited for.

@@ -1,4 +1,4 @@
-"""A running model that takes commands from the bus.
+"""Remote control: a running model takes commands from the bus.
 
 Commands are carried out on the subscription's thread, through the same staging as requests of the program's own: they
 come into force where a forward begins, or at `commit()`. The thread that trains runs nothing of it, nor waits for it.
