@@ -1,4 +1,4 @@
-"""What active seeds cost: against the same network written by hand in plain PyTorch, both compiled by Inductor.
+"""The cost of active seeds, against the same network written by hand in plain PyTorch, both compiled by Inductor.
 
 By hand, a layer holds its kernels as modules and blends them in a loop, with `torch.lerp` and alphas from a buffer.
 With `batch_seeds` off, Esper inlines the kernels one by one, as the loop does; the goal is at most 1.02. With it on,

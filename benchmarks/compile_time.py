@@ -1,4 +1,4 @@
-"""How long one waits for compiled code: with seeds and without, from nothing, from the caches, and for a kernel.
+"""Waiting times for compiled code: with seeds and without, from nothing, from the caches, and for a kernel.
 
 Goals: compiling a wrapped model at most 1.05 times as long as compiling the plain one; with `cold_start="eager"` a
 first step of at most 3 eager ones; nothing compiled by the second process that runs the same script.

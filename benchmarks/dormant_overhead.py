@@ -1,4 +1,4 @@
-"""What wrapping costs while no seed is active: a wrapped model, in either mode, against the plain one; telemetry on.
+"""The cost of wrapping while no seed is active: a wrapped model, in either mode, against the plain one; telemetry on.
 
 Goal: 1.00, and with mode="fx" at or below 0.75 for the smallest MLP, uncompiled.
 """

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, ratios, and a table, a JSON file and a plot for every run.
+"""The harness of the benchmarks: interleaved timing, ratios, and a table, a JSON file and a plot for every run.
 
 The machines are shared and their speed drifts, so alternatives are always timed in turn within one process, a round at
 a time, and compared round by round: a figure is the median over rounds of the ratio within a round.

@@ -1,4 +1,4 @@
-"""What a kernel costs a training loop that does not stop for it: every step timed, before, during and after.
+"""The cost of a hot swap to a training loop that does not stop for it: every step timed, before, during and after.
 
 A kernel is requested, compiled into the model, loaded, committed, used and unloaded again while the model trains, on
 one core; compile workers run on the others. The peers do the same: a module swap under plain `torch.compile`, and

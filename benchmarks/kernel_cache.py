@@ -1,4 +1,4 @@
-"""What a kernel costs to get: from the cache, from a file, and when there are more kernels than the cache holds.
+"""The cost of getting a kernel: from the cache, from a file, and when there are more kernels than the cache holds.
 
 `python -m benchmarks.kernel_cache [--quick]` prints tables and writes `kernel_cache.json` and `kernel_cache.png` to
 `benchmarks/results/`.

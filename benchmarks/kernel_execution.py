@@ -1,4 +1,4 @@
-"""What an eager host gains by a kernel's compiled attachment, over running the kernel's graph.
+"""The gain of an eager host by a kernel's compiled attachment, over running the kernel's graph.
 
 Every kernel is compiled by the platform, as a user's would be, and loaded; the alternatives are its executor and its
 module (the graph) on the same input, forward alone and forward with backward. The executor, "attachment" in the table,

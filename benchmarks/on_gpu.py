@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one run of limited length: the tests marked `gpu`, and the headline benchmarks.
+"""The GPU run, of limited length: the tests marked `gpu`, and the headline benchmarks.
 
 Each part is a process of its own and gets the time that is left; what was measured before time ran out is kept. Needs
 torch with CUDA, pytest, and what Esper itself needs. `on_gpu.json` says how each part ended; the benchmarks write

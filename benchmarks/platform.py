@@ -1,4 +1,4 @@
-"""What the platform costs on the wire: publishing, telemetry, fetching kernels, Urza's requests, and compiling them.
+"""The cost of the platform on the wire: publishing, telemetry, fetching kernels, Urza's requests, and compiling them.
 
 Everything is real: a Valkey, Urza under uvicorn and workers in processes of their own, started with `esper up`. Goals:
 publishing takes the training thread under 20 µs (99 %), telemetry adds under 0.5 % to a training step with Redis up,

@@ -1,4 +1,4 @@
-"""What a trace of step times says: medians by phase, the worst step, and the time that stalls cost."""
+"""Statistics of a trace of step times: medians by phase, the worst step, and the time that stalls cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `esper demo` shows: the tables in the terminal and the picture."""
+"""The report of `esper demo`: the tables in the terminal and the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds threads, locks or connections starts afresh in a forked child, such as a data loader's worker."""
+"""Fork safety: what holds threads, locks or connections starts afresh in a forked child, as in a data loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a path is this user's own: nobody but the user and root decides what is found there.
+"""Ownership checks of paths: nobody but the user and root may decide what is found there.
 
 Looked at is every folder from the root of the path on, through symbolic links. A folder may be written to by its owner
 only, who is this user or root; by others too if it is sticky, as `/tmp` is, and what is used in it is this user's or

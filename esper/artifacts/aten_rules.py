@@ -1,4 +1,4 @@
-"""How ATen operations land in the operator table."""
+"""Translation rules from ATen operations to the operator table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ATen operations on shapes land in the operator table."""
+"""Translation rules from ATen operations on shapes to the operator table."""
 
 from __future__ import annotations
 

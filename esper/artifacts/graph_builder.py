@@ -1,4 +1,4 @@
-"""Builds a kernel's graph node by node."""
+"""Builder of a kernel's graph, node by node."""
 
 from __future__ import annotations
 

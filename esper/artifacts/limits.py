@@ -1,4 +1,4 @@
-"""How large an artifact or a blueprint may be."""
+"""Size limits of artifacts and blueprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Translates a PyTorch module into the operator table, by way of ``torch.export``."""
+"""Translation of a PyTorch module into the operator table, by way of ``torch.export``."""
 
 from __future__ import annotations
 

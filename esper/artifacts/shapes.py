@@ -1,4 +1,4 @@
-"""Checks a kernel's shapes on the meta device, where nothing is allocated."""
+"""Shape inference of kernels, on the meta device, where nothing is allocated."""
 
 from __future__ import annotations
 

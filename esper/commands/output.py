@@ -1,4 +1,4 @@
-"""How commands answer: tables and text for people, JSON for programs."""
+"""Output of the commands: tables and text for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph that Dynamo captured, and everybody whose forward runs it.
+"""Captured graphs: one that Dynamo has captured, and all models whose forwards run it.
 
 Sites and models are inputs of the graph, as tags (see `esper.execution.plans.registry`): layers and models of one
 structure share it, as plain ones do. At a call the tags among the inputs say for which sites it is, and the

@@ -1,4 +1,4 @@
-"""Every graph before and after every pass, as files: what `ESPER_DEBUG_DIR` asks for.
+"""Graph dumps for `ESPER_DEBUG_DIR`: every graph before and after every pass, as files.
 
 Works alike in the process that trains and in a compile worker, which inherits the variable. Each run of a pipeline gets
 a folder of its own: `<ESPER_DEBUG_DIR>/<process id>/<graph>/<number>/`.

@@ -1,4 +1,4 @@
-"""What runs a compiled graph for the sites of one model: it forwards to the variant for the plan in force.
+"""The dispatcher of a compiled graph for the sites of one model: it forwards to the variant for the plan in force.
 
 A call costs one counter and one attribute read more than the variant itself. `prepare` is for background threads;
 everything else is for the thread that runs the model, at a commit or between two calls.

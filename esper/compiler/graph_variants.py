@@ -1,4 +1,4 @@
-"""The variants of one graph: those that are there, those under way, and what has them made."""
+"""The specialisations (variants) of one graph: those that are there, those under way, and what has them made."""
 
 from __future__ import annotations
 

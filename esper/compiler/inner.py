@@ -1,4 +1,4 @@
-"""The compiler that a variant is handed to once Esper's markers are gone."""
+"""The inner compiler, such as Inductor: it is handed a variant's graph once Esper's markers are gone."""
 
 from __future__ import annotations
 

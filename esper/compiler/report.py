@@ -1,4 +1,4 @@
-"""What the compiler did for a model: its graphs, their variants, where each came from, and what that took."""
+"""The compile report of a model: its graphs, their variants, where each came from, and what that took."""
 
 from __future__ import annotations
 

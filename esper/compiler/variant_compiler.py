@@ -1,4 +1,4 @@
-"""Makes the variants of one graph: by a compile worker, from the store of earlier runs, or in this process."""
+"""The compiler of one graph's variants: by a compile worker, from the store of earlier runs, or in this process."""
 
 from __future__ import annotations
 

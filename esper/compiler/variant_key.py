@@ -1,4 +1,4 @@
-"""What a compiled variant is stored under: a digest of everything that its machine code depends on."""
+"""Cache keys of compiled variants: a digest of everything that the machine code depends on."""
 
 from __future__ import annotations
 

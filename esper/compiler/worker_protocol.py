@@ -1,4 +1,4 @@
-"""What a process and its compile workers say to each other, over a socket.
+"""The protocol between a process and its compile workers, over a socket.
 
 Every message is a byte that tells what it is, the length of its body in eight bytes, and the body. The process sends
 jobs, one at a time; the worker says once that it is ready, and answers each job.

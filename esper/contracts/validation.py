@@ -1,4 +1,4 @@
-"""What Tezzeret found out about a kernel, as a document that travels with the kernel's record."""
+"""Validation reports: what Tezzeret found out about a kernel, as a document that travels with the kernel's record."""
 
 from __future__ import annotations
 

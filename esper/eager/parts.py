@@ -1,4 +1,4 @@
-"""A part of a model that runs as generated code: for each pattern of calls its trace, for each plan the code."""
+"""Traced parts of a model, which run as generated code: for each pattern of calls a trace, for each plan the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module that stands at a site."""
+"""`KasminaLayer`, the module that stands in for a linear layer and carries seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing that a training loop may call: it never waits and never raises. And subscribing."""
+"""The client of the bus: a training loop may publish with it, since it never waits and never raises."""
 
 from __future__ import annotations
 

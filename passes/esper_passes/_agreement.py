@@ -1,4 +1,4 @@
-"""Whether the fake values recorded in a graph are what its nodes compute."""
+"""The check that the fake values recorded in a graph are what its nodes compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a graph on fake values without leaving anything behind."""
+"""Evaluation of a graph on fake values that leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass is: a value whose fields are its options, and a call from a graph module to a graph module.
+"""The pass protocol: a value whose fields are its options, and a call from a graph module to a graph module.
 
 A pass changes the graph module that it is given, recompiles it if it changed anything, and returns it. The graph is
 valid (`graph.lint()`) before and after, not necessarily between. Graphs nested in it are replaced, not changed.

@@ -1,4 +1,4 @@
-"""The kernels of one site run together: few large products instead of many small ones.
+"""`BatchSeeds`: the kernels of one site run together, as few large products instead of many small ones.
 
 A blend is a weighted sum (`_blend_sums.py`), and a kernel ends in a linear map as a rule, K_i = B_i h_i + b_i. The last
 layers of all kernels are then one product, however different the kernels are,

@@ -1,4 +1,4 @@
-"""Sites with active seeds become linear, calls of kernels and blends, for a graph that runs eagerly."""
+"""`CallKernels`: sites with active seeds become linear, calls of kernels and blends, for a graph that runs eagerly."""
 
 from __future__ import annotations
 

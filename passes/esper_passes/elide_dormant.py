@@ -1,4 +1,4 @@
-"""Sites without an active seed become the plain linear call that stood there."""
+"""`ElideDormant`: sites without an active seed become the plain linear call that stood there."""
 
 from __future__ import annotations
 

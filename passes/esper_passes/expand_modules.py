@@ -1,4 +1,4 @@
-"""Calls of small torch.nn modules become the one function call that their forward makes."""
+"""`ExpandModules`: calls of small torch.nn modules become the one function call that their forward makes."""
 
 from __future__ import annotations
 

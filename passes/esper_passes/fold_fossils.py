@@ -1,4 +1,4 @@
-"""The alphas of fossilized seeds become constants of the graph."""
+"""`FoldFossils`: the alphas of fossilized seeds become constants of the graph."""
 
 from __future__ import annotations
 

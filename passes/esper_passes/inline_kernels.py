@@ -1,4 +1,4 @@
-"""Sites with active seeds become linear, kernels and blends, with what the kernels need as new inputs of the graph."""
+"""`InlineKernels`: sites with active seeds become linear, kernels and blends, with their tensors as inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of Python wrappers in torch.nn.functional become calls of the built-in that the wrapper ends in."""
+"""`LowerFunctional`: calls of wrappers in torch.nn.functional become calls of the built-in that the wrapper ends in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tags of sites and of models become numbers, and are inputs of the graph no longer."""
+"""`NumberSites`: the tags of sites and of models become numbers, and are inputs of the graph no longer."""
 
 from __future__ import annotations
 

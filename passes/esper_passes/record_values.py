@@ -1,4 +1,4 @@
-"""Every value of a graph is computed on fake tensors and recorded, for the passes that ask what values are like."""
+"""`RecordValues`: every value of a graph is computed on fake tensors, for the passes that ask what values are like."""
 
 from __future__ import annotations
 

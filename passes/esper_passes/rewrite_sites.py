@@ -1,4 +1,4 @@
-"""The calls of linear layers become site markers."""
+"""`RewriteSites`: the calls of linear layers become site markers."""
 
 from __future__ import annotations
 

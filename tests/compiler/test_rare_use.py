@@ -398,3 +398,13 @@ def test_sizes_seen_by_one_model_do_not_make_another_dynamic() -> None:
     for model, size in zip(models, (3, 5), strict=True):
         compiled(model, inner)(torch.randn(size, 8))
     assert seen == [False, False]
+
+
+def test_a_hook_on_a_kernels_module_that_compiled_code_does_not_run_is_said(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(model, "0", 1, put(shelf))
+    kernel = dict(model.named_modules())["_esper.0:1"]
+    kernel.register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled(model)(x)
+    assert 'does not run in what backend="esper" compiles' in caplog.text

@@ -1,4 +1,4 @@
-"""Dictionaries of a module that tell when they change.
+"""Watched dictionaries: those of a module, which tell when they change.
 
 A replica's children and hooks live in these, so that code generated for the model is dropped in the moment in which a
 child is replaced or a hook is registered. Dynamo traces through them as through the plain ones.

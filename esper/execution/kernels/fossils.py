@@ -1,4 +1,4 @@
-"""Fossils that become part of the host's own weights.
+"""Arithmetic of folded fossils, whose kernels become part of the host's own weights.
 
 A kernel that is affine in what it reads, K(x, y) = A x + B y + b, is blended for good with the share alpha. Where it is
 the first at its site, y is W x + c, and the layer that it makes is another linear layer, of the weight and bias

@@ -1,4 +1,4 @@
-"""What a transport for messages must do. Called on threads of their own, never on one that trains."""
+"""The bus protocol: what a transport for messages must do. Called on threads of its own, never on one that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a message would be, found out without writing it."""
+"""The size of a message, found out without writing it."""
 
 from __future__ import annotations
 

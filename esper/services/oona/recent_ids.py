@@ -1,4 +1,4 @@
-"""Which messages have been seen lately."""
+"""Deduplication: the ids of the messages that were seen lately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How messages lie in Redis: one stream for each topic, one field in each entry, and a stream of dead letters."""
+"""The layout of messages in Redis: a stream for each topic, one field in each entry, and a stream of dead letters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tezzeret elsewhere: what this process hears of it."""
+"""The remote compiler: what this process hears of workers that run elsewhere."""
 
 from __future__ import annotations
 

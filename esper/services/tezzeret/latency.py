@@ -1,4 +1,4 @@
-"""How long a kernel's forward takes. Runs in the child process, on its one thread."""
+"""Latency measurements of a kernel's forward. Runs in the child process, on its one thread."""
 
 from __future__ import annotations
 

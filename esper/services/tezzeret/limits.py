@@ -1,4 +1,4 @@
-"""How long, how large and how thorough one compilation may be."""
+"""Limits of one compilation: how long, how large and how thorough it may be."""
 
 from __future__ import annotations
 

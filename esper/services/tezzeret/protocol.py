@@ -1,4 +1,4 @@
-"""What a worker and its child process say to each other.
+"""The protocol between a worker and its child process.
 
 The worker writes one line of JSON, a :class:`ChildRequest`, to the child's standard input and keeps it open: its end
 tells the child that the worker is gone. The child leaves its results as files in the request's folder; `RESULT` comes

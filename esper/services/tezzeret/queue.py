@@ -1,4 +1,4 @@
-"""Which blueprints wait, told to the workers of a fleet by Dramatiq over Redis.
+"""The queue of waiting blueprints, told to the workers of a fleet by Dramatiq over Redis.
 
 A message is a hint and no more: who compiles a blueprint is settled by the store's claim. A message that comes twice
 does nothing, and one that is lost is sent again by the :class:`Dispatch`.
