@@ -143,7 +143,7 @@ def test_unsigned_and_strangers() -> None:
     message = artifact_message(ARTIFACT.id)
     with pytest.raises(UntrustedArtifactError, match="is not signed; sign it"):
         load_artifact(ARTIFACT.data, trust=TRUST)
-    with pytest.raises(UntrustedArtifactError, match="not trusted; add its public key"):
+    with pytest.raises(UntrustedArtifactError, match="not trusted; to trust it, add its public key"):
         load_artifact(ARTIFACT.data, trust=TRUST, signature=stranger.sign(message))
     with pytest.raises(UntrustedArtifactError, match="not trusted"):
         load_artifact(ARTIFACT.data, trust=TrustStore(), signature=KEY.sign(message))
