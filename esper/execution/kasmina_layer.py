@@ -32,7 +32,7 @@ from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.seeds.seed import Seed
-from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
+from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, kernels_have_hooks, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import CallCounter, Telemetry
@@ -178,8 +178,8 @@ class KasminaLayer(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
             marks = marked_by_esper()
-            if self._backward_hooks or self._backward_pre_hooks:
-                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._with_backward_hooks, input)
+            if self._backward_hooks or self._backward_pre_hooks or (marks and kernels_have_hooks()):
+                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
                 return uncompiled
             if marks:
                 if self._stands_alone:
@@ -211,8 +211,8 @@ class KasminaLayer(nn.Linear):
     def _sees_to_hooks(self) -> bool:
         return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
 
-    def _with_backward_hooks(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer outside of graphs: compiled code could not call the layer's hooks around a part of a site."""
+    def _outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
         if self._has_entry_hook:
             self._begin()
         return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from esper import torch_internals
 from esper.execution.plans import registry
 
-if TYPE_CHECKING:
-    from esper.execution.kernels.loaded_kernel import LoadedKernel
-
 __all__ = [
     "call_uncompiled",
     "commit_while_tracing",
     "enter_uncompiled",
     "follow_layers_while_tracing",
+    "kernels_have_hooks",
     "mark_as_backend",
     "marked_by_esper",
     "traced_by_esper",
 ]
 
-_LOG = logging.getLogger("esper.execution")
 _Backend = TypeVar("_Backend", bound=Callable[..., Any])
 _MARK = "__esper_backend__"
 _TRANSPARENT = frozenset(
@@ -71,18 +67,18 @@ def marked_by_esper() -> bool:
     if not _TRANSPARENT.issuperset(torch_internals.operators_being_traced()):
         return False
     kernels = [seed.kernel for runtime in registry.runtimes() for seed in runtime.plan.seeds()]
-    _warn_of_hooks(kernels)
     return not torch_internals.changed_in_trace(kernel.module._parameters for kernel in kernels)
 
 
-def _warn_of_hooks(kernels: Iterable[LoadedKernel]) -> None:
-    for kernel in kernels:
-        hooks = (kernel.module._forward_hooks, kernel.module._forward_pre_hooks, kernel.module._backward_hooks)
-        if any(hooks):
-            _LOG.warning(
-                'a hook on the module of kernel %s does not run in what backend="esper" compiles, which has the '
-                "kernel's operations in it and not its module; register it on the layer", kernel.artifact_id[:12]
-            )  # fmt: skip
+@torch_internals.constant_while_tracing
+def kernels_have_hooks() -> bool:
+    """Whether the module of a kernel in force has hooks, which no marker can run: sites are called uncompiled then.
+
+    Of all models, for the same reason as in :func:`marked_by_esper`.
+    """
+    modules = (seed.kernel.module for runtime in registry.runtimes() for seed in runtime.plan.seeds())
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in modules for kind in kinds)
 
 
 @torch_internals.constant_while_tracing

@@ -401,11 +401,16 @@ def test_sizes_seen_by_one_model_do_not_make_another_dynamic() -> None:
     assert seen == [False, False]
 
 
-def test_a_hook_on_a_kernels_module_that_compiled_code_does_not_run_is_said(
-    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_hooks_on_a_kernels_module_run(inner: str, model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
     load(model, "0", 1, put(shelf))
+    plain = model(x)
     kernel = dict(model.named_modules())["_esper.0:1"]
     kernel.register_forward_hook(lambda module, inputs, output: 2 * output)
-    compiled(model)(x)
-    assert 'does not run in what backend="esper" compiles' in caplog.text
+    run = compiled(model, inner)
+    assert not torch.allclose(agrees(run, model, x), plain)
+    load(model, "2", 0, put(shelf, 6, 4))
+    agrees(run, model, x)
+    unload(model, "0", 1)
+    unload(model, "2", 0)
+    agrees(run, model, x)
