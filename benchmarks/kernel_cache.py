@@ -39,7 +39,7 @@ from rich.table import Table
 from esper.artifacts import Artifact, Blueprint, build_artifact
 from esper.artifacts.signing import SigningKey, TrustStore, artifact_message
 from esper.execution.kernel_cache import KernelCache
-from esper.execution.kernels.sources import FetchedKernel, UnknownKernelError
+from esper.execution.sources import FetchedKernel, UnknownKernelError
 
 RESULTS = Path(__file__).parent / "results"
 GOAL_US = 10.0

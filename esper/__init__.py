@@ -19,9 +19,9 @@ from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels.service_locator import TelemetrySink, set_defaults
-from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.plans.alpha import CosineRamp, LinearRamp
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout
 from esper.logs import configure_logs
 from esper.version import __version__ as __version__

@@ -18,7 +18,7 @@ from types import TracebackType
 from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, checked_settings, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
-from esper.execution.kernels.sources import KernelSource
+from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
 from esper.futures import InterruptSafeFuture
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact

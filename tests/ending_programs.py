@@ -11,7 +11,7 @@ from torch import nn
 
 import esper
 from esper.artifacts import build_artifact
-from esper.execution.kernels.sources import FetchedKernel
+from esper.execution.sources import FetchedKernel
 
 _FEATURES = 512  # enough for torch to be at work on a kernel while the process ends
 _KERNEL = build_artifact(esper.Blueprint.affine(_FEATURES, _FEATURES, start="kaiming"))

@@ -20,7 +20,7 @@ from esper.compiler.attachment_code import load_attachment
 from esper.compiler.attachment_trial import try_attachment
 from esper.execution.background import waiting
 from esper.execution.kernels.loaded_kernel import CompiledAttachment, LoadedKernel
-from esper.execution.kernels.sources import KernelSource
+from esper.execution.sources import KernelSource
 from esper.logs import SayOnce
 
 __all__ = ["attach_from", "read_payload", "with_latencies"]

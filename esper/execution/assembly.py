@@ -10,13 +10,13 @@ import torch
 
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
-from esper.execution.kernels.sources import KernelSource
 from esper.execution.plans import registry
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.seed import SeedLayer
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
 

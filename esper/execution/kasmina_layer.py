@@ -18,7 +18,6 @@ from esper.execution.assembly import Assembly, LayerParts
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels import service_locator
 from esper.execution.kernels.service_locator import TelemetrySink
-from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
@@ -34,6 +33,7 @@ from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_se
 from esper.execution.seeds.seed import Seed
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, kernels_have_hooks, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import CallCounter, Telemetry
 from esper_passes import TAGGED_ENTER, TAGGED_SITE

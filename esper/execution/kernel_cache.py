@@ -27,7 +27,7 @@ from esper.execution.kernels.cache_entries import (
 )
 from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.kernels.service_locator import kernel_source
-from esper.execution.kernels.sources import KernelSource, UnknownKernelError
+from esper.execution.sources import KernelSource, UnknownKernelError
 
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 

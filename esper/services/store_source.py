@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from esper.artifacts import Signature, SigningKeyError, TrustStore, artifact_message
-from esper.execution.kernels.sources import (
+from esper.execution.sources import (
     AmbiguousKernelError,
     FetchedKernel,
     KernelSourceError,
@@ -20,7 +20,7 @@ __all__ = ["StoreKernelSource", "best_signature", "source_errors"]
 
 
 class StoreKernelSource:
-    """A :class:`~esper.execution.kernels.sources.KernelSource` over a store, which is opened at the first question."""
+    """A :class:`~esper.execution.sources.KernelSource` over a store, which is opened at the first question."""
 
     def __init__(self, store: Callable[[], Store], trust: Callable[[], TrustStore]) -> None:
         self._store = store
@@ -30,18 +30,18 @@ class StoreKernelSource:
         return self  # a copied model finds its kernels where the original does
 
     def resolve(self, reference: str) -> str:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`."""
+        """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
             return self._store().kernels.resolve(reference)
 
     def fetch(self, artifact_id: str) -> FetchedKernel:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`."""
+        """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
             data, signatures = self._store().kernels.content(artifact_id)
             return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`."""
+        """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
             return self._store().kernels.attachment(artifact_id, target_key, self._trust().key_ids)
 

@@ -22,7 +22,7 @@ from esper.artifacts import Attachment, SigningKey, Target, build_artifact
 from esper.compiler.attachment import with_latencies
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels.loaded_kernel import AttachedKernel, LoadedKernel
-from esper.execution.kernels.sources import KernelSource
+from esper.execution.sources import KernelSource
 from esper.logs import SayOnce
 from tests.compiler.variants import wait_until
 from tests.kernel_shelf import COMPILED, KernelShelf, compiled_code

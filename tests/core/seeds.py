@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import esper
 from esper.artifacts import Blueprint
-from esper.execution.kernels.sources import FetchedKernel, KernelSource
+from esper.execution.sources import FetchedKernel, KernelSource
 from tests.kernel_shelf import KernelShelf
 
 __all__ = ["GatedPlatform", "RecordingSink", "blueprint", "load", "outputs", "states"]

@@ -14,7 +14,7 @@ from torch import nn
 
 import esper
 from esper.artifacts import Artifact, build_artifact
-from esper.execution.kernels.sources import FetchedKernel, KernelSourceError
+from esper.execution.sources import FetchedKernel, KernelSourceError
 from tests.core.seeds import RecordingSink, blueprint, outputs, states
 
 _MANY = 40  # more than are fetched at a time

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from esper.artifacts import Artifact, Blueprint, TrustStore, build_artifact
 from esper.artifacts.signing import Signature
 from esper.execution.kernel_cache import KernelCache
-from esper.execution.kernels.sources import AmbiguousKernelError, FetchedKernel, UnknownKernelError
+from esper.execution.sources import AmbiguousKernelError, FetchedKernel, UnknownKernelError
 
 MB = 2**20
 

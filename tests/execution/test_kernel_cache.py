@@ -11,7 +11,7 @@ import torch
 from esper.artifacts import Blueprint, build_artifact
 from esper.errors import EsperError
 from esper.execution.kernel_cache import KernelCache, KernelCacheError, KernelCacheFullError, KernelTooLargeError
-from esper.execution.kernels.sources import AmbiguousKernelError, KernelSource, UnknownKernelError
+from esper.execution.sources import AmbiguousKernelError, KernelSource, UnknownKernelError
 from tests.execution.kernel_sources import MB, FolderOfArtifacts, cache_for, counts
 
 

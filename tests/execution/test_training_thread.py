@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import esper
 from esper import Blueprint
 from esper.artifacts import TrustStore
-from esper.execution.kernels.sources import FetchedKernel, KernelSource
+from esper.execution.sources import FetchedKernel, KernelSource
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 from tests.services.programs import Program

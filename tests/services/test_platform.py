@@ -29,7 +29,7 @@ from esper.compiler.attachment import read_payload
 from esper.compiler.attachment_code import load_attachment
 from esper.configs import EsperConfig, TezzeretConfig
 from esper.contracts.messages import KernelReady, OonaMessage, TopicNames
-from esper.execution.kernels.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
+from esper.execution.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
 from esper.platform import Platform, default_platform
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import (

@@ -18,7 +18,7 @@ import esper
 from esper import Blueprint, Platform
 from esper.artifacts import Artifact, Attachment, SigningKey, Target, TrustStore, load_artifact
 from esper.configs import EsperConfig, PlatformConfig
-from esper.execution.kernels.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
+from esper.execution.sources import AmbiguousKernelError, KernelSource, KernelSourceError, UnknownKernelError
 from esper.services.urza import UrzaStore
 from esper.services.urza_client import RemoteKernelSource, RemoteStore
 from tests.services.broken_server import (

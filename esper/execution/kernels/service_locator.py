@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from esper.artifacts.signing import TrustStore
 from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import LoadedKernel
-from esper.execution.kernels.sources import FetchedKernel, KernelSource
+from esper.execution.sources import FetchedKernel, KernelSource
 
 __all__ = [
     "AttachKernel",

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
-from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.runtime import Runtime
@@ -21,6 +20,7 @@ from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, Unloa
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
 from esper.execution.seeds.seed import Seed
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import checked_alpha
 
 __all__ = ["SeedControl"]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from esper.execution.background import FETCHING
 from esper.execution.kernels.service_locator import AttachKernel, is_default
-from esper.execution.kernels.sources import KernelSource
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import SavedRamp
 from esper.execution.plans.plan import Plan, SeedPlan
@@ -21,6 +20,7 @@ from esper.execution.seeds.journal import SeedJournal
 from esper.execution.seeds.operations import Restore
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.seed import Seed
+from esper.execution.sources import KernelSource
 from esper.execution.state_layout import FIELDS
 
 __all__ = ["RestoredSeed", "attach_later", "restore"]

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from esper.artifacts import Signature, TrustStore, artifact_message
-from esper.execution.kernels.sources import FetchedKernel, KernelSourceError, UnknownKernelError
+from esper.execution.sources import FetchedKernel, KernelSourceError, UnknownKernelError
 from esper.services.errors import StoreError, UrzaProtocolError, UrzaUnavailableError
 from esper.services.ids import is_full_id
 from esper.services.store_source import StoreKernelSource, best_signature, source_errors
@@ -33,7 +33,7 @@ _ANSWERS = (
 
 
 class RemoteKernelSource(StoreKernelSource):
-    """A :class:`~esper.execution.kernels.sources.KernelSource` over a remote store, with what was fetched kept on disk.
+    """A :class:`~esper.execution.sources.KernelSource` over a remote store, with what was fetched kept on disk.
 
     While Urza is away or in trouble, or with `urza.client.offline`, kernels on the disk can be loaded, also by the
     names and prefixes that they were found under before. For any thread.
@@ -46,7 +46,7 @@ class RemoteKernelSource(StoreKernelSource):
         self.disk = DiskCache(settings.cache_folder, settings.cache_mb)
 
     def resolve(self, reference: str) -> str:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`."""
+        """See :class:`~esper.execution.sources.KernelSource`."""
         if is_full_id(reference) and reference in self.disk:
             return reference
         key = f"reference {reference}"
@@ -64,7 +64,7 @@ class RemoteKernelSource(StoreKernelSource):
         return artifact_id
 
     def fetch(self, artifact_id: str) -> FetchedKernel:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`."""
+        """See :class:`~esper.execution.sources.KernelSource`."""
         kept = self._kept(artifact_id)
         if kept is not None and self._chosen(artifact_id, kept[1]) is not None:
             return FetchedKernel(kept[0], self._chosen(artifact_id, kept[1]))
@@ -85,7 +85,7 @@ class RemoteKernelSource(StoreKernelSource):
             return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
-        """See :class:`~esper.execution.kernels.sources.KernelSource`. Asks if there is a newer one than on the disk."""
+        """See :class:`~esper.execution.sources.KernelSource`. Asks if there is a newer one than on the disk."""
         key = f"attachment {artifact_id} {target_key}"
         digest = (self.disk.fact(key) or {}).get("digest")
         known = None if digest is None else self.disk.get(digest)
