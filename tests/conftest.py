@@ -53,6 +53,14 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def counted_dynamo(fresh_dynamo: None) -> Iterator[None]:
+    """As `fresh_dynamo`, with `torch._dynamo.utils.counters` at zero; that a limit is reached is an error."""
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelShelf]:
     """A platform on whose shelf a test puts kernels without waiting for Tezzeret."""

@@ -81,7 +81,8 @@ def _structure(module: nn.Module) -> Hashable | None:
 
 
 def _named(model: nn.Module, blocks: _Block | Iterable[_Block]) -> list[str]:
-    wanted = [blocks] if isinstance(blocks, str | type) else list(blocks)
+    several = isinstance(blocks, Iterable) and not isinstance(blocks, str | type | nn.Module)
+    wanted: list[object] = list(blocks) if several else [blocks]  # type: ignore[arg-type]  # mypy does not follow `several`
     modules = {name: module for name, module in model.named_modules() if name}
     found = {name for each in wanted for name in _matching(modules, each)}
     return [name for name in modules if name in found and not found.intersection(_above(name))]

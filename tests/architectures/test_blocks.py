@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,16 +14,9 @@ import esper
 from tests.compiler.agreement import load, put
 from tests.kernel_shelf import KernelShelf
 
-pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("counted_dynamo"), pytest.mark.timeout(600)]
 
 _DEPTH = 10  # more than Dynamo compiles one function
-
-
-@pytest.fixture(autouse=True)
-def _no_limit_is_hit() -> Iterator[None]:
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
 
 
 def _llama(**options: Any) -> nn.Module:

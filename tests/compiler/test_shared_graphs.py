@@ -7,7 +7,6 @@ import functools
 import gc
 import itertools
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,7 @@ from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, lo
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-@pytest.fixture(autouse=True)
-def _counted() -> Iterator[None]:
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
+pytestmark = pytest.mark.usefixtures("counted_dynamo")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from esper.core.errors import RegionError
 from tests.compiler.agreement import agrees, load, outcome, put, unload
 from tests.kernel_shelf import KernelShelf
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("counted_dynamo")
 
 
 class Block(nn.Module):
@@ -79,13 +79,6 @@ class Compiler:
         return module.forward
 
 
-@pytest.fixture(autouse=True)
-def _counted() -> Iterator[None]:
-    counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
-
-
 @pytest.fixture
 def x() -> Tensor:
     return torch.randn(3, 8)
@@ -136,6 +129,9 @@ def test_blocks_are_named(blocks: Any, found: list[str]) -> None:
         (Stack(), "layer", "nothing in the model is 'layer'; did you mean 'layers'"),
         (Stack(), nn.Conv1d, "nothing in the model is 'Conv1d'"),
         (Stack(), [3], "takes module types, names and patterns, not 3"),
+        (Stack(), 3, "takes module types, names and patterns, not 3"),
+        (Stack(), nn.Sequential(nn.ReLU()), "takes module types, names and patterns, not Sequential"),
+        (Stack(), [], "name them with blocks=..."),
     ],
 )
 def test_blocks_that_are_not_there_are_refused_and_nothing_is_compiled(host: nn.Module, blocks: Any, told: str) -> None:
