@@ -414,3 +414,15 @@ def test_hooks_on_a_kernels_module_run(inner: str, model: esper.MorphableModel, 
     unload(model, "0", 1)
     unload(model, "2", 0)
     agrees(run, model, x)
+
+
+def test_another_model_that_is_compiled_while_a_kernels_module_has_hooks(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
+    load(model, "0", 1, put(shelf))
+    dict(model.named_modules())["_esper.0:1"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    other = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    run = compiled(other)
+    agrees(run, other, x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        agrees_through_a_swap(run, other, {"0": put(shelf, seed=2)}, x)
