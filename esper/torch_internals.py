@@ -136,6 +136,22 @@ def changed_in_trace(containers: Iterable[object]) -> bool:
     return any(variable is not None and effects.is_modified(variable) for variable in variables)
 
 
+def argument_being_traced(code: types.CodeType, name: str) -> object | None:
+    """What the argument `name` of the innermost call of `code` is, as Dynamo traces it on this thread.
+
+    Without a guard, which there would be if the traced code passed it on. None if it cannot be told. Must be called as
+    :func:`backend_being_traced` is.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        translator: Any = frame.f_locals.get("self")
+        if getattr(translator, "f_code", None) is code:
+            value: object | None = getattr(translator.symbolic_locals[name].realize(), "value", None)
+            return value
+        frame = frame.f_back
+    return None
+
+
 def operators_being_traced() -> list[str]:
     """The names of the higher-order operators whose bodies Dynamo is tracing on this thread, innermost first.
 

@@ -7,6 +7,7 @@ everything else is for the thread that runs the model, at a commit or between tw
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,8 +28,15 @@ from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
 from esper.execution.telemetry import CallCounter, Telemetry
 from esper.forking import reset_after_fork
+from esper.logs import SayOnce
 
 __all__ = ["Dispatcher", "SiteNumber", "report_on"]
+
+_say_once = SayOnce(logging.getLogger("esper.compiler"))
+_HOOKS = (
+    "hooks on the module of kernel %s do not run in what was compiled without them: register them on the layer, or "
+    "compile anew after torch.compiler.reset()"
+)
 
 
 class SiteNumber(NamedTuple):
@@ -251,6 +259,9 @@ class Dispatcher:
         owners = [seed.kernel.module._parameters for seed in plan.seeds()]  # read at each call: `functional_call`
         learning = [parameter.requires_grad for parameter in _tensors(owners)]
         read = self._alpha_reader(plan)
+        for seed in plan.seeds():
+            if seed.kernel.module.has_hooks:
+                _say_once(logging.WARNING, _HOOKS % seed.kernel.artifact_id[:12])
 
         def bound(inputs: list[Any]) -> Any:
             parameters = _tensors(owners)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper import torch_internals
 from esper.execution import site_marker
 from esper.execution.assembly import Assembly, LayerParts
 from esper.execution.kernel_cache import KernelCache
@@ -31,7 +32,7 @@ from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.seeds.seed import Seed
-from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, kernels_have_hooks, marked_by_esper
+from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.sources import KernelSource
 from esper.execution.state_layout import KasminaStateLayout, seed_number
@@ -178,7 +179,7 @@ class KasminaLayer(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_dynamo_compiling():
             marks = marked_by_esper()
-            if self._backward_hooks or self._backward_pre_hooks or (marks and kernels_have_hooks()):
+            if self._backward_hooks or self._backward_pre_hooks or (marks and _kernels_have_hooks()):
                 uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
                 return uncompiled
             if marks:
@@ -538,6 +539,18 @@ class _LayerMeter:
         layer = self._layer()
         if layer is not None:
             layer.sample_next(telemetry)
+
+
+@torch_internals.constant_while_tracing
+def _kernels_have_hooks() -> bool:
+    """Whether hooks are on a kernel in force in the model whose layer Dynamo traces: no marker could run them.
+
+    On any of the model's kernels, since its layers may share what is compiled of one of them. If that layer cannot be
+    told, on any kernel.
+    """
+    layer = torch_internals.argument_being_traced(KasminaLayer.forward.__code__, "self")
+    runtimes = [layer.runtime] if isinstance(layer, KasminaLayer) else registry.runtimes()
+    return any(seed.kernel.module.has_hooks for runtime in runtimes for seed in runtime.plan.seeds())
 
 
 @dataclass(frozen=True, slots=True)

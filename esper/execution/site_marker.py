@@ -15,7 +15,6 @@ __all__ = [
     "commit_while_tracing",
     "enter_uncompiled",
     "follow_layers_while_tracing",
-    "kernels_have_hooks",
     "mark_as_backend",
     "marked_by_esper",
     "traced_by_esper",
@@ -68,17 +67,6 @@ def marked_by_esper() -> bool:
         return False
     kernels = [seed.kernel for runtime in registry.runtimes() for seed in runtime.plan.seeds()]
     return not torch_internals.changed_in_trace(kernel.module._parameters for kernel in kernels)
-
-
-@torch_internals.constant_while_tracing
-def kernels_have_hooks() -> bool:
-    """Whether the module of a kernel in force has hooks, which no marker can run: sites are called uncompiled then.
-
-    Of all models, for the same reason as in :func:`marked_by_esper`.
-    """
-    modules = (seed.kernel.module for runtime in registry.runtimes() for seed in runtime.plan.seeds())
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for module in modules for kind in kinds)
 
 
 @torch_internals.constant_while_tracing

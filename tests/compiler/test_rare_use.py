@@ -422,7 +422,19 @@ def test_another_model_that_is_compiled_while_a_kernels_module_has_hooks(
     load(model, "0", 1, put(shelf))
     dict(model.named_modules())["_esper.0:1"].register_forward_hook(lambda module, inputs, output: 2 * output)
     other = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-    run = compiled(other)
+    run = compiled(other, fullgraph=True)
     agrees(run, other, x)
     with torch._dynamo.config.patch(error_on_recompile=True):
         agrees_through_a_swap(run, other, {"0": put(shelf, seed=2)}, x)
+
+
+def test_hooks_on_a_kernel_that_comes_into_a_graph_without_them_are_a_warning(
+    model: esper.MorphableModel, shelf: KernelShelf, x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    agrees(compiled(other), other, x)
+    artifact = put(shelf)
+    load(model, "0", 1, artifact)
+    dict(model.named_modules())["_esper.0:1"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    compiled(model)(x.clone().requires_grad_())
+    assert f"hooks on the module of kernel {artifact[:12]} do not run" in caplog.text

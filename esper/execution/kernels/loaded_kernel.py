@@ -158,6 +158,11 @@ class KernelModule(nn.Module):
             return self._function(None, x, host, *weights)
         return self._function(None, x, *weights)
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether hooks are on it: only who calls the module runs them, not who runs its operations."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}  # generated code is not importable; the template makes it again
 
