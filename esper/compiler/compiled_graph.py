@@ -73,7 +73,7 @@ class CompiledGraph:
 
         None has it compiled at the next call.
         """
-        self.variants.cache.put(plan.structure, variant)
+        self.variants.cache.put(plan.specialization_key, variant)
         for dispatcher in list(self._dispatchers.values()):
             dispatcher.renew(plan)
 
@@ -87,7 +87,7 @@ class CompiledGraph:
         return self._dispatcher(given) if _are_real(given) else None
 
     def _structures_in_force(self) -> set[Hashable]:
-        return {dispatcher.plan.structure for dispatcher in list(self._dispatchers.values())}
+        return {dispatcher.plan.specialization_key for dispatcher in list(self._dispatchers.values())}
 
     def _dispatcher(self, tags: tuple[Tensor, ...]) -> Dispatcher:
         key = tuple(map(id, tags))

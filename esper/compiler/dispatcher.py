@@ -142,7 +142,7 @@ class Dispatcher:
             self._plan = self._planned()
             self._unresolved = None
             before, new = self._current, self._at(self._plan)
-            at_once = self.roots and not any(runtime.in_parts for runtime in self.runtimes)
+            at_once = self.roots and not any(runtime.has_graph_breaks for runtime in self.runtimes)
             self._point_to(new if at_once else PlanHandover(self.runtimes, before, new, self._finish))
 
     def _finish(self, handover: PlanHandover) -> None:
@@ -163,7 +163,7 @@ class Dispatcher:
             self.variant = self._untimed()
 
     def _untimed(self) -> Boxed:
-        return self._begin if any(runtime.in_parts for runtime in self.roots) else self._current
+        return self._begin if any(runtime.has_graph_breaks for runtime in self.roots) else self._current
 
     def _begin(self, inputs: list[Any]) -> Any:
         for runtime in self.roots:
@@ -200,7 +200,7 @@ class Dispatcher:
     def renew(self, plan: GraphPlan) -> None:
         """There is a better variant for `plan`: if such a plan is in force, the next forward runs it. On any thread."""
         runtimes = self.runtimes
-        if runtimes and self._plan.structure == plan.structure and self._unresolved is None:
+        if runtimes and self._plan.specialization_key == plan.specialization_key and self._unresolved is None:
             runtimes[0].renew(self)
 
     def _planned(self, plan: Plan | None = None, runtime: PlanOwner | None = None) -> GraphPlan:
@@ -233,7 +233,7 @@ class Dispatcher:
 
     def _at(self, plan: GraphPlan) -> Boxed:
         """What runs `plan`: its variant, or a function that finds or makes it at the first call."""
-        variant = self.variants.cache.get(plan.structure)
+        variant = self.variants.cache.get(plan.specialization_key)
         if variant is not None:
             return self._bound(variant, plan)
 
@@ -287,18 +287,18 @@ class Dispatcher:
 
     def report(self, names: Mapping[int, str]) -> GraphReport:
         """Its variants; `names` are those of the sites."""
-        in_force = self._plan.structure
+        in_force = self._plan.specialization_key
         numbered = {index: names.get(site, f"site {site}") for index, (site, _) in self._sites.items()}
         variants = [
             VariantReport(
-                plan=_plan_text(structure, numbered),
+                plan=_plan_text(key, numbered),
                 origin=variant.origin,
                 seconds=variant.seconds,
                 size_bytes=variant.size_bytes,
                 reason=variant.reason,
-                in_force=structure == in_force,
+                in_force=key == in_force,
             )
-            for structure, variant in self.variants.cache.items()
+            for key, variant in self.variants.cache.items()
         ]
         sites = tuple(names.get(site, f"site {site}") for site in dict.fromkeys(self.site_calls))
         compiler = self.variants.compiler
@@ -322,8 +322,8 @@ def report_on(executors: Iterable[object], names: Mapping[int, str]) -> CompileR
     return CompileReport(tuple(graphs), workers_so_far(), None if store is None else store.statistics)
 
 
-def _plan_text(structure: Any, names: Mapping[int, str]) -> str:
+def _plan_text(key: Any, names: Mapping[int, str]) -> str:
     """The structure of a plan as text; `names` are those of the graph's sites by number."""
-    by_site, *_ = structure or ((),)
+    by_site, *_ = key or ((),)
     parts = [f"{names[site]}[{', '.join(str(seed[0])[:12] for seed in seeds)}]" for site, seeds in by_site]
     return "; ".join(parts) or "dormant"

@@ -24,7 +24,7 @@ class GraphPlan(Plan):
     device: torch.device = _CPU
 
     @property
-    def structure(self) -> Hashable:
+    def specialization_key(self) -> Hashable:
         """As of any plan; a variant is compiled for the device of the alphas too."""
-        sites = super().structure
+        sites = super().specialization_key
         return (sites, str(self.device)) if sites else sites

@@ -42,7 +42,7 @@ class GraphVariants:
 
     def ready(self, plan: GraphPlan) -> bool:
         """Whether `plan` can come into force without a compilation that workers could do."""
-        return not self.compiler.remote or self.cache.get(plan.structure) is not None
+        return not self.compiler.remote or self.cache.get(plan.specialization_key) is not None
 
     def begin(self, plan: GraphPlan, context: Context | None = None) -> VariantPreparation | None:
         """Begin to make the variant for `plan`, unless it is there or has to be compiled at its first call.
@@ -50,67 +50,67 @@ class GraphVariants:
         One that was made under other settings than `context` sees is made anew. For a background thread. What is under
         way already is waited for, and not made twice.
         """
-        structure = plan.structure
-        known = self.cache.get(structure)
+        key = plan.specialization_key
+        known = self.cache.get(key)
         if known is not None and (plan.is_dormant or context is None or self.compiler.is_current(known, context)):
             return None
         self.compiler.check(plan)
         if not self.compiler.remote:
             if self.compiler.options.inner_name == "eager":
-                self.cache.put(structure, self.compiler.uncompiled(plan))
+                self.cache.put(key, self.compiler.uncompiled(plan))
             return None
         with self._lock:
-            shared = self._under_way.get(structure)
+            shared = self._under_way.get(key)
             if shared is not None:
                 shared.users += 1
-                return VariantPreparation(self, structure, shared)
+                return VariantPreparation(self, key, shared)
         started = self.compiler.start(plan, context)
         if not isinstance(started, Compilation):
-            self.cache.put(structure, started)
+            self.cache.put(key, started)
             return None
         with self._lock:
-            shared = self._under_way[structure] = _Shared(started)
-        return VariantPreparation(self, structure, shared)
+            shared = self._under_way[key] = _Shared(started)
+        return VariantPreparation(self, key, shared)
 
     def here(self, plan: GraphPlan, *, while_captured: bool = False) -> Variant:
         """The variant for `plan`, compiled at once if it is not there. On the thread that runs the model.
 
         `while_captured` says that Dynamo is calling the backend.
         """
-        variant = self.cache.get(plan.structure)
+        variant = self.cache.get(plan.specialization_key)
         if variant is None:
             variant = self.compiler.compile_here(plan, while_captured)
-            self.cache.put(plan.structure, variant)
+            self.cache.put(plan.specialization_key, variant)
         return variant
 
-    def _finish(self, structure: Hashable, shared: _Shared) -> None:
+    def _finish(self, key: Hashable, shared: _Shared) -> None:
         with shared.lock:  # whoever is second finds it done
             if not shared.done:
                 shared.done = True
                 try:
                     variant = shared.compilation.finish()
                     if variant is not None:
-                        self.cache.put(structure, variant)
+                        self.cache.put(key, variant)
                 except WorkersClosedError as error:
                     shared.error = ShutDownError(str(error))
                 except Exception as error:  # noqa: BLE001  # raised below, by each that waits
                     shared.error = error
-                self._forget(structure, shared)
+                self._forget(key, shared)
         if shared.error is not None:
             raise shared.error
 
-    def _abandon(self, structure: Hashable, shared: _Shared) -> None:
+    def _abandon(self, key: Hashable, shared: _Shared) -> None:
         with self._lock:
             shared.users -= 1
             unwanted = shared.users == 0 and not shared.done
         if unwanted:
-            self._forget(structure, shared)
+            self._forget(key, shared)
             shared.compilation.abandon()
 
-    def _forget(self, structure: Hashable, shared: _Shared) -> None:
+    def _forget(self, key: Hashable, shared: _Shared) -> None:
         with self._lock:
-            if self._under_way.get(structure) is shared:
-                del self._under_way[structure]
+            if self._under_way.get(key) is shared:
+                del self._under_way[key]
 
 
 class _Shared:
@@ -127,14 +127,14 @@ class _Shared:
 class VariantPreparation:
     """A variant that somebody waits for. For the background thread that began it."""
 
-    def __init__(self, variants: GraphVariants, structure: Hashable, shared: _Shared) -> None:
-        self._variants, self._structure, self._shared = variants, structure, shared
+    def __init__(self, variants: GraphVariants, key: Hashable, shared: _Shared) -> None:
+        self._variants, self._key, self._shared = variants, key, shared
         self.future: Future[bytes] = shared.compilation.future
 
     def finish(self) -> None:
         """Load the variant once `future` is done; raises what kept it from being compiled."""
-        self._variants._finish(self._structure, self._shared)
+        self._variants._finish(self._key, self._shared)
 
     def abandon(self) -> None:
         """Nobody waits here any more. What a worker has begun goes on, for the store."""
-        self._variants._abandon(self._structure, self._shared)
+        self._variants._abandon(self._key, self._shared)

@@ -51,23 +51,23 @@ class VariantCache:
         """Nobody in this child holds the lock, whoever held it in the parent; see `esper.forking`."""
         self._lock = threading.Lock()
 
-    def get(self, structure: Hashable) -> Variant | None:
+    def get(self, key: Hashable) -> Variant | None:
         """The variant, which is the most recently used one now."""
         with self._lock:
-            variant = self._variants.get(structure)
+            variant = self._variants.get(key)
             if variant is not None:
-                self._variants.move_to_end(structure)
+                self._variants.move_to_end(key)
             return variant
 
-    def put(self, structure: Hashable, variant: Variant | None) -> None:
+    def put(self, key: Hashable, variant: Variant | None) -> None:
         """Keep `variant`, in the place of an earlier one; None removes that."""
-        staying = {DORMANT.structure, structure, *self._in_force()}
+        staying = {DORMANT.specialization_key, key, *self._in_force()}
         with self._lock:
             if variant is None:
-                self._variants.pop(structure, None)
+                self._variants.pop(key, None)
                 return
-            self._variants[structure] = variant
-            self._variants.move_to_end(structure)
+            self._variants[key] = variant
+            self._variants.move_to_end(key)
             movable = [key for key in self._variants if key not in staying]
             sizes = {key: each.size_bytes or _UNKNOWN_SIZE for key, each in self._variants.items()}
             total = sum(sizes[key] for key in movable)

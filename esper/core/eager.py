@@ -98,8 +98,8 @@ class EagerExecutor:
     def _set(self, run: _Run) -> None:
         model = self._model() if self._model is not None else None
         if model is not None:
-            in_parts = self._runtime.in_parts and self._traced is not None and not self._has_entry_hook
-            model.__dict__["_run"] = self._begin if in_parts and run == self._current else run
+            broken = self._runtime.has_graph_breaks and self._traced is not None and not self._has_entry_hook
+            model.__dict__["_run"] = self._begin if broken and run == self._current else run
 
     def _point_to(self, run: _Run) -> None:
         with self._runtime.lock:  # whoever arms meanwhile has the last word

@@ -108,7 +108,7 @@ class Part:
         with self._runtime.lock:
             before, same = self.run, self._planned.plan is plan
             self._follow(plan)
-            if self._runtime.in_parts and not same:
+            if self._runtime.has_graph_breaks and not same:
                 self._switch(PlanHandover([self._runtime], before, self._planned, self._finish))
 
     def _finish(self, handover: PlanHandover) -> None:

@@ -245,7 +245,7 @@ class KasminaLayer(nn.Linear):
             current = active_path(self, self.layer_name, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
         else:
             current = dormant_path(self)
-        if self.runtime.in_parts:
+        if self.runtime.has_graph_breaks:
             current = PlanHandover([self.runtime], before, current, self._finish)
         self._current = current
         self._alphas = self.state.alpha_blend

@@ -218,7 +218,7 @@ def test_a_model_in_one_graph_is_known_as_such_after_the_thread_of_its_first_for
     thread.start()
     thread.join()
     outputs(run, x)
-    assert not model.runtime.in_parts  # so that nothing is done for that where later forwards begin
+    assert not model.runtime.has_graph_breaks  # so that nothing is done for that where later forwards begin
 
 
 @pytest.mark.parametrize("mode", ["fx", "module"])

@@ -29,7 +29,7 @@ class SeedPlan:
     """The alpha of a fossil, which a compiled variant has as a constant; None while the seed is active."""
 
     @property
-    def structure(self) -> Hashable:
+    def specialization_key(self) -> Hashable:
         """What a compiled variant is specialised for; kernels of equal structure differ only in their tensors."""
         requires_grad = tuple(parameter.requires_grad for parameter in self.kernel.parameters)
         return self.kernel.graph.digest, self.isolate, requires_grad, self.constant_alpha
@@ -69,9 +69,9 @@ class Plan:
             yield from seeds
 
     @property
-    def structure(self) -> Hashable:
+    def specialization_key(self) -> Hashable:
         """Equal for plans that the same compiled variant can execute with other tensors."""
-        return tuple((site, tuple(seed.structure for seed in seeds)) for site, seeds in self.sites.items())
+        return tuple((site, tuple(seed.specialization_key for seed in seeds)) for site, seeds in self.sites.items())
 
     @property
     def is_dormant(self) -> bool:

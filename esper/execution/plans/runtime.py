@@ -98,7 +98,7 @@ class Runtime:
         """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
-        self.in_parts = False
+        self.has_graph_breaks = False
         """Whether a forward consists of several parts: then :meth:`note_forward` has to be called where it begins."""
         self._first_forward: _FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
@@ -189,19 +189,19 @@ class Runtime:
     def may_divide(self) -> None:
         """The beginning of a forward was compiled: until the next one nobody knows whether it is all of it."""
         with self.lock:
-            if not self.in_parts:
+            if not self.has_graph_breaks:
                 self._first_forward = _FirstForward(threading.get_ident())
                 self._note_beginnings()
                 self.starts.note(self)  # it counts as under way for whoever is told to look from now on
 
     def _note_beginnings(self) -> None:
-        if not self.in_parts:
+        if not self.has_graph_breaks:
             self.starts.forget_before(self.version)
-            self.in_parts = True
+            self.has_graph_breaks = True
             self._install_entry_hooks()  # whoever begins a forward learns of it when the boundary is behind it
 
     def note_forward(self) -> None:
-        """A forward begins on this thread; called at least where :attr:`in_parts`."""
+        """A forward begins on this thread; called at least where :attr:`has_graph_breaks`."""
         self.starts.note(self)
         if self._handovers:
             self._finish_handovers()
@@ -225,7 +225,7 @@ class Runtime:
     def _stays_whole(self, first: _FirstForward) -> None:
         with self.lock:
             if self._first_forward is first:
-                self._first_forward, self.in_parts = None, False
+                self._first_forward, self.has_graph_breaks = None, False
                 if not self.has_entry_hooks:
                     for executor in list(self._executors):
                         executor.remove_entry_hook()
