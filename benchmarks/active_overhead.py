@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.apart import Failed, Failures, apart
-from benchmarks.harness import arguments, ratio, report
+from benchmarks.harness import arguments, ratio, report, stoppable
 
 GOALS = {"one by one": 1.02, "batched": 1.0}
 KINDS = ("forward", "training")
@@ -30,7 +30,7 @@ def main() -> None:
     failures = Failures()
     rows: list[tuple[str, float, float, float]] = []
     details: dict[str, Any] = {"goals": GOALS}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, stoppable():
         for seeds in options.seeds:
             for batching in GOALS:
                 figures = apart(

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import esper
-from benchmarks.harness import arguments, paired, ratio, report
+from benchmarks.harness import arguments, paired, ratio, report, stoppable
 
 
 class Block(nn.Module):
@@ -90,7 +90,7 @@ def main() -> None:
     options = arguments(__doc__ or "")
     rows = []
     details = {}
-    with tempfile.TemporaryDirectory() as folder, esper.Platform.embedded(folder) as platform:
+    with tempfile.TemporaryDirectory() as folder, esper.Platform.embedded(folder) as platform, stoppable():
         for name, (build, shape) in MODELS.items():
             torch.manual_seed(0)
             host = build().to(options.device)

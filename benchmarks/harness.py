@@ -15,7 +15,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-__all__ = ["Figures", "Section", "arguments", "paired", "ratio", "report"]
+__all__ = ["Figures", "Section", "arguments", "paired", "ratio", "report", "stoppable"]
 
 RESULTS = Path(__file__).parent / "results"
 _FILE_WIDTH = 160  # of tables that are not shown on a terminal
@@ -80,6 +81,15 @@ def arguments(
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     return parsed
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Measurements that Ctrl-C, or a SIGINT, ends early: what was measured before is reported."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped: what was measured until now follows", flush=True)
 
 
 def paired(alternatives: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 0.05) -> Figures:

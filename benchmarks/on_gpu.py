@@ -1,6 +1,7 @@
 """The GPU run, of limited length: the tests marked `gpu`, and the headline benchmarks.
 
-Each part is a process of its own and gets the time that is left; what was measured before time ran out is kept. Needs
+Each part is a process of its own and gets the time that is left, at most its own limit; then it is told to stop, and
+reports what it has measured. Needs
 torch with CUDA, pytest, and what Esper itself needs. `on_gpu.json` says how each part ended; the benchmarks write
 their own files, `<name>-cuda.json` and `.png`.
 """
@@ -61,9 +62,10 @@ def parts(results: Path) -> list[Part]:
 
     return [
         Part("tests", ("-m", "pytest", "-m", "gpu", "-q", *marked), 180),
-        benchmark("dormant_overhead", 120, "--rounds", "12"),
+        benchmark("dormant_overhead", 90, "--rounds", "12"),
+        benchmark("regions", 150, "--depths", "2", "12", "--whole", "--steps", "50"),
         benchmark("hot_swap", 240, "--models", "mlp", "transformer", "--steps", "200", "--rounds", "6"),
-        benchmark("active_overhead", 120, "--quick"),
+        benchmark("active_overhead", 60, "--quick"),
         benchmark("seed_scaling", 60, "--rounds", "6"),
     ]
 
@@ -85,7 +87,7 @@ def run(part: Part, left: float) -> Outcome:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # so that what it started is ended by it
         try:
-            printed, _ = process.communicate(timeout=10)
+            printed, _ = process.communicate(timeout=30)
         except subprocess.TimeoutExpired:
             process.kill()
             printed, _ = process.communicate()

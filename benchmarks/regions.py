@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.apart import Failed, Failures, apart
-from benchmarks.harness import Section, arguments, report
+from benchmarks.harness import Section, arguments, report, stoppable
 
 GOALS = {"to_active_flat": 1.2, "all_to_one": 1.3, "first_to_whole": 0.35, "first_to_plain": 1.1, "step_to_whole": 1.03}
 SIDES = ("plain, by blocks", "esper, by blocks", "plain, whole", "esper, whole")
@@ -29,7 +29,7 @@ def main() -> None:
         options.depths, options.whole, options.steps = [2, 6], [2], 30
     failures = Failures()
     figures: dict[str, dict[int, Any]] = {side: {} for side in SIDES}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, stoppable():
         for depth in options.depths:
             for side in SIDES:
                 if "whole" not in side or depth in options.whole:
@@ -52,7 +52,7 @@ def main() -> None:
 def _extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workload", choices=["llama", "mlp", "transformer"], default="llama", help="which model")
     parser.add_argument("--depths", nargs="+", type=int, default=[2, 6, 12, 24, 48], help="blocks")
-    parser.add_argument("--whole", nargs="+", type=int, default=[2, 6, 12, 24], help="blocks compiled as a whole, too")
+    parser.add_argument("--whole", nargs="*", type=int, default=[2, 6, 12, 24], help="blocks compiled as a whole, too")
     parser.add_argument("--steps", type=int, default=100, help="steps of which the steady one is the median")
     parser.add_argument("--quick", action="store_true", help="2 and 6 blocks, and 2 as a whole")
 

@@ -62,7 +62,8 @@ def depth_side(
             sites = {"one": [what.site(depth)], "all": _sites(model, what.site(depth))}
             for seed, (kind, names) in enumerate(sites.items()):
                 found[kind] = trainer.load(model, names, seed, kernels[kind])
-    found["memory_mib"] = psutil.Process().memory_info().rss / 2**20
+    on_card = torch.cuda.max_memory_allocated() if device.startswith("cuda") else psutil.Process().memory_info().rss
+    found["memory_mib"] = on_card / 2**20
     return found
 
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 import esper
 from benchmarks.dormant_overhead import mlp, training
-from benchmarks.harness import arguments, paired, ratio, report
+from benchmarks.harness import arguments, paired, ratio, report, stoppable
 
 LAYERS = 10
 SEEDS = (LAYERS, 100, 1_000, 10_000, 100_000)
@@ -30,7 +30,7 @@ def main() -> None:
     x = torch.randn(64, 64, device=options.device)
     rows = []
     details = {}
-    with tempfile.TemporaryDirectory() as folder, esper.Platform.embedded(folder) as platform:
+    with tempfile.TemporaryDirectory() as folder, esper.Platform.embedded(folder) as platform, stoppable():
         for total in (1, *SEEDS):
             targets = ["0"] if total == 1 else None
             gc.collect()

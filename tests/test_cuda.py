@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import esper
 from esper import Blueprint
@@ -57,6 +58,23 @@ def test_the_training_thread_times_no_configurations_of_a_new_kernels_code(
     run(x).sum().backward()
     assert model.kasmina_layers["0"].state.in_force(0)
     assert timed == []
+
+
+def test_blocks_that_are_compiled_by_themselves_take_kernels(shelf: KernelShelf, fresh_dynamo: None) -> None:
+    model = esper.wrap(nn.Sequential(*(mlp(8, 6, 8) for _ in range(3))).cuda(), platform=shelf.platform)
+    x = torch.randn(5, 8, device="cuda")
+    eager = copy.deepcopy(model)
+    assert esper.compile_blocks(model) == ["0", "1", "2"]
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    for name in (None, "1.0", "2.0"):
+        for each in (model, eager):
+            if name is not None:
+                assert asyncio.run(each.load_kernel(name, 0, kernel, alpha=0.5, trainable=True))
+            each.zero_grad()
+            each(x).square().sum().backward()
+        torch.testing.assert_close(model(x), eager(x), rtol=1e-4, atol=1e-4)
+        for ours, expected in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_moves_to_the_device_takes_its_seeds_along(shelf: KernelShelf, fresh_dynamo: None) -> None:

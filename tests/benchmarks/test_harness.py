@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
 
-from benchmarks.harness import Section, report
+from benchmarks.harness import Section, report, stoppable
 
 
 def made(folder: Path, device: str = "cpu", **more: Any) -> None:
@@ -48,3 +49,14 @@ def test_a_plot_has_as_many_panels_as_asked_for(tmp_path: Path) -> None:
     options = argparse.Namespace(device="cpu", results=tmp_path)
     report("example", "An example", ("case",), [], {}, lambda *axes: panels.extend(axes), options, panels=(2, 3))
     assert len(panels) == 6
+
+
+def test_what_was_measured_before_it_is_stopped_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    with stoppable():
+        for row in range(3):
+            if row == 2:
+                signal.raise_signal(signal.SIGINT)
+            rows.append(row)
+    assert rows == [0, 1]
+    assert "stopped" in capsys.readouterr().out
