@@ -1,4 +1,4 @@
-.PHONY: demo test coverage golden lint docs bench clean
+.PHONY: demo test test-slow coverage golden lint docs bench clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,10 @@ demo: $(STAMP)
 	$(BIN)/esper demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term

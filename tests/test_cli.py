@@ -55,6 +55,7 @@ class CommandLine:
         return told
 
 
+@pytest.mark.slow
 def test_it_is_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "esper.cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"esper {esper.__version__}\n"

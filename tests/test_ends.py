@@ -30,6 +30,7 @@ def _check_end(process: subprocess.Popen[str], kind: str) -> None:
     assert ("Traceback" in err) == (kind == "raises"), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loaded", "requests", "hangs", "exits", "raises"])
 def test_a_program_ends(kind: str) -> None:
     for _ in range(_TIMES):

@@ -483,6 +483,7 @@ def test_compiled_code_survives_serialisation_for_any_number_of_rows() -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_recognised_and_esper_alone_does_not_import_dynamo() -> None:
     program = """
 import sys, torch, esper
@@ -561,5 +562,6 @@ def test_functions_are_named_in_graphs_as_torch_nn_functional_has_them() -> None
     assert isinstance(torch.ops.aten.add.Tensor, torch_internals.OpOverload)
 
 
+@pytest.mark.slow
 def test_inductors_options_have_names() -> None:
     assert "max_autotune" in torch_internals.inductor_option_names()

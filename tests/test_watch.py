@@ -18,6 +18,7 @@ from tests.test_cli import CommandLine
 pytestmark = pytest.mark.xdist_group("valkey")
 
 
+@pytest.mark.slow
 def test_layers_are_shown_by_number_and_name(tmp_path: Path) -> None:
     with ValkeyProcess() as valkey:
         config = EsperConfig.model_validate(

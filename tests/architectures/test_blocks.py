@@ -49,6 +49,7 @@ def _same(one: list[Tensor], other: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
 def test_a_llama_trains_and_grows_with_one_trace_of_its_blocks(checkpointing: bool, shelf: KernelShelf) -> None:
     model, tokens = esper.wrap(_llama(), platform=shelf.platform).train(), _tokens()

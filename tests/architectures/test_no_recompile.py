@@ -89,11 +89,13 @@ def _live(name: str, mode: Any, inner: str, shelf: KernelShelf, phases: tuple[tu
         torch.testing.assert_close(_agrees(run, model, architecture, phases), dormant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_no_swap_makes_dynamo_trace_again(name: str, shelf: KernelShelf) -> None:
     _live(name, "module", "eager", shelf, (_TRAINING, _INFERENCE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "nn.TransformerEncoder", "LSTM", "convolutions"])
 def test_no_swap_in_a_traced_model_makes_dynamo_trace_again(name: str, shelf: KernelShelf) -> None:
     _live(name, "fx", "aot_eager", shelf, (_TRAINING, _EVALUATION, _INFERENCE))

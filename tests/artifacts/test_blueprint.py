@@ -225,6 +225,7 @@ for start in ("identity", "kaiming", "orthogonal"):
 """
 
 
+@pytest.mark.slow
 def test_ids_are_equal_in_any_process() -> None:
     outputs = {
         subprocess.run(

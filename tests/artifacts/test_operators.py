@@ -219,6 +219,7 @@ print("torch._dynamo" in modules[1] - modules[0], sorted(modules[2] - modules[1]
 """
 
 
+@pytest.mark.slow
 def test_checks_import_nothing_once_meta_kernels_were_imported() -> None:
     assert Program(ALL_CHECKS).finish() == ["True []"]
 

@@ -178,6 +178,7 @@ def test_dynamic_batch_size(inner: str, shelf: KernelShelf, fresh_dynamo: None) 
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", INNER)
 def test_training_and_inference_graphs_and_autocast(inner: str, shelf: KernelShelf, fresh_dynamo: None) -> None:
     # with Inductor each of the six graphs takes seconds, and ten times as long for attention

@@ -96,6 +96,7 @@ def dump_in_worker(payload: bytes) -> bytes:
     return str(os.getpid()).encode()
 
 
+@pytest.mark.slow
 def test_a_compile_worker_dumps_beside_the_process_that_trains(directory: Path) -> None:
     with CompileWorkers(target="tests.compiler.test_debug_dir:dump_in_worker") as workers:
         pid = workers.submit(b"graph 0").result(120).decode()

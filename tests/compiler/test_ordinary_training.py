@@ -344,6 +344,7 @@ def test_a_schedule_gives_the_losses_of_eager_training(optimizer: str, inner: st
     assert expected[-1] < expected[0]
 
 
+@pytest.mark.slow
 def test_a_compiled_optimizer_step(shelf: KernelShelf) -> None:
     training, make = Training(shelf), OPTIMIZERS["foreach"]
     expected = training.losses(lambda run: run, make)

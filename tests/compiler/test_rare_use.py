@@ -275,6 +275,7 @@ def test_nested_compile_regions(shelf: KernelShelf, x: Tensor) -> None:
     agrees_through_a_swap(compiled(model), model, {"1.fc": put(shelf, 8, 8)}, x)
 
 
+@pytest.mark.slow
 def test_autocast_inside_what_a_worker_compiles(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
     def cast(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -313,6 +314,7 @@ class Special(nn.Module):
         return self.last(self.special(self.first(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [Double.apply, double], ids=["autograd function", "custom operator"])
 def test_what_a_worker_cannot_compile_is_compiled_here(special: Any, shelf: KernelShelf, x: Tensor) -> None:
     model = esper.wrap(Special(special), platform=shelf.platform)

@@ -135,6 +135,7 @@ def test_a_variant_that_may_not_be_read_is_a_miss() -> None:
     assert "it cannot be read (Permission denied)" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_forked_child_uses_the_store_whatever_threads_of_the_parent_were_doing(tmp_path: Path) -> None:
     lines = run(
         """

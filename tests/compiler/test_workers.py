@@ -80,6 +80,7 @@ def test_a_worker_is_a_process_of_its_own_that_gives_way_and_knows_nothing_of_th
     assert about["read"] == "", "there is nothing on its standard input"
 
 
+@pytest.mark.slow
 def test_two_workers_work_at_the_same_time(tmp_path: Path) -> None:
     with CompileWorkers(2, target=TARGET) as pool:
         futures = [pool.submit(b"attend " + bytes(tmp_path)) for _ in range(2)]
@@ -88,6 +89,7 @@ def test_two_workers_work_at_the_same_time(tmp_path: Path) -> None:
         assert sorted(int(settled(future)) for future in futures) == both
 
 
+@pytest.mark.slow
 def test_warm_workers_are_there_before_the_first_job(pool: CompileWorkers) -> None:
     with CompileWorkers(2, target=TARGET) as warmed:
         before = [each.pid for each in processes()]
@@ -217,6 +219,7 @@ def test_a_death_is_noticed_while_somebody_else_holds_the_connection_open(pool: 
     assert error.exit == "ended with exit status 4"
 
 
+@pytest.mark.slow
 def test_compilers_that_a_dead_worker_has_left_behind_are_ended(pool: CompileWorkers, tmp_path: Path) -> None:
     error = failure(pool.submit(b"abandon " + bytes(tmp_path)))
     assert isinstance(error, WorkerCrashedError)
@@ -224,6 +227,7 @@ def test_compilers_that_a_dead_worker_has_left_behind_are_ended(pool: CompileWor
         assert_gone(each)
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_too_long_ends_with_everything_that_it_started(pool: CompileWorkers, tmp_path: Path) -> None:
     before = pool.statistics
     settled(pool.submit(b"echo"))  # the worker is there
@@ -240,6 +244,7 @@ def test_a_job_that_takes_too_long_ends_with_everything_that_it_started(pool: Co
     assert pool.statistics.crashes == before.crashes
 
 
+@pytest.mark.slow
 def test_the_pools_own_time_limit_holds_for_jobs_that_bring_none() -> None:
     with CompileWorkers(target=TARGET, timeout=0.2) as pool:
         assert isinstance(failure(pool.submit(b"sleep 300")), WorkerTimeoutError)
@@ -257,6 +262,7 @@ def test_a_worker_that_stops_reading_is_one_that_takes_too_long(pool: CompileWor
 # -- workers that come and go ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced_for_the_next_job(pool: CompileWorkers) -> None:
     settled(pool.submit(b"echo"))
     before = pool.statistics

@@ -53,6 +53,7 @@ def test_gradients_are_those_of_the_wrapped_model(shelf: KernelShelf, x: torch.T
         assert any(gradient.shape == other.shape and torch.allclose(gradient, other, atol=1e-6) for other in theirs)
 
 
+@pytest.mark.slow
 def test_it_is_loaded_and_exported_where_esper_is_not_installed(
     shelf: KernelShelf, x: torch.Tensor, tmp_path: Path
 ) -> None:

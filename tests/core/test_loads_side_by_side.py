@@ -118,6 +118,7 @@ def test_a_load_whose_task_is_cancelled_never_comes_into_force(source: HangingSo
     assert not torch.equal(outputs(model, x), before)
 
 
+@pytest.mark.slow
 def test_many_models_share_their_threads_and_these_end(source: HangingSource) -> None:
     before = threading.active_count()
     for _ in range(12):

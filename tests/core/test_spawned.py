@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import esper
@@ -18,6 +19,7 @@ def outputs(models: list[Any], x: torch.Tensor, answers: Any) -> None:
         answers.put([model(x).tolist() for model in models])
 
 
+@pytest.mark.slow
 def test_models_and_layers_are_sent_to_a_spawned_process_with_the_default_sharing_strategy(shelf: KernelShelf) -> None:
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
     x = torch.randn(5, 8)

@@ -13,10 +13,12 @@ from tests.services.programs import environment_with_pool
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
+@pytest.mark.slow
 def test_a_child_that_is_forked_in_the_middle_of_a_change_loads_and_runs() -> None:
     assert output_of("tests.execution.forked_layer") == ["child: 0", "called off: True", "parent: True"]
 
 
+@pytest.mark.slow
 def test_a_child_that_is_forked_while_other_threads_hold_locks_or_fetch_can_do_everything() -> None:
     assert output_of("tests.execution.forked_steps") == [
         "alpha: True",

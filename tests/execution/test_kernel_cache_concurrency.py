@@ -98,6 +98,7 @@ async def test_a_kernel_evicted_before_its_waiter_could_pin_it_is_put_back(sourc
     assert source.fetches[artifacts[0].id] == 1
 
 
+@pytest.mark.slow
 async def test_without_a_thread_for_it_a_fetch_fails_and_the_next_one_works(source, artifacts, monkeypatch):
     cache = KernelCache(source=source)
 

@@ -209,6 +209,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_the_thread_that_looks_goes_with_the_last_model_and_comes_with_the_next() -> None:
     done = subprocess.run([sys.executable, "-c", _MANY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -258,6 +259,7 @@ def test_a_layer_that_stands_alone_reports(platform: GatedPlatform, x: torch.Ten
     assert quiet.get_layer_stats()["execution_count"] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_due_while_another_thread_imports_the_platform_is_no_trouble(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tests.execution.half_imported_platform"]
     environment = {**os.environ, "ESPER_PLATFORM__ROOT": str(tmp_path)}

@@ -163,6 +163,7 @@ print(len(set(sys.modules) - modules) > 100, full, gc.isenabled())
 """
 
 
+@pytest.mark.slow
 def test_the_first_load_imports_much_and_has_nobody_wait_for_a_full_collection(shelf: KernelShelf) -> None:
     kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=3)).id
     assert Program(FIRST_LOAD, shelf.root, kernel).finish() == ["True [] True"]

@@ -69,6 +69,7 @@ def test_a_kernel_of_every_kind_above_and_below_one_that_adds(kind: str) -> None
             _check([(each, 0.25, isolate and each == kind, False) for each in order], True, TWO)
 
 
+@pytest.mark.slow
 @given(st.lists(ONE, min_size=1, max_size=6), st.booleans(), st.sampled_from([0, 1, 2, 3]))
 @settings(max_examples=80, deadline=None)
 def test_any_kernels_compose_as_the_formula_says(chosen: list[Seed], bias: bool, min_seeds: int) -> None:

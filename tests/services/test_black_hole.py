@@ -53,6 +53,7 @@ def test_a_request_to_a_locked_database_returns_and_its_future_fails_in_time(tmp
             holder.rollback()
 
 
+@pytest.mark.slow
 def test_a_kernel_on_the_disk_loads(urza: RunningUrza, store: UrzaStore, tmp_path: Path) -> None:
     artifact: Artifact = add_kernel(store, blueprint(1), "first", key=KEY)[0]
     references = [artifact.id, artifact.id[:12], "first"]

@@ -328,6 +328,7 @@ def test_a_slow_server_holds_up_nobody_who_publishes_and_loses_nothing(valkey_se
         bus.close()
 
 
+@pytest.mark.slow
 def test_redis_is_not_imported_by_who_does_not_use_it() -> None:
     program = "import sys, esper, esper.platform; print('redis' in sys.modules)"
     assert Program(program).finish() == ["False"], sys.executable

@@ -162,6 +162,7 @@ class TestWhoOwnsTheBus:
         assert all(isinstance(each, str | int | float | bool | None) for each in leaves)
         assert len(leaves) < 30, "a summary, whatever the size of the layer"
 
+    @pytest.mark.slow
     def test_the_queue_of_compilations_takes_nothing_but_ids(
         self, valkey: ValkeyProcess, caplog: pytest.LogCaptureFixture
     ) -> None:

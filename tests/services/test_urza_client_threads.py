@@ -40,6 +40,7 @@ def connections_to(urza: RunningUrza) -> int:
 
 
 class TestThreads:
+    @pytest.mark.slow
     def test_each_gets_its_own_answer(self, store: UrzaStore, remote: RemoteStore) -> None:
         kernels = [add_kernel(store, blueprint(seed), f"kernel-{seed}")[0] for seed in range(8)]
 
@@ -208,11 +209,13 @@ def program(source: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 class TestTheEndOfTheProcess:
+    @pytest.mark.slow
     def test_without_closing(self, urza: RunningUrza) -> None:
         process = program(ASK_AND_END, urza.url)
         output, errors = process.communicate(timeout=60)
         assert (process.returncode, output, errors) == (0, "0\n", "")
 
+    @pytest.mark.slow
     def test_while_a_thread_waits_for_an_answer(self) -> None:
         with BrokenServer(silence) as server:
             process = program(ASK_IN_VAIN, server.url, "elsewhere")

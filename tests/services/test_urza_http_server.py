@@ -28,6 +28,7 @@ from tests.services.urza_server_calls import claim, submission, submit
 
 
 class TestProcess:
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_it_says_where_it_listens_and_ends_when_told(self, folder: Path, number: int) -> None:
         program = Program(SERVE, folder)

@@ -109,6 +109,7 @@ def test_a_postgresql_that_cannot_be_reached(postgres: Postgres, folder: Path) -
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits as on POSIX")
 def test_a_full_disk_refuses_what_does_not_fit_and_serves_the_rest(folder: Path) -> None:
     with UrzaStore.in_folder(folder) as store:

@@ -163,6 +163,7 @@ class TestFiles:
         assert files(folder) >= {artifact.id}
 
 
+@pytest.mark.slow
 def test_uploads_that_race_with_the_collection_are_whole(store: UrzaStore, folder: Path) -> None:
     """Artifacts lie there unreferenced and old, as an upload that failed leaves them, when they are uploaded again."""
     artifacts = [build_artifact(blueprint(seed)) for seed in range(40)]

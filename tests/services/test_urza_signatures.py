@@ -201,6 +201,7 @@ class TestRecompiling:
 
 
 class TestPlatforms:
+    @pytest.mark.slow
     def test_after_a_lost_key_the_same_blueprint_is_compiled_and_can_be_loaded(self, tmp_path: Path) -> None:
         config = EsperConfig.model_validate({"tezzeret": {"pipeline": "fast"}})
         with Platform.embedded(tmp_path, config=config) as platform:
