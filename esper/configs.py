@@ -301,7 +301,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
     except ValidationError as cause:
         raise ConfigError(_explain(cause, path, lines)) from cause
     except SettingsError as cause:
-        raise ConfigError(f"the settings cannot be read: {cause}") from cause
+        raise ConfigError(_explain_section(cause)) from cause
     return EsperConfig.model_construct(**{name: getattr(settings, name) for name in EsperConfig.model_fields})
 
 
@@ -313,6 +313,16 @@ def checked_settings(config: object) -> EsperConfig:
             "YAML file, EsperConfig.model_validate(...) a dict"
         )
     return config
+
+
+def _explain_section(cause: SettingsError) -> str:
+    """What is wrong with a variable for a whole section; its value, which may be a secret, is not told."""
+    names = [_PREFIX + name.upper() for name in EsperConfig.model_fields if f'"{name}"' in str(cause)]
+    named = names[0] if names else f"a variable {_PREFIX}..."
+    return (
+        f"{named} stands for a whole section of the settings and is not a JSON object: unset it, or set the settings of "
+        f"the section one by one, as {named}{_DELIMITER}... ({_WHERE_THEY_ARE})"
+    )
 
 
 _Location = tuple[str, ...]
