@@ -320,8 +320,8 @@ def _explain_section(cause: SettingsError) -> str:
     names = [_PREFIX + name.upper() for name in EsperConfig.model_fields if f'"{name}"' in str(cause)]
     named = names[0] if names else f"a variable {_PREFIX}..."
     return (
-        f"{named} stands for a whole section of the settings and is not a JSON object: unset it, or set the settings of "
-        f"the section one by one, as {named}{_DELIMITER}... ({_WHERE_THEY_ARE})"
+        f"{named} stands for a whole section of the settings and is not a JSON object: unset it, or set the settings "
+        f"of the section one by one, as {named}{_DELIMITER}... ({_WHERE_THEY_ARE})"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import fx, nn
@@ -197,6 +197,13 @@ class MorphableModel(WrappedModel):
         unexpected[:] = [key for key in unexpected if not key.startswith(own)]
         if not bank.is_unmarked(metadata):
             bank.follow(kernels, dormant, state_dict)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What `torch.jit.script` asks for."""
+        raise TypeError(
+            "torch.jit.script cannot compile a model that changes: script what esper.bake(model) returns, or trace the "
+            "model with torch.jit.trace"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled with its kernels, without its platform: where it is loaded it has the default one.

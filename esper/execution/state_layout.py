@@ -110,7 +110,10 @@ class KasminaStateLayout:
         if storage.behind:
             storage.catch_up()
         tensor = storage.tensors[name]
-        return tensor if self._stop - self._start == tensor.shape[0] else tensor[self._start : self._stop]
+        whole = self._stop - self._start == len(
+            storage.mirror[name]
+        )  # a tensor's size is a tensor to `torch.jit.trace`
+        return tensor if whole else tensor[self._start : self._stop]
 
     @property
     def lifecycle_states(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,17 @@ def test_a_grown_model_is_traced_for_torchscript(
 ) -> None:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=trainable)
-    traced = torch.jit.trace(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, x)
     other = torch.randn(9, 8)
     torch.testing.assert_close(traced(other), model(other))
     model(x).sum().backward()
     assert all((parameter.grad is not None) for parameter in model.seed_parameters())
+
+
+def test_scripting_says_what_can_be_scripted(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = grown(shelf)
+    with pytest.raises(TypeError, match=r"script what esper\.bake\(model\) returns"):
+        torch.jit.script(model)
+    torch.testing.assert_close(torch.jit.script(esper.bake(model))(x), model(x))

@@ -208,6 +208,6 @@ def test_a_variable_of_the_wrong_type_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_variable_for_a_whole_section_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESPER_URZA", "tcp://secret")
-    with pytest.raises(ConfigError, match="ESPER_URZA stands for a whole section.*ESPER_URZA__") as raised:
+    with pytest.raises(ConfigError, match=r"ESPER_URZA stands for a whole section.*ESPER_URZA__") as raised:
         load_config()
     assert "secret" not in str(raised.value)
