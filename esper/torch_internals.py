@@ -43,6 +43,7 @@ __all__ = [
     "assumption_since",
     "backend_being_traced",
     "boxed",
+    "cache_misses",
     "compile_graph",
     "compile_with_inductor",
     "compiler_cache_dir",
@@ -293,6 +294,16 @@ def compile_with_inductor(
 
     compiled: Any = compile_fx(module, list(inputs), config_patches=dict(config_patches or {}))
     return compiled  # type: ignore[no-any-return]  # its declared type has the results of other modes too
+
+
+def cache_misses() -> int | None:
+    """How many graphs Inductor has compiled that its cache did not have; None where it keeps none."""
+    from torch._dynamo.utils import counters
+
+    if compiler_cache_dir() is None:
+        return None
+    counted = counters["inductor"]
+    return counted["fxgraph_cache_miss"] + counted["fxgraph_cache_bypass"]
 
 
 def inductor_options(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:

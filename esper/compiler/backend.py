@@ -72,6 +72,7 @@ def esper_backend(
             if not plan.is_dormant:
                 prepare_dormant(graph)
             return graph.entry
+    misses = torch_internals.cache_misses()
     if plan.is_dormant:
         graph.provide(plan, _compile_host(numbered, graph.kept(inputs), chosen, compiler.name))
         compiler.note_guards()
@@ -79,6 +80,8 @@ def esper_backend(
         graph.variants.here(plan, while_captured=True)
     if has_sites and not compiler.remote and not compiler.reason:
         compiler.make_sendable()
+    if misses is None or torch_internals.cache_misses() != misses:  # a program that is new here, as its kernels will be
+        compiler.warm_workers()
     if not plan.is_dormant:
         if compiler.remote:
             prepare_dormant(graph)

@@ -135,9 +135,14 @@ class VariantCompiler:
         else:
             self._factors = {"format": _FORMAT, **_system(), "graph": self._describe()}
             try:
-                default_workers().warm()
+                default_workers()
             except EsperError as error:  # the settings cannot be used, which must not end the user's forward
                 self._keep_here(str(error))
+
+    def warm_workers(self) -> None:
+        """Have workers started, since something will have to be compiled: they take some seconds."""
+        if self.remote:
+            default_workers().warm()
 
     def _keep_here(self, reason: str) -> None:
         if self.reason:

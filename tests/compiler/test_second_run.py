@@ -16,6 +16,7 @@ from tests.services.valkey_server import ValkeyProcess
 PROGRAM = """
 import json, tempfile
 from pathlib import Path
+import psutil
 import torch
 import esper
 from esper import Blueprint
@@ -31,7 +32,10 @@ with tempfile.TemporaryDirectory() as folder, KernelShelf(Path(folder)) as shelf
     kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming"))
     assert model.request_kernel("0", 0, kernel.id, trainable=True).result(200), model.kasmina_layers["0"].seed_errors
     difference = (compiled(x) - model(x)).abs().max().item()
-    print(json.dumps({**model.compile_report().to_dict(), "difference": difference}))
+    commands = [child.cmdline() for child in psutil.Process().children()]
+    workers = sum("esper.compiler.worker_process" in command for command in commands)
+    report = model.compile_report().to_dict()
+    print(json.dumps({**report, "difference": difference, "worker processes": workers}))
 """
 
 
@@ -73,11 +77,13 @@ def test_a_second_run_takes_its_variants_from_the_store_unless_they_are_damaged(
     assert len(shared) == 2, "one by this process, and one by the compile worker"
     assert origins(first) == {"dormant": "host compile", "active": "worker"}
     assert (first["workers"]["done"], first["store"]["misses"], first["store"]["writes"]) == (1, 1, 1)
+    assert first["worker processes"] > 0
     assert list(dumps.glob("*/graph_0/000/00_inline_kernels.after.py")), "the worker dumps too"
 
     second = run_program(tmp_path)
     assert origins(second) == {"dormant": "host compile", "active": "store"}
     assert (second["workers"]["done"], second["store"]["hits"], second["store"]["writes"]) == (0, 1, 0)
+    assert second["worker processes"] == 0, "a warm start needs none"
 
     libraries = sorted((tmp_path / "cache").rglob("*.main.so"), key=lambda path: path.stat().st_mtime)
     for library, kept in zip(libraries[-2:], (5000, 0), strict=True):  # the variant's, which were made last
