@@ -366,10 +366,10 @@ def test_the_cache_directory_is_inductors_own(tmp_path: Path, monkeypatch: pytes
         assert torch_internals.compiler_cache_dir() is None
 
 
-def test_where_nothing_is_cached_nothing_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_is_cached_nothing_is_missed() -> None:
     assert isinstance(torch_internals.cache_misses(), int)
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert torch_internals.cache_misses() is None
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert torch_internals.cache_misses() is None
 
 
 def test_what_machine_code_depends_on_is_known() -> None:
