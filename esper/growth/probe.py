@@ -1,0 +1,145 @@
+"""`Probe`: statistics of sites over some batches, taken while they go forward and backward through the model."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from esper.artifacts.document import near_misses
+from esper.core.morphable_model import MorphableModel
+from esper.execution.kasmina_layer import KasminaLayer
+from esper.growth.errors import GrowthError
+from esper.growth.statistics import RunningStatistics, SiteStatistics
+
+__all__ = ["Probe"]
+
+_MOST_FEATURES = 8192
+"""Of a site: its second moments are three matrices of that size, 256 MiB each at the most."""
+
+
+class Probe(Mapping[str, SiteStatistics]):
+    """Statistics of what sites take in and of the gradients they are given, by the layers' names.
+
+    ::
+
+        with Probe(model, "blocks.*.fc1") as probe:
+            for x, y in batches:
+                loss_function(model(x), y).backward()
+        statistics = probe["blocks.0.fc1"]
+
+    Gradients add up in the parameters as ever: `zero_grad()` before the next step. Within the block a compiled model
+    runs as it is, uncompiled; outside of it nothing is paid. Blocks may follow each other: what they see adds up.
+
+    Memory is bounded: `(in + 1)² + out² + out (in + 1)` numbers a site, and a uniform sample of `rows` rows, the same
+    for the same `seed` and batches. Everything is summed up in float32, on the model's device, without waiting for it.
+    Under data parallelism each rank has the statistics of its own batches.
+
+    Raises :class:`GrowthError` for names that the model does not have, and for layers of more than 8192 features.
+    """
+
+    def __init__(
+        self, model: MorphableModel, layers: str | Iterable[str] | None = None, *, rows: int = 4096, seed: int = 0
+    ) -> None:
+        """`layers` are dotted names or glob patterns, by default all layers with seeds."""
+        if not isinstance(model, MorphableModel):
+            raise GrowthError(f"a probe is for what esper.wrap() returned, not for a {type(model).__name__}")
+        if rows < 1:
+            raise GrowthError(f"rows must be at least 1, not {rows}")
+        self._model = model
+        self._rows = rows
+        self._layers = {name: model.kasmina_layers[name] for name in _named(model, layers)}
+        for name, layer in self._layers.items():
+            if max(layer.input_dim, layer.output_dim) > _MOST_FEATURES:
+                raise GrowthError(
+                    f"layer {name!r} has {layer.input_dim} inputs and {layer.output_dim} outputs, and a probe holds "
+                    f"square matrices of up to {_MOST_FEATURES}: leave it out"
+                )
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._running: dict[str, RunningStatistics] = {}
+        self._block: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Self:
+        if self._block is not None:
+            raise GrowthError("this probe is in its block already")
+        self._block = contextlib.ExitStack()
+        for name, layer in self._layers.items():
+            self._block.callback(layer.register_forward_hook(partial(self._see, name)).remove)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self._block.enter_context(torch.compiler.set_stance("force_eager"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.close()
+
+    # -- the statistics --------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> SiteStatistics:
+        """The statistics of a layer so far; raises :class:`GrowthError` if there are none, or they are not finite."""
+        layer = self._layers.get(name)
+        if layer is None:
+            raise KeyError(f"the probe is not for {name!r}; {near_misses(name, list(self._layers))}")
+        running = self._running.get(name) or self._new(name, layer, layer.weight.device)
+        learns = layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad
+        return running.finish(learns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    # -- while batches go by -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _see(self, name: str, layer: KasminaLayer, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # no backward comes back here
+            return
+        x, y = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
+        keys = torch.rand(len(x), device=x.device, generator=self._generator(x.device))
+        chosen = keys.topk(min(self._rows, len(x))).indices
+        if not layer.weight.requires_grad:  # then autograd does not see to it that nobody writes to the input
+            x = x.clone()
+        output.register_hook(partial(self._add, name, layer, x, chosen, keys[chosen], y[chosen]))  # type: ignore[no-untyped-call]  # torch's own
+
+    @torch.no_grad()
+    def _add(
+        self, name: str, layer: KasminaLayer, x: Tensor, chosen: Tensor, keys: Tensor, outputs: Tensor, g: Tensor
+    ) -> None:
+        running = self._running.get(name)
+        if running is None or running.device != x.device:
+            running = self._running[name] = self._new(name, layer, x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            running.add(x, g.detach().flatten(0, -2), chosen, keys, outputs)
+
+    def _new(self, name: str, layer: KasminaLayer, device: torch.device) -> RunningStatistics:
+        return RunningStatistics(name, layer.input_dim, layer.output_dim, self._rows, device)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return generator
+
+
+def _named(model: MorphableModel, layers: str | Iterable[str] | None) -> list[str]:
+    every = list(model.kasmina_layers)
+    if layers is None:
+        return every
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    found = {name: None for each in wanted for name in every if name == each or fnmatch.fnmatchcase(name, each)}
+    for each in wanted:
+        if not any(name == each or fnmatch.fnmatchcase(name, each) for name in every):
+            raise GrowthError(f"no layer with seeds is called {each!r}; {near_misses(each, every)}")
+    if not found:
+        raise GrowthError("no layers were named: leave `layers` out for all")
+    return list(found)
