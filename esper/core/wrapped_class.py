@@ -65,7 +65,9 @@ def hosts_forward(model: MorphableModel) -> _Forward:
 
 def check_names(host: nn.Module) -> None:
     """Raise :class:`WrapError` if `host` has attributes of the names under which a wrapped model is controlled."""
-    ours = {name for name in vars(MorphableModel) if not name.startswith("_") and not hasattr(nn.Module, name)}
+    bases = MorphableModel.__mro__[: MorphableModel.__mro__.index(nn.Module)]
+    every = {name for kind in bases for name in vars(kind)}
+    ours = {name for name in every if not name.startswith("_") and not hasattr(nn.Module, name)}
     nothing = object()
     own = {*host._modules, *host._parameters, *host._buffers}
     taken = [
