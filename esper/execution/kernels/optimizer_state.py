@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-__all__ = ["KernelParameter", "give_back", "name_states"]
+__all__ = ["KernelParameter", "give_back", "name_states", "without_name"]
 
 _KEY = "esper_kernel"
 """Where a saved state has the number. A number, because `Optimizer.load_state_dict` takes strings apart."""
@@ -33,12 +33,19 @@ class KernelParameter:
     artifact_id: str
     beside: nn.Parameter | None
     """The weight of the layer that has the kernel."""
+    full_name: str
+    """Its name among the model's parameters."""
 
     @property
     def number(self) -> int:
         """What stands for its name in a saved state; the same in every process."""
         name = f"{self.layer}\n{self.seed}\n{self.name}\n{self.artifact_id}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+    @property
+    def label(self) -> str:
+        """What stands for it in a group that is saved; the same in every process."""
+        return f"{self.layer}:{self.seed}:{self.name}:{self.artifact_id}"
 
     @property
     def owner(self) -> str:
@@ -58,6 +65,11 @@ def name_states(optimizer: Optimizer, saved: dict[str, Any], known: Known) -> No
             kernel = known.get(id(parameter))
             if kernel is not None and (states.get(index) or type(optimizer) is SGD):  # others look for their own keys
                 states[index] = {**states.get(index, {}), _KEY: kernel.number}
+
+
+def without_name(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it was before :func:`name_states`."""
+    return {key: value for key, value in state.items() if key != _KEY}
 
 
 def give_back(optimizer: Optimizer, known: Known) -> list[str]:

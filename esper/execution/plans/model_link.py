@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
-from esper.execution.plans.plan import Plan
+from esper.execution.plans.plan import Plan, SeedPlan
 
 __all__ = ["KernelHolder", "ModelLink", "ModelWithKernels"]
 
@@ -18,6 +18,8 @@ class KernelHolder(Protocol):
     """Where the kernels in force are registered."""
 
     def sync(self, plan: Plan) -> None: ...
+
+    def admit(self, site: int, seed: SeedPlan) -> None: ...
 
     def count_steps(self) -> None: ...
 
@@ -73,6 +75,12 @@ class ModelLink(Generic[_Model]):
         model = self.model
         if model is not None:
             model._esper.sync(plan)
+
+    def admit_kernel(self, site: int, seed: SeedPlan) -> None:
+        """`seed` is about to come into force at `site`: whatever has to hold its parameters does so, or raises."""
+        model = self.model
+        if model is not None:
+            model._esper.admit(site, seed)
 
     def count_steps(self) -> None:
         """An alpha that moves is asked for: have the steps of the model's optimizers counted."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esper.artifacts.graph import DTYPES
 from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.kernels.model_optimizers import ModelOptimizers
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.kernels.optimizers import KernelParameter, count_steps, kernels_changed
 from esper.execution.lifecycle import SeedLifecycleState
@@ -54,6 +55,8 @@ class ActiveKernels(nn.Module):
         self._plan = DORMANT
         self._expected: tuple[SavedKernel, ...] = ()
         self._prefix = ""
+        self.optimizers = ModelOptimizers(self._learning, self.model_parameters, lambda: runtime.version)
+        """Those that follow the kernels in force."""
         self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]  # torch leaves it so
 
     @property
@@ -70,17 +73,33 @@ class ActiveKernels(nn.Module):
         }
         self.__dict__["_modules"] = wanted  # at once, whoever walks over them just now
         self._plan = plan
+        self.optimizers.follow()
         kernels_changed(self)
+
+    def admit(self, site: int, seed: SeedPlan) -> None:
+        """`seed` is about to come into force at `site`: have its parameters in the optimizers that are to have them."""
+        if seed.kernel.trainable:
+            self.optimizers.admit(list(self._named(site, seed)))
 
     def kernel_parameters_in_force(self) -> Iterator[KernelParameter]:
         """Their parameters, with their names."""
         for site, seeds in self._plan.sites.items():
-            layer = self._layers[self._names[site]]
             for each in seeds:
-                named = zip(each.kernel.graph.parameter_names, each.kernel.parameters, strict=True)
-                for name, parameter in named:
-                    beside = layer._parameters.get("weight")
-                    yield KernelParameter(parameter, layer.layer_name, each.seed, name, each.kernel.artifact_id, beside)
+                yield from self._named(site, each)
+
+    def _learning(self) -> Iterator[KernelParameter]:
+        """Those of kernels that were loaded to learn."""
+        for site, seeds in self._plan.sites.items():
+            for each in seeds:
+                yield from self._named(site, each) if each.kernel.trainable else ()
+
+    def _named(self, site: int, seed: SeedPlan) -> Iterator[KernelParameter]:
+        kernel, index, layer = seed.kernel, seed.seed, self._layers[self._names[site]]
+        beside, full = layer._parameters.get("weight"), f"{BANK_NAME}.{seed_key(self._names[site], index)}"
+        for name, parameter in zip(kernel.graph.parameter_names, kernel.parameters, strict=True):
+            yield KernelParameter(
+                parameter, layer.layer_name, index, name, kernel.artifact_id, beside, f"{full}.{name}"
+            )
 
     def model_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the whole model."""

@@ -97,6 +97,9 @@ class Load(Operation):
         if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._kernel.parameters):
             self._kernel.module.to(weight.device, weight.dtype)
 
+    def write_tensors(self) -> None:
+        self._runtime.model.admit_kernel(self.seed.site, self._planned)
+
     def withdraw(self) -> None:
         self.seed.published = None
         self.seed.kernel_cache.unpin(self._kernel.artifact_id)
@@ -116,12 +119,15 @@ class Load(Operation):
     def _end(self, error: Exception | None) -> None:
         seed = self.seed
         with self._runtime.lock:
-            is_under_way = seed.loading is self  # else it was cancelled
-            if is_under_way:
+            is_under_way = self in (seed.loading, seed.published)  # else it was cancelled
+            if seed.loading is self:
                 seed.loading = None
+            if seed.published is self:
+                seed.published = None
             if is_under_way and error is not None:
                 self._journal.keep_error(seed, error)
-                seed.state.fail_load(seed.index)
+                if seed.loading is None:  # else the seed awaits another
+                    seed.state.fail_load(seed.index)
         if is_under_way and error is not None:
             reason, kernel = seed.error, self._options.reference
             _LOG.warning("kernel %s was not loaded into seed %d of %r: %s", kernel, seed.index, seed.layer_name, reason)

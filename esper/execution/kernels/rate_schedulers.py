@@ -1,0 +1,86 @@
+"""Learning-rate schedulers of groups that come and go.
+
+Most of torch's are made for the groups that an optimizer has, and keep a list with an entry for each: these lists are
+rearranged here. `LRScheduler` and its lists are documented attributes, or as old as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
+
+__all__ = ["checked_schedulers", "rearrange", "schedulers_of"]
+
+_RATES = frozenset({"base_lrs", "max_lrs"})
+_ALIKE = frozenset({"lr_lambdas", "min_lrs", "base_momentums", "max_momentums"})
+
+
+def checked_schedulers(given: Any, optimizer: Optimizer) -> list[LRScheduler]:
+    """One scheduler or several, and those that they are made of.
+
+    Raises `TypeError` for what is none, and :class:`OptimizerError` for one of another optimizer.
+    """
+    several: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    found: list[LRScheduler] = []
+    for each in several:
+        scheduler = each
+        if not isinstance(scheduler, LRScheduler):
+            scheduler = getattr(scheduler, "scheduler", None)  # Accelerate's
+        if not isinstance(scheduler, LRScheduler):
+            raise TypeError(
+                f"scheduler must be one of torch.optim.lr_scheduler, or several of them, not {each!r:.80}; others set "
+                "the rates of all groups by themselves, and need not be named"
+            )
+        if scheduler.optimizer is not optimizer:
+            raise OptimizerError(
+                f"the {type(scheduler).__name__} is one of another optimizer; pass the one made for this "
+                f"{type(optimizer).__name__}"
+            )
+        found += _with_parts(scheduler)
+    return found
+
+
+def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
+    """Those that there are: all objects are looked through, which takes some hundredths of a second."""
+    alive = (each for each in gc.get_objects() if issubclass(type(each), LRScheduler))
+    return [each for each in alive if getattr(each, "optimizer", None) is optimizer]
+
+
+def _with_parts(scheduler: LRScheduler) -> list[LRScheduler]:
+    parts = getattr(scheduler, "_schedulers", ())  # of SequentialLR and ChainedScheduler
+    return [scheduler, *(inner for part in parts for inner in _with_parts(part))]
+
+
+def rearrange(schedulers: Iterable[LRScheduler], before: Sequence[Group], groups: Sequence[Group]) -> None:
+    """Have `schedulers`, whose lists are for the groups `before`, go on with `groups`.
+
+    The entries of the host's groups stay what they are, in their order. Those of kernels' groups are made from the ones
+    beside them. A list of another length, as a checkpoint may have left it, has those of the host first.
+    """
+    places = [place for place, group in enumerate(before) if LABELS not in group]
+    for scheduler in schedulers:
+        for name in (_RATES | _ALIKE) & vars(scheduler).keys():
+            values = getattr(scheduler, name)
+            if not isinstance(values, (list, tuple)) or len(values) < len(places):
+                continue
+            hosts = [values[place] for place in places] if len(values) == len(before) else list(values[: len(places)])
+            setattr(scheduler, name, _entries(hosts, groups, name in _RATES))
+        if hasattr(scheduler, "_last_lr"):  # what get_last_lr() returns
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _entries(hosts: Sequence[Any], groups: Sequence[Group], are_rates: bool) -> list[Any]:
+    entries, own = [], iter(hosts)
+    for group in groups:
+        if LABELS not in group:
+            entries.append(next(own))
+        else:
+            beside = hosts[min(group[BESIDE], len(hosts) - 1)]
+            entries.append(scaled(beside, group[FACTOR]) if are_rates else beside)
+    return entries
