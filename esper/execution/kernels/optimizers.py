@@ -190,8 +190,8 @@ class _Optimizers:
         if found:
             warnings.warn(
                 f"the kernels of {_listed(found)} are trainable and stand in no optimizer, so they do not learn: "
-                "model.attach_optimizer(optimizer) has them in it as they come and go. Their gradients are dropped after "
-                "each step meanwhile, or they would add up",
+                "model.attach_optimizer(optimizer) has them in it as they come and go. Their gradients are dropped "
+                "after each step meanwhile, or they would add up",
                 UserWarning,
                 stacklevel=2,
             )
