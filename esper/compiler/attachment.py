@@ -8,10 +8,12 @@ once its signature is verified, and unpacked, which loads machine code, only whe
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from esper import torch_internals
 from esper.artifacts import Attachment, AttachmentError, Target
@@ -27,6 +29,8 @@ __all__ = ["attach_from", "read_payload", "with_latencies"]
 
 _LOG = logging.getLogger("esper.compiler")
 _say_once = SayOnce(_LOG)
+_in_use: WeakValueDictionary[str, CompiledAttachment] = WeakValueDictionary()
+"""By the digest of a payload: kernels of one structure have the same code, which is unpacked once."""
 _WORTH_WHILE = 0.95  # of the graph's time, at most: what decides whether compiled code runs takes time, too
 
 
@@ -78,7 +82,8 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     except Exception as error:  # noqa: BLE001  # the kernel's graph runs, which is never worse than slower
         _say_once(logging.WARNING, f"the attachment of {name} is not used, its graph runs: {error}")
         return
-    compiled = CompiledAttachment(measured, unpack=lambda into: _unpack_soon(into, compiled_code, name))
+    made = CompiledAttachment(measured, unpack=lambda into: _unpack_soon(into, compiled_code, name))
+    compiled = _in_use.setdefault(f"{target.key} {hashlib.sha256(attachment.payload).hexdigest()}", made)
     if compiled.gains:
         kernel.attach(compiled)
     else:

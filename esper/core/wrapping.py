@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from torch import nn
 
 from esper.core.errors import WrapError
+from esper.core.overview import html_overview, seed_scalars
 from esper.core.remote_control import default_platform
 from esper.core.targets import Selection
 from esper.execution.kasmina_layer import KasminaLayer
@@ -87,6 +88,17 @@ class WrappedModel(nn.Module):
     """The layer with seeds that the model is itself, if it is one."""
     runtime: Runtime
     kasmina_layers: Mapping[str, KasminaLayer]
+
+    def scalars(self, prefix: str = "esper/") -> dict[str, float]:
+        """Numbers for a logger: how many seeds are active, loading, fossilized and in error, and of each seed in use
+        its state (the number of its :class:`SeedLifecycleState`), alpha, errors and latency in microseconds, under
+        names such as `esper/<layer>/<seed>/alpha`. No device is read.
+        """
+        return seed_scalars(self.kasmina_layers, prefix)
+
+    def _repr_html_(self) -> str:
+        """The seeds in use, as notebooks show the model."""
+        return html_overview(type(self).__name__, self.kasmina_layers)
 
     def retrace(self) -> None:
         """Trace the model anew where its next calls need it."""

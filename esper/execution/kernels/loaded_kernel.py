@@ -48,7 +48,7 @@ class CompiledAttachment:
     graph's tensors, and the result is `[n, out_features]`. Nothing that it is given may be differentiated.
     """
 
-    __slots__ = ("_faster", "_rows", "_unpack", "call")
+    __slots__ = ("__weakref__", "_faster", "_rows", "_unpack", "call")
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ def checked_schedulers(given: Any, optimizer: Optimizer) -> list[LRScheduler]:
                 f"scheduler must be one of torch.optim.lr_scheduler, or several of them, not {each!r:.80}; others set "
                 "the rates of all groups by themselves, and need not be named"
             )
-        if scheduler.optimizer is not optimizer:
+        if not _is_for(scheduler, optimizer):
             raise OptimizerError(
                 f"the {type(scheduler).__name__} is one of another optimizer; pass the one made for this "
                 f"{type(optimizer).__name__}"
@@ -49,7 +49,13 @@ def checked_schedulers(given: Any, optimizer: Optimizer) -> list[LRScheduler]:
 def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
     """Those that there are: all objects are looked through, which takes some hundredths of a second."""
     alive = (each for each in gc.get_objects() if issubclass(type(each), LRScheduler))
-    return [each for each in alive if getattr(each, "optimizer", None) is optimizer]
+    return [each for each in alive if _is_for(each, optimizer)]
+
+
+def _is_for(scheduler: LRScheduler, optimizer: Optimizer) -> bool:
+    """Also by way of Accelerate's optimizer, which has torch's as `optimizer`."""
+    own = getattr(scheduler, "optimizer", None)
+    return own is optimizer or getattr(own, "optimizer", None) is optimizer
 
 
 def _with_parts(scheduler: LRScheduler) -> list[LRScheduler]:

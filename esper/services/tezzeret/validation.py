@@ -1,10 +1,14 @@
-"""Checks that a kernel must pass before anyone may load it. Runs in the child process."""
+"""Checks that a kernel must pass before anyone may load it.
+
+Runs in the child process; `check_eager` also on a thread of a process that trains.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -113,8 +117,11 @@ def _inputs(graph: KernelGraph, lead: tuple[int, ...], scale: float = 1.0) -> li
 
 
 def _interpreted(graph: KernelGraph) -> CompiledKernel:
-    """The graph, run operator by operator, with the calling convention of compiled code."""
-    return fx.GraphModule(nn.Module(), graph.to_fx())
+    """The graph, run operator by operator, with the calling convention of compiled code.
+
+    A function, since what another thread traces, it takes every call of a module for its own.
+    """
+    return partial(type(fx.GraphModule(nn.Module(), graph.to_fx())).forward, None)
 
 
 def _differentiate(

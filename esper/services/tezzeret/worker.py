@@ -1,6 +1,7 @@
 """The work of one blueprint: claim, compile in a child process, store, announce.
 
-Nothing here traces or compiles, so it may run on a thread of a process that trains.
+Nothing here traces or compiles, so it may run on a thread of a process that trains. A kernel that differs from an
+earlier one in weights only is not compiled again: see `known_structure`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import socket
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -18,11 +19,12 @@ from pydantic import ValidationError
 from esper.artifacts import Attachment, SigningKey, Target, artifact_message
 from esper.contracts.messages import KernelCharacterized, KernelReady, TopicNames
 from esper.contracts.validation import ValidationReport
-from esper.services.contracts import BlueprintStatus, Claim
+from esper.services.contracts import BlueprintStatus, Claim, KernelMetadata
 from esper.services.errors import ClaimLostError, ServiceError, StoreBusyError
 from esper.services.oona_client import OonaClient
 from esper.services.stores import LEASE_SECONDS, Store
 from esper.services.tezzeret.child_process import ChildExit, StopSignal, run_child
+from esper.services.tezzeret.known_structure import KnownStructures, LikeAnother
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT, BLUEPRINT, RESULT, ChildRequest, ChildResult
 
@@ -47,6 +49,7 @@ class Worker:
     pipeline: str
     limits: ChildLimits
     lease_seconds: float = LEASE_SECONDS
+    known: KnownStructures = field(default_factory=KnownStructures, repr=False, compare=False)
 
     def compile_next(self, stop: StopSignal, blueprint_id: str | None = None) -> str | None:
         """Compile one blueprint of those that wait, or that one if it waits, and return its id; None if none does.
@@ -73,9 +76,15 @@ class Worker:
 
     def _compile(self, claim: Claim, stop: StopSignal) -> bool:
         """False if it was stopped."""
+        document = self.store.blueprints.document(claim.blueprint_id)
+        like = self.known.compile(document, self.store, self.key, self.pipeline)
+        if like is not None:
+            self._store_like(claim, like)
+            self._finish(claim, like.report)
+            return True
         with tempfile.TemporaryDirectory(prefix="esper-tezzeret-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            (folder / BLUEPRINT).write_bytes(self.store.blueprints.document(claim.blueprint_id))
+            (folder / BLUEPRINT).write_bytes(document)
             lease = _Lease(self.store, claim, self.lease_seconds)
             for attempt in range(_CHILDREN):
                 (folder / RESULT).unlink(missing_ok=True)
@@ -108,18 +117,19 @@ class Worker:
         report, metadata = result.report, result.metadata
         assert report.artifact_id is not None
         assert metadata is not None
-        signature = self.key.sign(artifact_message(report.artifact_id))
-        kernels = self.store.kernels
-        kernels.add(
-            (folder / ARTIFACT).read_bytes(),
-            signature,
-            blueprint_id=claim.blueprint_id,
-            metadata=metadata,
-            report=report,
-        )
+        self._add(claim, (folder / ARTIFACT).read_bytes(), metadata, report)
         if result.target is not None:
             target, payload = Target(**result.target), (folder / ATTACHMENT).read_bytes()
-            kernels.add_attachment(Attachment.create(report.artifact_id, target, payload, self.key))
+            self.store.kernels.add_attachment(Attachment.create(report.artifact_id, target, payload, self.key))
+
+    def _store_like(self, claim: Claim, like: LikeAnother) -> None:
+        self._add(claim, like.artifact.data, like.metadata, like.report)
+        self.store.kernels.add_attachment(like.attachment)
+
+    def _add(self, claim: Claim, data: bytes, metadata: KernelMetadata, report: ValidationReport) -> None:
+        assert report.artifact_id is not None
+        signature = self.key.sign(artifact_message(report.artifact_id))
+        self.store.kernels.add(data, signature, blueprint_id=claim.blueprint_id, metadata=metadata, report=report)
 
     def _failure(self, claim: Claim, ended: ChildExit) -> ValidationReport:
         """The report on a child that left none. Its own exceptions are no such case: they are not the blueprint's."""

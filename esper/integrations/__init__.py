@@ -1,0 +1,1 @@
+"""Training stacks that Esper works in: each module needs the library of its name, and `import esper` none of them."""
