@@ -16,7 +16,7 @@ from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import Fold
 from esper.execution.seeds.journal import SeedJournal
-from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, Unload
+from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, SetAlpha, Unload
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
 from esper.execution.seeds.seed import Seed
@@ -75,12 +75,14 @@ class SeedControl:
         if callable(alpha):
             self._runtime.model.count_steps()
         self._runtime.note_settings()
+        self._lead(seed, "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
         with self._runtime.lock:
             seed.refuse_fossil()
             if seed.lifecycle is not _State.LOADING:
                 seed.become(_State.LOADING)
             replaced = seed.supersede()
             load = seed.loading = Load(seed, options, self._runtime, self._journal, self._attach)
+            load.change = self._number(seed)
             seed.later_alpha = None
         if replaced is not None:
             replaced.answer(False)
@@ -92,6 +94,7 @@ class SeedControl:
 
         Raises `LifecycleError` for a fossilized seed.
         """
+        self._lead(seed, "unload")
         with self._runtime.lock:
             seed.refuse_fossil()
             load = seed.supersede()
@@ -100,8 +103,20 @@ class SeedControl:
             load.answer(False)
         return unloads
 
+    def _number(self, seed: Seed) -> str:
+        """The name of what is asked of `seed` among the ranks that have to agree. Lock held."""
+        gate = self._runtime.gate
+        return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
+
+    def _lead(self, seed: Seed, action: str, **options: object) -> None:
+        if self._runtime.gate is not None:
+            self._runtime.gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
+
     def _unload(self, seed: Seed, cancelled: bool) -> bool:
+        change, gate = self._number(seed), self._runtime.gate
         if self._runtime.target.seed(seed.site, seed.index) is None:
+            if gate is not None:  # other ranks may have come further, and have it to unload
+                gate.offer(change, f"unload {seed}")
             failed = seed.lifecycle is _State.ERROR_RECOVERY
             if cancelled:
                 seed.state.cancel_load(seed.index)
@@ -112,7 +127,9 @@ class SeedControl:
             return cancelled or failed
         if cancelled and seed.in_force:
             seed.state.cancel_load(seed.index)
-        return self._queue.stage(Unload(seed, self._runtime, self._journal))
+        unload = Unload(seed, self._runtime, self._journal)
+        unload.change = change
+        return self._queue.stage(unload)
 
     def cancel(self, seed: Seed, staged: Future[bool]) -> None:
         """Have the load whose future is `staged` never come into force, unless it has already."""
@@ -122,7 +139,7 @@ class SeedControl:
                 return
             if load is seed.loading:
                 seed.supersede()
-            elif self._runtime.withdraw(load):
+            elif not load.is_held and self._runtime.withdraw(load):
                 load.withdraw()
             else:
                 self._unload(seed, cancelled=False)
@@ -138,19 +155,24 @@ class SeedControl:
         Where that is the same, it becomes part of the host's weight and bias, see :class:`Fold`; else it stays a
         kernel, of a share that is a constant.
         """
+        self._lead(seed, "fossilize")
         with self._runtime.lock:
+            change, gate = self._number(seed), self._runtime.gate
             planned = self._runtime.target.seed(seed.site, seed.index)
             if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
+                if gate is not None:
+                    gate.refuse(change, f"fossilize {seed}", f"{seed} is {seed.lifecycle.name}")
                 return False
             seed.is_fossilizing = True
             seed.take_ticket()
             self._runtime.forget_schedules([seed.alpha_index])
             fossil = replace(planned, constant_alpha=seed.alpha)
             fold = Fold(seed.layer, planned, seed.alpha, self._runtime)
-            exact = fold if fold.is_exact(self._runtime.target) else None
-            return self._queue.stage(
-                Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
-            )
+            # To fold may have to wait for a backward, on one rank longer than on others.
+            exact = fold if gate is None and fold.is_exact(self._runtime.target) else None
+            fossilize = Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
+            fossilize.change = change
+            return self._queue.stage(fossilize)
 
     def set_alpha(self, seed: Seed, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
@@ -158,8 +180,14 @@ class SeedControl:
         Warns once if it has no kernel and is loading none. Raises `AlphaError`, and `LifecycleError` when fossilized.
         """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        self._lead(seed, "set_alpha", alpha=alpha)
         with self._runtime.lock:
             seed.refuse_fossil()
+            if self._runtime.gate is not None:
+                sets = SetAlpha(seed, alpha, first, self._runtime)
+                sets.change = self._number(seed)
+                self._queue.stage(sets)
+                return
             loading = seed.lifecycle is _State.LOADING
             if loading:
                 seed.later_alpha = alpha, first

@@ -82,7 +82,9 @@ class StagingQueue:
 
     def stage(self, operation: Operation) -> bool:
         """Stage an operation at once if every executor could follow it, else on the background thread. Lock held."""
-        if self._runtime.ready(operation.edit(self._runtime.target)):
+        if self._runtime.gate is not None:
+            self._runtime.gate.offer(operation.change, operation.describe(), operation)
+        elif self._runtime.ready(operation.edit(self._runtime.target)):
             self._runtime.publish(operation)
         else:
             operation.wait()
@@ -156,6 +158,10 @@ class StagingQueue:
                 return False
             if not all(operation.is_wanted for operation in operations):
                 return False
+            if (gate := self._runtime.gate) is not None:
+                for operation in operations:
+                    gate.offer(operation.change, operation.describe(), operation)
+                return True
             for operation in operations:
                 operation.publish()
             self._runtime.publish(*operations)
