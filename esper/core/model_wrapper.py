@@ -18,12 +18,14 @@ from esper.core.copying import give_back
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, WrappedModelLink
+from esper.core.peers import join_group, watch_for_ddp
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
 from esper.core.site_share import report_share
 from esper.core.targets import Selection, select_targets
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
 from esper.core.wrapping import Mode, WrapOptions, Wrapping
+from esper.distributed.joining import checked_group
 from esper.execution.assembly import Assembly
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels import service_locator
@@ -50,6 +52,7 @@ def wrap(
     commit: CommitMode = "auto",
     platform: Platform | None = None,
     config: EsperConfig | None = None,
+    process_group: Any = None,
 ) -> MorphableModel:
     """Plant dormant seeds at `model`'s linear layers and return the wrapped model.
 
@@ -67,15 +70,23 @@ def wrap(
     - `platform`: where kernels come from and telemetry goes; by default the one that the settings describe, which is
       the embedded one in the user's data folder unless they say otherwise.
     - `config`: the settings; by default those of `platform`, or else what `load_config()` finds.
+    - `process_group`: the `torch.distributed` group of the ranks that train this model together, or a device mesh of
+      one dimension: changes come into force on all of them at the same forward, or on none. Called on all of them.
+      A model that is put into `DistributedDataParallel` finds its group there.
 
     Raises :class:`WrapError` for what is no module, is compiled or wrapped already, and :class:`TargetError` for a
     target that names nothing in the model.
     """
     _check(model, seeds_per_layer, cache_size_mb, mode)
     options = WrapOptions.read(seeds_per_layer, cache_size_mb, telemetry_enabled, mode, commit, platform, config)
+    group = None if process_group is None else checked_group(process_group)
     selection = select_targets(model, target_layers)
     report_share(model, selection, chosen=target_layers is not None)
-    return assemble(model, selection, options)
+    wrapped = assemble(model, selection, options)
+    if group is not None:
+        join_group(wrapped, group)
+    watch_for_ddp()
+    return wrapped
 
 
 def assemble(

@@ -28,6 +28,7 @@ from esper.core.remote_control import Listener, ListeningPlatform, default_platf
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import Wrapping
+from esper.distributed.ranks import Ranks
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
@@ -307,8 +308,18 @@ class MorphableModel(ManyLayers):
         return Listener(self, chosen.oona, name)
 
     def commit(self) -> list[Transition]:
-        """Put everything staged in force, all at once; call it between two steps. Returns what changed."""
+        """Put everything staged in force, all at once; call it between two steps. Returns what changed.
+
+        A model that changes together with those of other ranks changes at the commit that all ranks agree on, the same
+        one on all by its number; without `commit="manual"`, at the forward.
+        """
         return self.runtime.commit()
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The ranks with which the model changes together, if it does."""
+        gate = self.runtime.gate
+        return gate if isinstance(gate, Ranks) else None
 
     def seed_parameters(self) -> Iterator[nn.Parameter]:
         """The kernels' parameters that learn, for an optimizer: those of kernels loaded with `trainable=True`."""

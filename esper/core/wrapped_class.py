@@ -22,7 +22,6 @@ from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.replica.subclassing import subclass_in_disguise
 from esper.core.replica.transformer_fast_path import adapted_class
-from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
 from esper.execution.site_marker import (
     commit_while_tracing,

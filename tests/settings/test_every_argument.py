@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import esper
@@ -52,7 +53,20 @@ def seen(*, model: nn.Module | None = None, **arguments: Any) -> dict[str, Any]:
         "regions": wrapped.explain().regions,
         "commit": wrapped.runtime.commit_mode,
         "reason": first.seed_errors[0],
+        "ranks": wrapped.ranks and wrapped.ranks.size,
     }
+
+
+def group_of_one() -> dist.ProcessGroup:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 WRAP: dict[str, Callable[[KernelShelf], Any]] = {
@@ -65,6 +79,7 @@ WRAP: dict[str, Callable[[KernelShelf], Any]] = {
     "commit": lambda shelf: "manual",
     "platform": lambda shelf: shelf.platform,
     "config": lambda shelf: EsperConfig.model_validate({"execution": {"cache_size_mb": 5}}),
+    "process_group": lambda shelf: group_of_one(),
 }
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from esper.execution.state_layout import AlphaError, checked_alpha
 
-__all__ = ["AlphaSchedule", "CosineRamp", "LinearRamp", "SavedRamp", "Schedule"]
+__all__ = ["AlphaSchedule", "CosineRamp", "LinearRamp", "SavedRamp", "Schedule", "described_alpha"]
 
 AlphaSchedule = Callable[[int], float]
 """`step -> alpha`: `step` counts the model's steps since its first training forward on the schedule, from 0; the result
@@ -92,3 +92,12 @@ class SavedRamp(BaseModel):
     def schedule(self) -> Schedule:
         """The schedule, where it was."""
         return Schedule(_RAMPS[self.kind](self.start, self.end, self.steps), self.step)
+
+
+def described_alpha(alpha: float | AlphaSchedule) -> str:
+    """An alpha, or what moves it, in words that are the same in every process: of code its name."""
+    if not callable(alpha):
+        return f"{float(alpha):g}"
+    ramp = SavedRamp.of(Schedule(alpha))
+    name = getattr(alpha, "__qualname__", type(alpha).__qualname__)
+    return name if ramp is None else f"{ramp.kind} ramp {ramp.start:g} to {ramp.end:g} in {ramp.steps}"

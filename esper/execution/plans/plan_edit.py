@@ -11,6 +11,8 @@ __all__ = ["PlanEdit"]
 class PlanEdit:
     """One edit. The methods stand in the order in which they are called."""
 
+    is_held = False
+    """Whether other ranks have still to agree, see `esper.execution.plans.gate`: it stays staged."""
     writes_tensors = False
     """Whether something has to be done to the model's tensors, which may take a while."""
 

@@ -30,6 +30,7 @@ from esper.execution.plans.alphas import SeedAlphas
 from esper.execution.plans.commit import Commit
 from esper.execution.plans.entries import Entries
 from esper.execution.plans.executor import Executor, Preparation, PreparationCancelledError
+from esper.execution.plans.gate import Gate
 from esper.execution.plans.handover import ForwardStarts, PlanHandover
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import DORMANT, Plan
@@ -103,6 +104,8 @@ class Runtime:
         self._first_forward: _FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
+        self.gate: Gate | None = None
+        """Says when what is staged is due, where the model changes together with other ranks."""
         self.called: set[int] = set()
         """Sites that a forward has called, or that were compiled."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
@@ -284,16 +287,23 @@ class Runtime:
                 self._target = edit.edit(self._target)
                 self._staged.append(edit)
             if self.commit_mode == "auto":
-                self.pending = True
+                self.pending = self.gate is None
                 self._install_entry_hooks()
 
-    def withdraw(self, edit: PlanEdit) -> bool:
+    def change_behind(self, gate: Gate) -> None:
+        """From the next forward on, what is staged comes into force when `gate` says so."""
+        with self.lock:
+            self.gate = gate
+            self.scheduled = True  # graphs of other backends ask where every forward begins
+            self._install_entry_hooks()
+
+    def withdraw(self, edit: PlanEdit, *, in_any_case: bool = False) -> bool:
         """Take a staged edit back; False, and nothing done, if it is committed, or others could not go without it."""
         with self.lock:
             others = [each for each in self._staged if each is not edit]
             target = self._edited(self._plan, others)
             is_staged = len(others) < len(self._staged) and not (self._commit and self._commit.contains(edit))
-            if not is_staged or not self.ready(target):
+            if not is_staged or not (in_any_case or self.ready(target)):
                 return False
             self._staged, self._target = others, target
             self.pending = self.pending and bool(others)
@@ -349,22 +359,30 @@ class Runtime:
         self._thread, self._has_run = threading.get_ident(), True
         self.note_settings()
         self.look_for_layers()
+        if self.gate is not None and self.commit_mode == "auto" and self._is_training_forward():
+            self.gate.begin()
         if self._commit is not None or (self._staged and self.commit_mode == "auto"):
-            self._flip(lambda edit: self.commit_mode == "auto" and edit.is_safe(), wait=False)
+            self._flip(lambda edit: self.commit_mode == "auto" and not edit.is_held and edit.is_safe(), wait=False)
         if self._renewed:
             self._follow_renewed()
-        if self._alphas.moving and torch.is_grad_enabled() and self.model.is_training():
+        if self._alphas.moving and self._is_training_forward():
             self._advance_schedules()
         self.note_forward()
         self._remove_entry_hooks_if_settled()
 
-    def commit(self) -> list[Transition]:
+    def _is_training_forward(self) -> bool:
+        return torch.is_grad_enabled() and self.model.is_training()
+
+    def commit(self, *, alone: bool = False) -> list[Transition]:
         """Put everything staged in force at once, between two forwards, and return what changed.
 
-        Raises :class:`CommitError` inside a backward, where an activation recomputation may be under way.
+        Of what ranks have to agree about, that which is due; with `alone` everything. Raises :class:`CommitError`
+        inside a backward, where an activation recomputation may be under way.
         """
         self.refuse_in_backward()
-        transitions = self._flip()
+        if self.gate is not None and not alone and self.commit_mode == "manual":
+            self.gate.begin()
+        transitions = self._flip(lambda edit: alone or not edit.is_held)
         self.note_forward()  # or what this thread calls next, without a forward's beginning, would see the plan before
         self._remove_entry_hooks_if_settled()
         return transitions
@@ -378,6 +396,7 @@ class Runtime:
         """Commit at once when the calling thread is the one that runs the model and no backward is under way."""
         if (
             self.commit_mode == "auto"
+            and self.gate is None
             and threading.get_ident() == self._thread
             and not torch_internals.inside_backward()
         ):
@@ -455,7 +474,7 @@ class Runtime:
                 self._plan = commit.plan
                 self.version = commit.version  # from here on forwards that consist of parts run the new plan
             self._staged = [edit for edit in self._staged if not commit.contains(edit)]
-            self.pending = bool(self._staged) and self.commit_mode == "auto"
+            self.pending = bool(self._staged) and self.commit_mode == "auto" and self.gate is None
             self._target = self._edited(self._plan, self._staged)
             self._commit = None
 
@@ -476,6 +495,7 @@ class Runtime:
         unfinished = self._commit is not None
         return (
             not self._has_run
+            or self.gate is not None  # every forward is counted
             or self._layers_changed
             or staged
             or unfinished
@@ -518,7 +538,7 @@ class Runtime:
                 self.scheduled = True
                 self._install_entry_hooks()
             self._alphas.start(alpha_index, alpha, first, step)
-            self.scheduled = self._alphas.moving
+            self.scheduled = self._alphas.moving or self.gate is not None
 
     def schedule(self, alpha_index: int) -> Schedule | None:
         """What moves this alpha, if anything does, and where it is."""
@@ -528,11 +548,11 @@ class Runtime:
         """Stop moving these alphas."""
         with self.lock:
             self._alphas.forget(alpha_indices)
-            self.scheduled = self._alphas.moving
+            self.scheduled = self._alphas.moving or self.gate is not None
 
     def _advance_schedules(self) -> None:
         ended = self._alphas.advance()
         if ended:
             with self.lock:
                 self._alphas.end(ended)
-                self.scheduled = self._alphas.moving
+                self.scheduled = self._alphas.moving or self.gate is not None

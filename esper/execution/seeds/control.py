@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from esper.errors import EsperError
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import AlphaSchedule
@@ -18,7 +19,7 @@ from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import Fold
 from esper.execution.seeds.journal import SeedJournal
 from esper.execution.seeds.load_groups import GroupedLoad, LoadGroup
-from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, Unload
+from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, SetAlpha, Unload
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
 from esper.execution.seeds.seed import Operation, Seed
@@ -67,10 +68,12 @@ class SeedControl:
         `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         options = self._options(reference, alpha, trainable, isolate)
+        self._lead([seed], "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
         with self._runtime.lock:
             seed.refuse_fossil()
             replaced = self._make_way(seed)
             load = seed.loading = Load(seed, options, self._runtime, self._journal, self._attach)
+            load.change = self._number(seed)
         if replaced is not None:
             replaced.answer(False)
         self._queue.fetch(load)
@@ -102,6 +105,8 @@ class SeedControl:
     ) -> LoadGroup:
         """As :meth:`load`, of kernels by seed that come into force together or not at all; to be fetched yet."""
         each = {seed: self._options(reference, alpha, trainable, isolate) for seed, reference in wanted.items()}
+        kernel = next(iter(wanted.values()))
+        self._lead(list(wanted), "load", kernel=kernel, alpha=alpha, trainable=trainable, isolate=isolate)
         with self._runtime.lock:
             for seed in wanted:
                 seed.refuse_fossil()
@@ -110,6 +115,7 @@ class SeedControl:
             group = LoadGroup(loads, self._queue.stage_fetched)
             for load in loads:
                 load.seed.loading = load
+                load.change = self._number(load.seed)
         for before in replaced:
             if before is not None:
                 before.answer(False)
@@ -129,6 +135,7 @@ class SeedControl:
 
     def unload_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`unload`, of several; returns those with something to unload. Nothing is done where it raises."""
+        self._lead(seeds, "unload")
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
@@ -140,9 +147,30 @@ class SeedControl:
             load.answer(False)
         return unloaded
 
+    def _number(self, seed: Seed) -> str:
+        """The name of what is asked of `seed` among the ranks that have to agree. Lock held."""
+        gate = self._runtime.gate
+        return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
+
+    def _lead(self, seeds: Sequence[Seed], action: str, **options: object) -> None:
+        """Where ranks have to agree, have those that follow this one asked too."""
+        gate = self._runtime.gate
+        if gate is None or not seeds:
+            return
+        if len(seeds) > 1:  # they could come into force at different forwards
+            raise EsperError(
+                f"ranks agree on one seed at a time, and this is asked of {len(seeds)}, {seeds[0]} and others: ask for "
+                "each by itself, as by request_kernel()"
+            )
+        seed = seeds[0]
+        gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
+
     def _leave(self, seed: Seed, cancelled: bool) -> bool:
         """End what the seed was about, but for a kernel in force or staged. Whether there is anything to unload."""
+        gate = self._runtime.gate
         if self._runtime.target.seed(seed.site, seed.index) is None:
+            if gate is not None:  # other ranks may have come further, and have it to unload
+                gate.offer(self._number(seed), f"unload {seed}")
             failed = seed.lifecycle is _State.ERROR_RECOVERY
             if cancelled:
                 seed.state.cancel_load(seed.index)
@@ -157,8 +185,11 @@ class SeedControl:
 
     def _stage_unloads(self, seeds: Sequence[Seed]) -> None:
         held = [seed for seed in seeds if self._runtime.target.seed(seed.site, seed.index) is not None]
-        if held:
-            self._queue.stage(*(Unload(seed, self._runtime, self._journal) for seed in held))
+        unloads = [Unload(seed, self._runtime, self._journal) for seed in held]
+        for unload in unloads:
+            unload.change = self._number(unload.seed)
+        if unloads:
+            self._queue.stage(*unloads)
 
     def cancel(self, seed: Seed, staged: Future[bool]) -> None:
         """Have the load whose future is `staged` never come into force, unless it has already."""
@@ -168,7 +199,7 @@ class SeedControl:
                 return
             if load is seed.loading:
                 seed.supersede()
-            elif self._runtime.withdraw(load):
+            elif not load.is_held and self._runtime.withdraw(load):
                 load.withdraw()
             else:
                 self._stage_unloads([seed])
@@ -188,6 +219,7 @@ class SeedControl:
 
     def fossilize_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`fossilize`, of several; returns those that are active."""
+        self._lead(seeds, "fossilize")
         with self._runtime.lock:
             staged = [each for each in map(self._fossil, seeds) if each is not None]
             if staged:
@@ -195,16 +227,22 @@ class SeedControl:
             return [each.seed for each in staged]
 
     def _fossil(self, seed: Seed) -> Fossilize | None:
+        change, gate = self._number(seed), self._runtime.gate
         planned = self._runtime.target.seed(seed.site, seed.index)
         if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
+            if gate is not None:
+                gate.refuse(change, f"fossilize {seed}", f"{seed} is {seed.lifecycle.name}")
             return None
         seed.is_fossilizing = True
         seed.take_ticket()
         self._runtime.forget_schedules([seed.alpha_index])
         fossil = replace(planned, constant_alpha=seed.alpha)
         fold = Fold(seed.layer, planned, seed.alpha, self._runtime)
-        exact = fold if fold.is_exact(self._runtime.target) else None
-        return Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
+        # To fold may have to wait for a backward, on one rank longer than on others.
+        exact = fold if gate is None and fold.is_exact(self._runtime.target) else None
+        fossilize = Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
+        fossilize.change = change
+        return fossilize
 
     def set_alpha(self, seed: Seed, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
@@ -216,11 +254,17 @@ class SeedControl:
     def set_alphas(self, seeds: Sequence[Seed], alpha: float | AlphaSchedule) -> None:
         """As :meth:`set_alpha`, of several. Nothing is done where it raises."""
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        self._lead(seeds, "set_alpha", alpha=alpha)
         untold = []
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
             for seed in seeds:
+                if self._runtime.gate is not None:
+                    sets = SetAlpha(seed, alpha, first, self._runtime)
+                    sets.change = self._number(seed)
+                    self._queue.stage(sets)
+                    continue
                 loading = seed.lifecycle is _State.LOADING
                 if loading:
                     seed.later_alpha = alpha, first

@@ -16,14 +16,14 @@ from esper.execution.background import rest
 from esper.execution.kernels.loaded_kernel import KernelMismatchError, LoadedKernel
 from esper.execution.kernels.service_locator import AttachKernel
 from esper.execution.lifecycle import SeedLifecycleState, Transition
-from esper.execution.plans.alpha import AlphaSchedule
+from esper.execution.plans.alpha import AlphaSchedule, described_alpha
 from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import CannotFoldError, Fold
 from esper.execution.seeds.journal import SeedJournal
 from esper.execution.seeds.seed import Operation, Seed, Ticket
 
-__all__ = ["Fossilize", "Load", "LoadOptions", "Restore", "Unload"]
+__all__ = ["Fossilize", "Load", "LoadOptions", "Restore", "SetAlpha", "Unload"]
 
 _LOG = logging.getLogger("esper.execution")
 _State = SeedLifecycleState
@@ -52,12 +52,13 @@ class Load(Operation):
         self._runtime = runtime
         self._journal = journal
         self._attach = attach
-        self._kernel: LoadedKernel
+        self._kernel: LoadedKernel | None = None
         self._planned: SeedPlan
 
     def fetch(self) -> bool:
         """Fetch the kernel and check that it fits."""
         if not self.is_wanted:
+            self._end(None)
             return False
         try:
             kernel = self._kernel = self._fitting()
@@ -89,20 +90,31 @@ class Load(Operation):
     def edit(self, plan: Plan) -> Plan:
         return plan.with_seed(self.seed.site, self._planned)
 
+    def describe(self) -> str:
+        asked, alpha = self._options, described_alpha(self._options.alpha)
+        kernel = asked.reference if self._kernel is None else self._kernel.artifact_id
+        flags = f"alpha={alpha}, trainable={asked.trainable}, isolate={asked.isolate}"
+        return f"load kernel {kernel} into {self.seed} with {flags}"
+
     def publish(self) -> None:
         if self.seed.loading is self:
             self.seed.loading = None
         self.seed.published = self
         weight = self.layer.weight  # the model may have been moved or cast meanwhile
-        if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._kernel.parameters):
-            self._kernel.module.to(weight.device, weight.dtype)
+        if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._loaded.parameters):
+            self._loaded.module.to(weight.device, weight.dtype)
+
+    @property
+    def _loaded(self) -> LoadedKernel:
+        assert self._kernel is not None
+        return self._kernel
 
     def write_tensors(self) -> None:
         self._runtime.model.admit_kernel(self.seed.site, self._planned)
 
     def withdraw(self) -> None:
         self.seed.published = None
-        self.seed.kernel_cache.unpin(self._kernel.artifact_id)
+        self.seed.kernel_cache.unpin(self._loaded.artifact_id)
 
     def apply(self) -> Transition:
         seed, asked = self.seed, (self._options.alpha, self._options.first_alpha)
@@ -110,14 +122,16 @@ class Load(Operation):
             seed.published = None
         self._runtime.start_alpha(seed.alpha_index, *(seed.later_alpha or asked))
         seed.error = None
-        return self._journal.enter(self, _State.ACTIVE, "committed", self._kernel.artifact_id)
+        return self._journal.enter(self, _State.ACTIVE, "committed", self._loaded.artifact_id)
 
     def fail(self, error: Exception | None) -> None:
-        self.seed.kernel_cache.unpin(self._kernel.artifact_id)
+        self.seed.kernel_cache.unpin(self._loaded.artifact_id)
         self._end(error)
 
     def _end(self, error: Exception | None) -> None:
-        seed = self.seed
+        seed, gate = self.seed, self._runtime.gate
+        if gate is not None and self.change:
+            gate.refuse(self.change, self.describe(), str(error) if error else "something else was asked since")
         with self._runtime.lock:
             is_under_way = self in (seed.loading, seed.published)  # else it was cancelled
             if seed.loading is self:
@@ -147,9 +161,12 @@ class Unload(Operation):
     def edit(self, plan: Plan) -> Plan:
         return plan.without_seed(self.seed.site, self.seed.index)
 
+    def describe(self) -> str:
+        return f"unload {self.seed}"
+
     def wait(self) -> None:
         """Its effect goes at once, and its place when what has to be compiled first is there."""
-        if self._runtime.commit_mode == "auto":
+        if self._runtime.commit_mode == "auto" and self._runtime.gate is None:
             self._alpha = self.seed.alpha
             self._runtime.start_alpha(self.seed.alpha_index, 0.0, 0.0)
 
@@ -193,6 +210,9 @@ class Fossilize(Operation):
             return plan.without_seed(self.seed.site, self.seed.index)
         return plan.with_seed(self.seed.site, self._fossil)
 
+    def describe(self) -> str:
+        return f"fossilize {self.seed} at alpha={self._fossil.constant_alpha}"
+
     def is_safe(self) -> bool:
         return self._fold is None or self._fold.is_safe()
 
@@ -219,6 +239,34 @@ class Fossilize(Operation):
         elif error is not None:
             self.seed.is_fossilizing = False
             self._journal.refuse(self.seed, error)
+
+
+class SetAlpha(Operation):
+    """The share of the seed's kernel, or what moves it, changes at a commit: where ranks do that together."""
+
+    def __init__(self, seed: Seed, alpha: float | AlphaSchedule, first: float, runtime: Runtime) -> None:
+        super().__init__(seed)
+        self._asked = alpha, first
+        self._runtime = runtime
+
+    @property
+    def is_wanted(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"set alpha={described_alpha(self._asked[0])} for {self.seed}"
+
+    def edit(self, plan: Plan) -> Plan:
+        return plan
+
+    def apply(self) -> None:
+        if self.seed.lifecycle is _State.LOADING:
+            self.seed.later_alpha = self._asked
+        self._runtime.start_alpha(self.seed.alpha_index, *self._asked)
+
+    def fail(self, error: Exception | None) -> None:
+        if error is not None:
+            _LOG.warning("the alpha of %s stays as it is: %s", self.seed, error)
 
 
 class Restore(Operation):

@@ -109,6 +109,10 @@ class StagingQueue:
 
         One of which something else is asked meanwhile is left out then.
         """
+        if self._runtime.gate is not None:
+            for operation in operations:
+                self._runtime.gate.offer(operation.change, operation.describe(), operation)
+            return True
         plan = self._runtime.target
         for operation in operations:
             plan = operation.edit(plan)
@@ -189,6 +193,10 @@ class StagingQueue:
                 return False
             if not all(operation.is_wanted for operation in operations):
                 return False
+            if (gate := self._runtime.gate) is not None:
+                for operation in operations:
+                    gate.offer(operation.change, operation.describe(), operation)
+                return True
             for operation in operations:
                 operation.publish()
             self._runtime.publish(*operations)

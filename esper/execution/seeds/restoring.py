@@ -91,7 +91,9 @@ def restore(
         runtime.publish(*edits)
     for load in cancelled:
         load.answer(False)
-    runtime.commit()
+    runtime.commit(alone=True)
+    if runtime.gate is not None:
+        runtime.gate.restart()
     for each in restored:
         each.resume_alpha(runtime)
 

@@ -84,6 +84,9 @@ class Seed:
         self.told_of_alpha = False
         """Whether it was said that an alpha was set for nothing."""
 
+    def __str__(self) -> str:
+        return f"seed {self.index} of layer {self.layer_name!r}"
+
     @property
     def layer(self) -> SeedLayer:
         """The layer that it belongs to, alive."""
@@ -171,6 +174,8 @@ class Operation(PlanEdit):
         self.layer = seed.layer
         self.ticket = ticket or seed.ticket
         self.staged: Future[bool] = InterruptSafeFuture()
+        self.change = ""
+        """Its name among ranks, if it has to be agreed by them."""
 
     @property
     def is_wanted(self) -> bool:
@@ -194,3 +199,7 @@ class Operation(PlanEdit):
 
     def withdraw(self) -> None:
         """It was staged, and does not come into force after all. Lock held."""
+
+    def describe(self) -> str:
+        """What is done, so that other ranks can tell whether they are asked for the same."""
+        raise NotImplementedError

@@ -1,0 +1,110 @@
+"""Changes that real processes agree on, over torch's own store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import Launched, launch
+
+SCENARIOS = [
+    "swaps_with_random_delays",
+    "schedules_in_step",
+    "a_request_of_a_stopped_program",
+    "evaluation_on_one_rank",
+    "one_rank_cannot_stage",
+    "different_kernels",
+    "another_order",
+    "a_late_rank",
+    "what_one_rank_leads_to",
+    "replaced_and_called_off",
+    "commits_by_hand",
+    "a_checkpoint_brings_all_to_one_plan",
+]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return launch("tests.distributed.agreed_programs", SCENARIOS, request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def same(results: list[Any]) -> Any:
+    """What all ranks returned."""
+    assert all(each == results[0] for each in results), results
+    return results[0]
+
+
+def test_swaps_come_at_one_forward_however_late_ranks_ask(ranks: Launched) -> None:
+    result = same(ranks.of("swaps_with_random_delays"))
+    assert len(result["flips"]) == 8
+    assert result["states"]["0"][0] == "DORMANT"
+
+
+def test_alphas_move_in_step(ranks: Launched) -> None:
+    alphas = same(ranks.of("schedules_in_step"))
+    assert alphas["400"] == 0.5
+    assert len(set(alphas.values())) > 20
+
+
+def test_who_waits_has_the_kernel_with_the_next_forward(ranks: Launched) -> None:
+    assert same(ranks.of("a_request_of_a_stopped_program")) == "ACTIVE"
+
+
+def test_forwards_without_gradients_are_not_counted(ranks: Launched) -> None:
+    assert len(same(ranks.of("evaluation_on_one_rank"))) == 1
+
+
+def test_what_one_rank_cannot_have_comes_into_force_nowhere(ranks: Launched) -> None:
+    for each in ranks.of("one_rank_cannot_stage"):
+        assert each["result"] is False
+        assert each["states"] == ["ERROR_RECOVERY", "ACTIVE"]
+        assert each["errors"] == 1
+        assert "5d5d5d" in each["reason"]
+    assert all("rank 1" in each["reason"] for rank, each in enumerate(ranks.of("one_rank_cannot_stage")) if rank != 1)
+
+
+def test_different_kernels_are_an_error_that_names_both(ranks: Launched) -> None:
+    results = ranks.of("different_kernels")
+    for each in results:
+        assert each["result"] is False
+        assert "rank 0" in each["reason"]
+        assert "rank 1" in each["reason"]
+        assert all(result["kernel"] in each["reason"] for result in results[:2])
+
+
+def test_layers_may_be_asked_for_in_another_order(ranks: Launched) -> None:
+    result = same(ranks.of("another_order"))
+    assert result["results"] == [True, True]
+
+
+def test_a_late_rank_delays_the_others_and_no_more(ranks: Launched) -> None:
+    result = same(ranks.of("a_late_rank"))
+    assert result["early"] is False
+    assert len(result["flips"]) == 1
+
+
+def test_the_first_rank_leads_the_others(ranks: Launched) -> None:
+    results = ranks.of("what_one_rank_leads_to")
+    assert "rank 0" not in str(results[0]["refusal"])
+    assert "this is rank 1" in results[1]["refusal"][0]
+    assert len(same([each["flips"] for each in results])) == 2
+    assert same([each["states"] for each in results])[2] == "DORMANT"
+
+
+def test_whatever_is_asked_in_a_row_all_ranks_end_alike(ranks: Launched) -> None:
+    result = same(ranks.of("replaced_and_called_off"))
+    assert result["fossil"] is True
+    assert result["states"][0] == "FOSSILIZED"
+
+
+def test_commits_by_hand_bring_it_at_the_same_one(ranks: Launched) -> None:
+    result = same(ranks.of("commits_by_hand"))
+    assert result["at"]
+    assert result["result"] is True
+
+
+def test_after_a_checkpoint_ranks_agree_again(ranks: Launched) -> None:
+    result = same(ranks.of("a_checkpoint_brings_all_to_one_plan"))
+    assert result["states"] == ["ACTIVE", "ACTIVE"]
+    assert result["result"] is True
