@@ -987,8 +987,11 @@ def load_graph(
     patches = {
         name: value for name, value in config_patches.items() if name.startswith(("triton.cudagraph", "graph_p"))
     }
+    pause()
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    pause()
     with (
-        tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))),
+        tracing(context),
         inductor_config.patch(patches),
         functorch_config.patch(bundled_autograd_cache=True),
     ):

@@ -7,7 +7,7 @@ else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from esper.artifacts import safetensors_file
@@ -33,12 +33,13 @@ def load_artifact(
     signature: Signature | None = None,
     trust: TrustStore | None = None,
     limits: Limits | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Artifact:
     """Checks `data` and returns the artifact, with its weights on the CPU.
 
     With `expected_id`, the hash must be that. With `trust`, a signature by a trusted key is required; without, none is
     looked at. Raises :class:`ArtifactCorruptError`, ``UntrustedArtifactError``, ``ArtifactLimitError`` or
-    ``ArtifactGraphError``, and nothing else, whatever the bytes.
+    ``ArtifactGraphError``, and nothing else, whatever the bytes. `pause` is called between pieces of the work.
     """
     limits = limits or Limits()
     limits.check_count("the artifact's size in bytes", len(data), "max_bytes")
@@ -51,14 +52,17 @@ def load_artifact(
                 f"artifact {identity} is not signed; sign it, or load it without a trust store"
             )
         trust.verify(artifact_message(identity), signature)
+    pause()
     header = safetensors_file.read_header(data, limits)
     manifest, graph = _read_manifest(header, limits)
     _check_declarations(graph, header)
     tensors = safetensors_file.read_tensors(data)
     graph.check_tensors(tensors)
     tensors = {name: tensors[name] for name in graph.tensor_names}
+    pause()
     check_finite(tensors)
-    check_shapes(graph, LEADING, limits)
+    pause()
+    check_shapes(graph, LEADING, limits, pause)
     return Artifact(identity, data, graph, MappingProxyType(tensors), MappingProxyType(manifest))
 
 

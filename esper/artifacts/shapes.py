@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,15 +23,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def check_shapes(
-    graph: KernelGraph, leads: tuple[tuple[int, ...], ...] = LEADING, limits: Limits | None = None
+    graph: KernelGraph,
+    leads: tuple[tuple[int, ...], ...] = LEADING,
+    limits: Limits | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs `graph` on the meta device without leading dimensions and with each of `leads`.
 
     A value that depends on an input must have, with leading dimensions, the shape that it has without them, behind
     them: so a kernel never reads across leading positions. Raises :class:`ArtifactGraphError` or
     ``ArtifactLimitError``. A graph that passed is not run again: kernels of one family differ in their weights only.
+
+    `pause` is called after every operator: each takes a millisecond of Python, which who trains beside has to wait for.
     """
-    _check(_Structure(graph), leads, limits or Limits())
+    _check(_Structure(graph, pause), leads, limits or Limits())
 
 
 @functools.cache
@@ -46,8 +52,9 @@ def import_meta_kernels() -> None:
 class _Structure:
     """A graph that equals those of the same structure."""
 
-    def __init__(self, graph: KernelGraph) -> None:
+    def __init__(self, graph: KernelGraph, pause: Callable[[], None]) -> None:
         self.graph = graph
+        self.pause = pause
 
     def __hash__(self) -> int:
         return hash(self.graph.digest)
@@ -63,13 +70,13 @@ def _check(structure: _Structure, leads: tuple[tuple[int, ...], ...], limits: Li
     batched = _batched(graph)
     if graph.output not in batched:
         raise ArtifactGraphError(f"the output {graph.output!r} does not depend on the input; a kernel maps its input")
-    alone = _run(graph, (), limits)
+    alone = _run(graph, (), limits, structure.pause)
     if alone[graph.output] != (graph.out_features,):
         raise ArtifactGraphError(
             f"the output has shape {['*', *alone[graph.output]]}, the kernel declares ['*', {graph.out_features}]"
         )
     for lead in leads:
-        shapes = _run(graph, lead, limits)
+        shapes = _run(graph, lead, limits, structure.pause)
         for name, shape in alone.items():
             expected = (*lead, *shape) if name in batched else shape
             if shapes[name] != expected:
@@ -88,7 +95,7 @@ def _batched(graph: KernelGraph) -> set[str]:
     return batched
 
 
-def _run(graph: KernelGraph, lead: tuple[int, ...], limits: Limits) -> Shapes:
+def _run(graph: KernelGraph, lead: tuple[int, ...], limits: Limits, pause: Callable[[], None]) -> Shapes:
     """The shape of every node."""
     dtype = DTYPES[graph.dtype]
     values = {
@@ -106,6 +113,7 @@ def _run(graph: KernelGraph, lead: tuple[int, ...], limits: Limits) -> Shapes:
                 limits.check_count(f"the number of elements of node {node.name!r}", value.numel(), "max_value_elements")
             values[node.name] = value
             shapes[node.name] = tuple(value.shape)
+            pause()
     return shapes
 
 

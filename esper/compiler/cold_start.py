@@ -20,7 +20,7 @@ from esper.execution.plans.executor import ShutDownError
 __all__ = ["prepare_dormant", "start_cold"]
 
 _LOG = logging.getLogger("esper.compiler")
-_thread = BackgroundThreads("esper-cold-start", at_once=1, most=1)
+_thread = BackgroundThreads("esper-cold-start", at_once=1, most=1, rest=3.0)
 
 
 def start_cold(graph: CompiledGraph, plan: GraphPlan) -> None:

@@ -24,6 +24,7 @@ from esper.compiler.variant_job import InputSpec, SeedSpec, VariantJob, speciali
 from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
+from esper.execution.background import rest
 from esper.execution.plans.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
@@ -203,6 +204,7 @@ class VariantCompiler:
         except torch_internals.NotSendableError as error:
             self._keep_here(str(error))
             return None
+        rest()
         seeds = {site: tuple(self._spec(site, seed) for seed in each) for site, each in plan.sites.items()}
         key, store = None, default_store()
         if store is not None:
@@ -213,7 +215,9 @@ class VariantCompiler:
                 "settings": repr(ambient),
             }
             key = VariantKey.of({**self._factors, **of_variant})
+            rest()
             stored = store.get(key)
+            rest()
             if stored is not None:
                 started = time.perf_counter()
                 try:
@@ -262,9 +266,10 @@ class VariantCompiler:
     def _load(
         self, payload: bytes, plan: GraphPlan, ambient: torch_internals.Ambient, origin: Any, started: float
     ) -> Variant:
-        call, assumption = torch_internals.load_graph(payload, ambient.inductor, lambda: time.sleep(_PAUSE_SECONDS))
+        call, assumption = torch_internals.load_graph(payload, ambient.inductor, _pause)
         if assumption is not None:
             call = self._guarded(call, assumption, plan)
+        _pause()
         seconds = time.perf_counter() - started
         _LOG.info("a variant of %s with %d active seeds is ready after %.2f s", self.name, _count(plan), seconds)
         return Variant(call, origin, seconds, len(payload), settings=repr(ambient))
@@ -340,6 +345,11 @@ class VariantCompiler:
             return uncompiled(inputs)
 
         return guarded
+
+
+def _pause() -> None:
+    time.sleep(_PAUSE_SECONDS)
+    rest()
 
 
 def _weights(module: fx.GraphModule) -> Iterator[tuple[int, torch.Tensor]]:

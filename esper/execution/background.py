@@ -242,7 +242,10 @@ class JobQueue:
                 raise
 
 
-FETCHING = BackgroundThreads("esper-fetching", at_once=4, rest=1.0)
+_REST = 3.0
+"""That leaves three quarters of the interpreter to whoever trains: a step takes a third longer, and a piece of work."""
+
+FETCHING = BackgroundThreads("esper-fetching", at_once=4, rest=_REST)
 """For what asks kernel sources, which may be slow or hang, and makes kernels of what they answer."""
-STAGING = BackgroundThreads("esper-staging", at_once=1)
+STAGING = BackgroundThreads("esper-staging", at_once=1, rest=_REST)
 """For what makes models ready for new plans, and waits for compile workers."""

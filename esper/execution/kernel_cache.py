@@ -255,6 +255,7 @@ class KernelCache:
                 signature=fetched.signature,
                 trust=source.trust(),
                 limits=self._limits,
+                pause=rest,
             )
             rest()
             return KernelTemplate.from_artifact(artifact).place()

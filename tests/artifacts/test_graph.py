@@ -204,6 +204,13 @@ def test_shape_check_accepts_any_leading_dimensions(lead: tuple[int, ...]) -> No
     check_shapes(MLP, (lead,))
 
 
+def test_a_check_of_shapes_pauses_after_every_operator() -> None:
+    pauses: list[None] = []
+    leads = ((4,), (4, 1))  # that no other test asks for: what passed is not run again
+    check_shapes(MLP, leads, pause=lambda: pauses.append(None))
+    assert len(pauses) == len(MLP.nodes) * (1 + len(leads))
+
+
 W44, W4 = spec("w", 4, 4), spec("w", 4)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -145,6 +148,53 @@ def test_a_hanging_store_holds_up_nothing_but_its_own_load(shelf: KernelShelf) -
     assert not request.done()
     source.go_on.set()
     assert request.result(30)
+
+
+_heard: list[tuple[int, str]] | None = None
+_SLOW_WORK = ("open", "import", "exec", "compile", "sqlite3.connect", "socket.connect", "subprocess.Popen")
+
+
+def _hear(event: str, _: object) -> None:
+    if _heard is not None and event in _SLOW_WORK:
+        _heard.append((threading.get_ident(), event))
+
+
+def test_a_request_opens_imports_and_compiles_nothing_on_the_thread_that_asks(shelf: KernelShelf) -> None:
+    global _heard
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=4)).id
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    model(torch.randn(3, 8))
+    sys.addaudithook(_hear)  # for good: they cannot be removed
+    _heard = []
+    try:
+        request = model.request_kernel("0", 0, kernel, trainable=True)
+        heard, here = list(_heard), threading.get_ident()
+        assert request.result(100)
+        assert {event for thread, event in _heard if thread != here}, "the load does, elsewhere"
+        assert [event for thread, event in heard if thread == here] == []
+    finally:
+        _heard = None
+
+
+@pytest.mark.slow
+def test_a_load_leaves_the_interpreter_to_others_again_and_again(
+    shelf: KernelShelf, fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: Counter[str] = Counter()
+    sleep = time.sleep
+
+    def counting(seconds: float) -> None:
+        rested[threading.current_thread().name] += 1
+        sleep(seconds)
+
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming", seed=5)).id
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+    compiled = torch.compile(model, backend="esper")
+    compiled(torch.randn(3, 8))
+    monkeypatch.setattr(time, "sleep", counting)
+    assert model.request_kernel("0", 0, kernel, trainable=True).result(200)
+    assert rested["esper-fetching"] > 5, "between the pieces of reading and checking it"
+    assert rested["esper-staging"] > 6, "between the pieces of looking for the variant and loading it"
 
 
 FIRST_LOAD = """
