@@ -23,10 +23,11 @@ from esper.core.copying import ModelParts, layer_places, unpacked
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
+from esper.core.many_layers import ManyLayers
 from esper.core.remote_control import Listener, ListeningPlatform, default_platform
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
-from esper.core.wrapping import WrappedModel, Wrapping
+from esper.core.wrapping import Wrapping
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
@@ -41,7 +42,7 @@ _LOOK_FOR_PARAMETERS = frozenset({"torch.distributed.checkpoint.state_dict", "tr
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
-class MorphableModel(WrappedModel):
+class MorphableModel(ManyLayers):
     """A model whose linear layers carry seeds. Made by `esper.wrap`.
 
     It is an instance of the host's class too: a replica of the host that shares its parameters and buffers, with a
@@ -323,18 +324,17 @@ class MorphableModel(WrappedModel):
         At the commit the parameters of kernels loaded with `trainable=True` enter as a group of their own, without a
         state. It has the options of the group that holds their layer's weight, at `lr_factor` times its learning rate,
         and `group_options` such as `weight_decay` or `lr` in their place. With `warmup`, the rate of new parameters
-        alone goes from `warmup_start` to `peak` times that over so many steps of the optimizer, and stays at `peak`
-        times what the schedule says. At an unload, and where a fossil becomes part of its layer's weight, parameters
-        and states leave. Kernels in force enter at once, with the state that they have in `optimizer`, if any.
+        alone goes from `warmup_start` to `peak` times that over so many steps, and stays at `peak` times the
+        schedule's. At an unload, and where a fossil becomes part of its layer's weight, parameters and states leave.
+        Kernels in force enter at once, with the states that they have.
 
         `scheduler` is one of `torch.optim.lr_scheduler`, or several; those made before are found if it is left out. To
         resume, attach before a state is loaded into `optimizer`; that and the model's may be loaded in either order.
-        Several optimizers may be attached: a kernel learns in the one that holds its layer's weight, or in the first.
-        Copies of the model are attached to nothing.
+        Several may be attached: a kernel learns in the one that holds its layer's weight, or in the first.
 
         Raises `TypeError` for what is no optimizer, scheduler or option; :class:`OptimizerError` for an optimizer that
-        holds none of the model's parameters, cannot take groups, or is attached already, for a scheduler of another
-        optimizer, and for values out of range. Nothing is changed then.
+        holds none of the model's parameters, cannot take groups or is attached already, a scheduler of another one, and
+        values out of range. Nothing is changed then.
         """
         self.runtime.look_for_layers()
         self._esper.optimizers.attach(

@@ -22,7 +22,6 @@ from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
 from esper.core.replica.subclassing import subclass_in_disguise
 from esper.core.replica.transformer_fast_path import adapted_class
-from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
 from esper.execution.site_marker import (
     commit_while_tracing,
@@ -66,8 +65,9 @@ def hosts_forward(model: MorphableModel) -> _Forward:
 
 def check_names(host: nn.Module) -> None:
     """Raise :class:`WrapError` if `host` has attributes of the names under which a wrapped model is controlled."""
-    own_names = {*vars(WrappedModel), *vars(MorphableModel)}
-    ours = {name for name in own_names if not name.startswith("_") and not hasattr(nn.Module, name)}
+    bases = MorphableModel.__mro__[: MorphableModel.__mro__.index(nn.Module)]
+    every = {name for kind in bases for name in vars(kind)}
+    ours = {name for name in every if not name.startswith("_") and not hasattr(nn.Module, name)}
     nothing = object()
     own = {*host._modules, *host._parameters, *host._buffers}
     taken = [

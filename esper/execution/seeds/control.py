@@ -6,9 +6,10 @@ These are made ready on background threads and end in edits of the plan that are
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
@@ -16,10 +17,11 @@ from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import Fold
 from esper.execution.seeds.journal import SeedJournal
+from esper.execution.seeds.load_groups import GroupedLoad, LoadGroup
 from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, Unload
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
-from esper.execution.seeds.seed import Seed
+from esper.execution.seeds.seed import Operation, Seed
 from esper.execution.sources import KernelSource
 from esper.execution.state_layout import checked_alpha
 
@@ -64,43 +66,82 @@ class SeedControl:
         A request for a seed that is already loading replaces the earlier one, whose future becomes False. Raises
         `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
-        if not isinstance(reference, str):
-            hint = "; pass its id" if hasattr(reference, "id") else ""
-            raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
-        for name, flag in (("trainable", trainable), ("isolate", isolate)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True or False, not {flag!r:.60}")
-        first = checked_alpha(alpha(0) if callable(alpha) else alpha)
-        options = LoadOptions(reference, alpha, first, trainable, isolate)
-        if callable(alpha):
-            self._runtime.model.count_steps()
-        self._runtime.note_settings()
+        options = self._options(reference, alpha, trainable, isolate)
         with self._runtime.lock:
             seed.refuse_fossil()
-            if seed.lifecycle is not _State.LOADING:
-                seed.become(_State.LOADING)
-            replaced = seed.supersede()
+            replaced = self._make_way(seed)
             load = seed.loading = Load(seed, options, self._runtime, self._journal, self._attach)
-            seed.later_alpha = None
         if replaced is not None:
             replaced.answer(False)
         self._queue.fetch(load)
         return load.staged
+
+    def _options(self, reference: object, alpha: Any, trainable: object, isolate: object) -> LoadOptions:
+        if not isinstance(reference, str):
+            hint = "; pass its id" if hasattr(reference, "id") else ""
+            raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
+        if not isinstance(trainable, bool) or not isinstance(isolate, bool):
+            name, flag = ("isolate", isolate) if isinstance(trainable, bool) else ("trainable", trainable)
+            raise TypeError(f"{name} must be True or False, not {flag!r:.60}")
+        first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        if callable(alpha):
+            self._runtime.model.count_steps()
+        self._runtime.note_settings()
+        return LoadOptions(reference, alpha, first, trainable, isolate)
+
+    @staticmethod
+    def _make_way(seed: Seed) -> Operation | None:
+        """End what was asked of `seed`, which is to be loaded; returns the load that was under way. Lock held."""
+        if seed.lifecycle is not _State.LOADING:
+            seed.become(_State.LOADING)
+        seed.later_alpha = None
+        return seed.supersede()
+
+    def load_together(
+        self, wanted: Mapping[Seed, str], *, alpha: float | AlphaSchedule, trainable: bool, isolate: bool
+    ) -> LoadGroup:
+        """As :meth:`load`, of kernels by seed that come into force together or not at all; to be fetched yet."""
+        each = {seed: self._options(reference, alpha, trainable, isolate) for seed, reference in wanted.items()}
+        with self._runtime.lock:
+            for seed in wanted:
+                seed.refuse_fossil()
+            replaced = [self._make_way(seed) for seed in wanted]
+            loads = [GroupedLoad(seed, each[seed], self._runtime, self._journal, self._attach) for seed in wanted]
+            group = LoadGroup(loads, self._queue.stage_fetched)
+            for load in loads:
+                load.seed.loading = load
+        for before in replaced:
+            if before is not None:
+                before.answer(False)
+        return group
+
+    def fetch_together(self, group: LoadGroup) -> None:
+        """Go on with what :meth:`load_together` has begun."""
+        for load in group.loads:
+            self._queue.fetch(load)
 
     def unload(self, seed: Seed) -> bool:
         """Stage the return of `seed` to dormancy; a load under way is cancelled. False if there is nothing to unload.
 
         Raises `LifecycleError` for a fossilized seed.
         """
-        with self._runtime.lock:
-            seed.refuse_fossil()
-            load = seed.supersede()
-            unloads = self._unload(seed, cancelled=load is not None)
-        if load is not None:
-            load.answer(False)
-        return unloads
+        return bool(self.unload_together([seed]))
 
-    def _unload(self, seed: Seed, cancelled: bool) -> bool:
+    def unload_together(self, seeds: Sequence[Seed]) -> list[Seed]:
+        """As :meth:`unload`, of several; returns those with something to unload. Nothing is done where it raises."""
+        with self._runtime.lock:
+            for seed in seeds:
+                seed.refuse_fossil()
+            cancelled = [load for seed in seeds if (load := seed.supersede()) is not None]
+            busy = {load.seed for load in cancelled}
+            unloaded = [seed for seed in seeds if self._leave(seed, cancelled=seed in busy)]
+            self._stage_unloads(unloaded)
+        for load in cancelled:
+            load.answer(False)
+        return unloaded
+
+    def _leave(self, seed: Seed, cancelled: bool) -> bool:
+        """End what the seed was about, but for a kernel in force or staged. Whether there is anything to unload."""
         if self._runtime.target.seed(seed.site, seed.index) is None:
             failed = seed.lifecycle is _State.ERROR_RECOVERY
             if cancelled:
@@ -112,7 +153,12 @@ class SeedControl:
             return cancelled or failed
         if cancelled and seed.in_force:
             seed.state.cancel_load(seed.index)
-        return self._queue.stage(Unload(seed, self._runtime, self._journal))
+        return True
+
+    def _stage_unloads(self, seeds: Sequence[Seed]) -> None:
+        held = [seed for seed in seeds if self._runtime.target.seed(seed.site, seed.index) is not None]
+        if held:
+            self._queue.stage(*(Unload(seed, self._runtime, self._journal) for seed in held))
 
     def cancel(self, seed: Seed, staged: Future[bool]) -> None:
         """Have the load whose future is `staged` never come into force, unless it has already."""
@@ -125,7 +171,7 @@ class SeedControl:
             elif self._runtime.withdraw(load):
                 load.withdraw()
             else:
-                self._unload(seed, cancelled=False)
+                self._stage_unloads([seed])
                 return
             if seed.loading is None:
                 seed.state.cancel_load(seed.index)
@@ -138,35 +184,50 @@ class SeedControl:
         Where that is the same, it becomes part of the host's weight and bias, see :class:`Fold`; else it stays a
         kernel, of a share that is a constant.
         """
+        return bool(self.fossilize_together([seed]))
+
+    def fossilize_together(self, seeds: Sequence[Seed]) -> list[Seed]:
+        """As :meth:`fossilize`, of several; returns those that are active."""
         with self._runtime.lock:
-            planned = self._runtime.target.seed(seed.site, seed.index)
-            if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
-                return False
-            seed.is_fossilizing = True
-            seed.take_ticket()
-            self._runtime.forget_schedules([seed.alpha_index])
-            fossil = replace(planned, constant_alpha=seed.alpha)
-            fold = Fold(seed.layer, planned, seed.alpha, self._runtime)
-            exact = fold if fold.is_exact(self._runtime.target) else None
-            return self._queue.stage(
-                Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
-            )
+            staged = [each for each in map(self._fossil, seeds) if each is not None]
+            if staged:
+                self._queue.stage(*staged)
+            return [each.seed for each in staged]
+
+    def _fossil(self, seed: Seed) -> Fossilize | None:
+        planned = self._runtime.target.seed(seed.site, seed.index)
+        if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
+            return None
+        seed.is_fossilizing = True
+        seed.take_ticket()
+        self._runtime.forget_schedules([seed.alpha_index])
+        fossil = replace(planned, constant_alpha=seed.alpha)
+        fold = Fold(seed.layer, planned, seed.alpha, self._runtime)
+        exact = fold if fold.is_exact(self._runtime.target) else None
+        return Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
 
     def set_alpha(self, seed: Seed, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
 
         Warns once if it has no kernel and is loading none. Raises `AlphaError`, and `LifecycleError` when fossilized.
         """
+        self.set_alphas([seed], alpha)
+
+    def set_alphas(self, seeds: Sequence[Seed], alpha: float | AlphaSchedule) -> None:
+        """As :meth:`set_alpha`, of several. Nothing is done where it raises."""
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
+        untold = []
         with self._runtime.lock:
-            seed.refuse_fossil()
-            loading = seed.lifecycle is _State.LOADING
-            if loading:
-                seed.later_alpha = alpha, first
-            self._runtime.start_alpha(seed.alpha_index, alpha, first)
-            untold = not (loading or seed.in_force or seed.told_of_alpha)
-            seed.told_of_alpha |= untold
-        if untold:
+            for seed in seeds:
+                seed.refuse_fossil()
+            for seed in seeds:
+                loading = seed.lifecycle is _State.LOADING
+                if loading:
+                    seed.later_alpha = alpha, first
+                self._runtime.start_alpha(seed.alpha_index, alpha, first)
+                untold += [] if loading or seed.in_force or seed.told_of_alpha else [seed]
+                seed.told_of_alpha |= seed in untold
+        for seed in untold:
             _LOG.warning(
                 "the alpha set for seed %d of %s has no effect: it has no kernel and is loading none, and the next one "
                 "starts with the alpha of its own load; pass alpha=... to load_kernel or request_kernel, or set it "

@@ -126,8 +126,8 @@ class Load(Operation):
                 seed.published = None
             if is_under_way and error is not None:
                 self._journal.keep_error(seed, error)
-                if seed.loading is None:  # else the seed awaits another
-                    seed.state.fail_load(seed.index)
+            if is_under_way and seed.loading is None:  # else the seed awaits another
+                (seed.state.cancel_load if error is None else seed.state.fail_load)(seed.index)
         if is_under_way and error is not None:
             reason, kernel = seed.error, self._options.reference
             _LOG.warning("kernel %s was not loaded into seed %d of %r: %s", kernel, seed.index, seed.layer_name, reason)

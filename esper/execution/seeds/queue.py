@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from esper.execution.background import FETCHING, STAGING, JobQueue
 from esper.execution.plans.executor import PreparationCancelledError, ShutDownError
@@ -29,6 +30,23 @@ _SLOW_FETCH = 0.1  # seconds after which others do not wait for it
 _LONGEST_GATHERING = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class _Bundle:
+    """Operations that are staged together: all or none of them, or those that are still wanted."""
+
+    operations: tuple[Operation, ...]
+    is_whole: bool = True
+
+    def still_wanted(self) -> _Bundle | None:
+        """What there is to stage; the rest is given up."""
+        wanted = tuple(operation for operation in self.operations if operation.is_wanted)
+        kept = wanted if len(wanted) == len(self.operations) or not self.is_whole else ()
+        for operation in self.operations:
+            if operation not in kept:
+                operation.fail(None)
+        return _Bundle(kept, self.is_whole) if kept else None
+
+
 class StagingQueue:
     """The operations of one model that are to be staged. From any thread; they are made ready on `STAGING`."""
 
@@ -41,7 +59,7 @@ class StagingQueue:
     def _begin(self) -> None:
         self._lock = threading.Lock()  # guards the next two
         self._arrived = threading.Condition(self._lock)
-        self._fetched: deque[Operation] = deque()
+        self._fetched: deque[_Bundle] = deque()
         self._fetches: dict[Operation, float | None] = {}  # when they began; None as long as they wait for a thread
 
     def after_fork(self) -> None:
@@ -71,23 +89,36 @@ class StagingQueue:
         with self._lock:
             self._fetches.pop(operation, None)
             if goes_on:
-                self._fetched.append(operation)
+                self._fetched.append(_Bundle((operation,)))
             self._arrived.notify()
         if goes_on:
             self._jobs.submit(self._work)
+
+    def stage_fetched(self, operations: Sequence[Operation]) -> None:
+        """Have operations whose fetches have ended staged together, or none of them."""
+        with self._lock:
+            self._fetched.append(_Bundle(tuple(operations)))
+        self._jobs.submit(self._work)
 
     def later(self, job: Callable[[], object]) -> None:
         """Have `job` done between the operations."""
         self._jobs.submit(job)
 
-    def stage(self, operation: Operation) -> bool:
-        """Stage an operation at once if every executor could follow it, else on the background thread. Lock held."""
-        if self._runtime.ready(operation.edit(self._runtime.target)):
-            self._runtime.publish(operation)
+    def stage(self, *operations: Operation) -> bool:
+        """Stage operations at once if every executor could follow them, else on the background thread. Lock held.
+
+        One of which something else is asked meanwhile is left out then.
+        """
+        plan = self._runtime.target
+        for operation in operations:
+            plan = operation.edit(plan)
+        if self._runtime.ready(plan):
+            self._runtime.publish(*operations)
         else:
-            operation.wait()
+            for operation in operations:
+                operation.wait()
             with self._lock:
-                self._fetched.append(operation)
+                self._fetched.append(_Bundle(operations, is_whole=False))
             self._jobs.submit(self._work)
         return True
 
@@ -97,9 +128,9 @@ class StagingQueue:
             end = time.monotonic() + _LONGEST_GATHERING
             while self._fetched and (seconds := min(self._until_slow(), end - time.monotonic())) > 0:
                 self._arrived.wait(seconds)
-            operations = list(self._fetched)
+            bundles = list(self._fetched)
             self._fetched.clear()
-        self._stage(operations)
+        self._stage(bundles)
 
     def _until_slow(self) -> float:
         """Seconds until all fetches under way will have taken long; 0 if there are none."""
@@ -107,8 +138,9 @@ class StagingQueue:
         begun = [now if began is None else began for began in self._fetches.values()]
         return max(begun) + _SLOW_FETCH - now if begun else 0.0
 
-    def _stage(self, operations: Sequence[Operation]) -> None:
-        while operations := self._still_wanted(operations):
+    def _stage(self, bundles: Sequence[_Bundle]) -> None:
+        while bundles := [wanted for each in bundles if (wanted := each.still_wanted()) is not None]:
+            operations = [operation for each in bundles for operation in each.operations]
             base, executors, plan = self._runtime.target, self._runtime.executors_added, self._runtime.target
             for operation in operations:
                 plan = operation.edit(plan)
@@ -123,11 +155,12 @@ class StagingQueue:
                     operation.fail(None)
                 return
             except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
-                if len(operations) > 1:  # it need not be the fault of all
-                    for operation in operations:
-                        self._stage([operation])
+                if len(bundles) > 1:  # it need not be the fault of all
+                    for bundle in bundles:
+                        self._stage([bundle])
                 else:
-                    operations[0].fail(error)
+                    for operation in operations:
+                        operation.fail(error)
                 return
 
             if self._publish_prepared(operations, base, executors):
@@ -162,10 +195,3 @@ class StagingQueue:
         for operation in operations:
             operation.answer(True)
         return True
-
-    def _still_wanted(self, operations: Sequence[Operation]) -> list[Operation]:
-        wanted = [operation for operation in operations if operation.is_wanted]
-        for operation in operations:
-            if operation not in wanted:
-                operation.fail(None)
-        return wanted

@@ -1,0 +1,141 @@
+"""Loads into several seeds that come into force together, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from esper.execution.seeds.operations import Load
+from esper.execution.seeds.seed import Operation
+from esper.futures import InterruptSafeFuture
+
+__all__ = ["GroupedLoad", "KernelsRequest", "LoadGroup"]
+
+_LOG = logging.getLogger("esper.execution")
+_SUPERSEDED = "something else was asked of its seed meanwhile"
+
+
+class KernelsRequest(InterruptSafeFuture[bool]):
+    """A request for kernels of several layers: whether all of them are staged, and if not, why."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        """The names of the layers."""
+        self._errors: dict[str, str] = {}
+        self.set_running_or_notify_cancel()  # as any load
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """Why the layers whose fault it was have no kernel, by their names; empty as long as nothing has failed."""
+        return MappingProxyType(self._errors)
+
+    def note_error(self, layer: str, reason: str) -> None:
+        """`layer` cannot have its kernel."""
+        self._errors.setdefault(layer, reason)
+
+
+class GroupedLoad(Load):
+    """A load of a group, which has it staged with the others."""
+
+    group: LoadGroup
+
+    def fetch(self) -> bool:
+        fetched = False
+        try:
+            fetched = super().fetch()
+        finally:
+            self.group.note(self, fetched=fetched)
+        return False  # the queue waits for the group
+
+    def fail(self, error: Exception | None) -> None:
+        if not self.is_wanted:
+            self.group.request.note_error(self.seed.layer_name, _SUPERSEDED)
+        super().fail(error)
+
+    def refer_to(self, artifact_id: str) -> None:
+        """Before it is fetched: its kernel has been compiled."""
+        self._options = replace(self._options, reference=artifact_id)
+
+    def give_up(self, error: Exception | None = None) -> None:
+        """Before it was fetched: leave the seed as it was, or with `error` in `ERROR_RECOVERY`."""
+        self._end(error)
+        with self._runtime.lock:
+            if self.is_wanted:
+                self.seed.take_ticket()
+
+    def _end(self, error: Exception | None) -> None:
+        if error is not None and self.is_wanted:
+            self.group.request.note_error(self.seed.layer_name, f"{type(error).__name__}: {error}")
+        super()._end(error)
+
+
+class LoadGroup:
+    """`loads` into seeds of one model, fetched side by side; `stage` takes them once all are. On threads that fetch."""
+
+    def __init__(self, loads: Sequence[GroupedLoad], stage: Callable[[Sequence[Operation]], None]) -> None:
+        self.loads = tuple(loads)
+        self.request = KernelsRequest([load.seed.layer_name for load in loads])
+        self._stage = stage
+        self._lock = threading.Lock()
+        self._fetched: list[GroupedLoad] = []
+        self._broken = False
+        self._open = len(self.loads)
+        for load in self.loads:
+            load.group = self
+            load.staged.add_done_callback(self._answered)
+
+    def note(self, load: GroupedLoad, *, fetched: bool) -> None:
+        """The fetch of `load` has ended."""
+        with self._lock:
+            broken, is_whole = self._broken, False
+            if fetched and not broken:
+                self._fetched.append(load)
+                is_whole = len(self._fetched) == len(self.loads)
+        if not fetched:
+            self._break(load)
+        elif broken:
+            load.fail(None)
+        elif is_whole:
+            self._stage(self.loads)  # and from now on the queue ends them, all or none
+
+    def _break(self, broken: GroupedLoad) -> None:
+        """`broken` cannot come into force, so the others do not either."""
+        with self._lock:
+            if self._broken:
+                return
+            self._broken, fetched = True, self._fetched
+        if not broken.is_wanted:
+            self.request.note_error(broken.seed.layer_name, _SUPERSEDED)
+        for load in self.loads:
+            if load in fetched:
+                load.fail(None)
+            elif load is not broken:
+                load.give_up()
+
+    def refuse(self, failed: Mapping[GroupedLoad, Exception]) -> None:
+        """Before anything was fetched: some loads have failed, so nothing is."""
+        with self._lock:
+            self._broken = True
+        for load, error in failed.items():
+            load.give_up(error)
+        for load in self.loads:
+            if load not in failed:
+                load.give_up()
+
+    def _answered(self, staged: Future[Any]) -> None:
+        del staged
+        with self._lock:
+            self._open -= 1
+            if self._open:
+                return
+        succeeded = all(load.staged.result() for load in self.loads)
+        if not succeeded and self.request.errors:
+            reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in self.request.errors.items())
+            _LOG.warning("none of the kernels for %d layers was loaded: %s", len(self.loads), reasons)
+        self.request.set_result(succeeded)
