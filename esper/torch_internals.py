@@ -41,6 +41,7 @@ __all__ = [
     "StaleVariantError",
     "ambient_state",
     "assumption_since",
+    "at_the_end_of_the_backward",
     "backend_being_traced",
     "boxed",
     "cache_misses",
@@ -276,6 +277,11 @@ def held_elsewhere(tensor: torch.Tensor) -> bool:
     holders: int = tensor._use_count()  # type: ignore[attr-defined]  # torch's stubs leave it out
     of_memory = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # counts the storage just asked for, too
     return holders > 1 or of_memory > 2
+
+
+def at_the_end_of_the_backward(function: Callable[[], object]) -> None:
+    """Have `function` called when the backward that is under way has computed everything. From one of its hooks."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]  # not in the stubs
 
 
 def find_backend(name: str) -> Callable[..., Any]:

@@ -42,6 +42,17 @@ def test_the_backend_being_traced_is_found_through_dynamos_wrappers(fresh_dynamo
     assert seen == [True, False]
 
 
+def test_what_is_called_at_the_end_of_a_backward_finds_all_gradients() -> None:
+    layers, seen = [nn.Linear(2, 2), nn.Linear(2, 2)], []
+
+    def look() -> None:
+        seen.append([each.weight.grad is not None for each in layers])
+
+    layers[1].weight.register_post_accumulate_grad_hook(lambda _: torch_internals.at_the_end_of_the_backward(look))
+    layers[1](layers[0](torch.ones(1, 2))).sum().backward()
+    assert seen == [[True, True]]
+
+
 def test_outside_of_tracing_no_backend_is_recognised() -> None:
     assert not torch_internals.backend_being_traced(lambda backend: True)
 

@@ -120,6 +120,7 @@ class MorphableModel(ManyLayers):
         """As `nn.Module.requires_grad_`; kernels that were loaded frozen take part like any parameter."""
         super().requires_grad_(requires_grad)
         self.runtime.refresh()  # what is compiled depends on it
+        self._esper.follow_gradients()
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

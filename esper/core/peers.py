@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from esper.core.wrapping import WrappedModel
+from esper.distributed.data_parallel import average_like
 from esper.distributed.joining import join
+from esper.distributed.ranks import RanksError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.alpha import SavedRamp
 
@@ -44,9 +46,18 @@ def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
 
 
 def _put_into(model: WrappedModel, ddp: nn.parallel.DistributedDataParallel, child: nn.Module) -> None:
-    del child
+    """`child`, which is `model` or holds it, becomes `ddp.module`, on all ranks."""
+    kernels = {id(each) for each in model._wrapping.bank.parameters()}
+    ddp.parameters_to_ignore.update(name for name, each in child.named_parameters() if id(each) in kernels)
+    if not any(each.requires_grad and id(each) not in kernels for each in child.parameters()):
+        raise RanksError(
+            "DistributedDataParallel needs a parameter of the host that learns, and of this model only kernels do: let "
+            "one learn, or wrap the model with process_group=... and average the gradients of seed_parameters() "
+            "yourself"
+        )
     if ddp.process_group.size() > 1:
         join_group(model, ddp.process_group)
+        average_like(model._wrapping.bank, ddp, next(child.parameters()).device)
 
 
 def _carry_out(layer: KasminaLayer, action: str, seed: int, **options: Any) -> None:

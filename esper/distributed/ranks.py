@@ -260,7 +260,6 @@ class Ranks:
             if self._coordinator is None or coordinator is None:
                 continue
             if self._coordinator.is_idle:
-                samples.clear()
                 continue
             if not samples:  # before anything is decided, see how fast forwards begin
                 look = _WINDOW
@@ -268,6 +267,8 @@ class Ranks:
                 continue
             look = _FIRST_LOOK if to_send else min(look * 1.3, _LONGEST_LOOK)
             self._count_votes(coordinator, connection, self._lead_of(samples))
+            if self._coordinator.is_idle:
+                samples.clear()
         connection.wake(self._waiting)
 
     def _count_votes(self, coordinator: Steps, connection: Connection, lead: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ BANK_NAME = "_esper"
 """The name under which a bank is registered: every state-dict key of Esper's starts with it."""
 
 
+class GradientAveraging(Protocol):
+    """What averages gradients over ranks; `esper.distributed` has it."""
+
+    def follow(self, parameters: Sequence[nn.Parameter]) -> None: ...
+
+
 class ActiveKernels(nn.Module):
     """The modules of the kernels in force, and the seeds' state, which follows the model from device to device."""
 
@@ -57,6 +63,8 @@ class ActiveKernels(nn.Module):
         self._prefix = ""
         self.optimizers = ModelOptimizers(self._learning, self.model_parameters, lambda: runtime.version)
         """Those that follow the kernels in force."""
+        self.gradients: GradientAveraging | None = None
+        """What keeps the gradients of kernels the same on all ranks, where there are several."""
         self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]  # torch leaves it so
 
     @property
@@ -75,6 +83,12 @@ class ActiveKernels(nn.Module):
         self._plan = plan
         self.optimizers.follow()
         kernels_changed(self)
+        self.follow_gradients()
+
+    def follow_gradients(self) -> None:
+        """Other kernels are in force, or other parameters learn: have the gradients of these averaged."""
+        if self.gradients is not None:
+            self.gradients.follow([each for seed in self._plan.seeds() for each in seed.kernel.parameters])
 
     def admit(self, site: int, seed: SeedPlan) -> None:
         """`seed` is about to come into force at `site`: have its parameters in the optimizers that are to have them."""
