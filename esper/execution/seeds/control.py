@@ -109,6 +109,8 @@ class SeedControl:
         return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
 
     def _lead(self, seed: Seed, action: str, **options: object) -> None:
+        """Something is asked of this process: have it asked of those too that follow it."""
+        self._runtime.model.find_peers()
         if self._runtime.gate is not None:
             self._runtime.gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
 
