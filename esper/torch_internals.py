@@ -39,6 +39,7 @@ __all__ = [
     "NotSendableError",
     "OpOverload",
     "StaleVariantError",
+    "after_accumulation",
     "ambient_state",
     "assumption_since",
     "at_the_end_of_the_backward",
@@ -54,6 +55,7 @@ __all__ = [
     "copy_of_capture",
     "describe_graph",
     "deserialise_compiled",
+    "dimensions_of_fsdp",
     "fake_inputs",
     "fake_like",
     "fake_tensors",
@@ -73,8 +75,10 @@ __all__ = [
     "pack_graph",
     "recompile_context",
     "recompile_limit",
+    "reduces_gradients",
     "saved_tensor_hooks",
     "serialise_compiled",
+    "share_fsdp_state",
     "shared_inputs",
     "static_inputs",
     "system_factors",
@@ -279,9 +283,39 @@ def held_elsewhere(tensor: torch.Tensor) -> bool:
     return holders > 1 or of_memory > 2
 
 
-def at_the_end_of_the_backward(function: Callable[[], object]) -> None:
+def after_accumulation(parameter: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> Any:
+    """Have `hook` called with `parameter` whenever a gradient has been added to it; a handle that ends this."""
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch leaves it so
+
+
+def at_the_end_of_the_backward(function: Callable[[], None]) -> None:
     """Have `function` called when the backward that is under way has computed everything. From one of its hooks."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]  # not in the stubs
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def _fsdp_groups(module: torch.nn.Module) -> list[Any]:
+    state = module._get_fsdp_state()  # type: ignore[operator]  # it is an FSDPModule
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13 has several, earlier ones one
+    return [state._fsdp_param_group] * bool(state._fsdp_param_group) if groups is None else list(groups)
+
+
+def share_fsdp_state(module: torch.nn.Module, original: torch.nn.Module) -> None:
+    """Let `module`, which has the hooks and parameters of `original`, an `FSDPModule`, answer as that does."""
+    from torch.distributed._composable_state import _get_module_state, _insert_module_state
+
+    state = _get_module_state(original)
+    if state is not None and _get_module_state(module) is None:
+        _insert_module_state(module, state)
+
+
+def reduces_gradients(module: torch.nn.Module) -> bool:
+    """Whether the backward of an `FSDPModule` reduces gradients, see its `set_requires_gradient_sync`."""
+    return all(each.reduce_grads and each.all_reduce_grads for each in _fsdp_groups(module))
+
+
+def dimensions_of_fsdp(module: torch.nn.Module) -> int:
+    """Of how many dimensions the mesh is over which an `FSDPModule` shards, 0 if it has no parameters of its own."""
+    return max((each.mesh_info.mesh.ndim for each in _fsdp_groups(module)), default=0)
 
 
 def find_backend(name: str) -> Callable[..., Any]:

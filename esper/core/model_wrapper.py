@@ -18,7 +18,7 @@ from esper.core.copying import give_back
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, WrappedModelLink
-from esper.core.peers import join_group, watch_for_ddp
+from esper.core.peers import join_group, refuse_engine, watch_for_ddp
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
 from esper.core.site_share import report_share
@@ -26,6 +26,7 @@ from esper.core.targets import Selection, select_targets
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
 from esper.core.wrapping import Mode, WrapOptions, Wrapping
 from esper.distributed.joining import checked_group
+from esper.distributed.sharding import mesh_of
 from esper.execution.assembly import Assembly
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels import service_locator
@@ -82,10 +83,12 @@ def wrap(
     group = None if process_group is None else checked_group(process_group)
     selection = select_targets(model, target_layers)
     report_share(model, selection, chosen=target_layers is not None)
+    mesh_of(model.modules())  # raises for what cannot be kept
     wrapped = assemble(model, selection, options)
     if group is not None:
         join_group(wrapped, group)
     watch_for_ddp()
+    wrapped.runtime.model.find_peers()
     return wrapped
 
 
@@ -157,6 +160,7 @@ def _check(model: object, seeds_per_layer: object, cache_size_mb: object, mode: 
             raise WrapError(f"the model is wrapped already{where}: use it as it is, or esper.unwrap() it first")
         if torch_internals.is_compiled(module):
             raise WrapError(f"the model is compiled already{where}: wrap it first, and compile what esper.wrap returns")
+        refuse_engine(module, where)
     check_names(model)
     if any(BANK_NAME in names for names in (vars(model), model._modules, model._parameters, model._buffers)):
         raise WrapError(f"the model has an attribute {BANK_NAME!r}, the name under which kernels are registered")

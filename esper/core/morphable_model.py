@@ -24,11 +24,13 @@ from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
 from esper.core.many_layers import ManyLayers
+from esper.core.peers import join_shards
 from esper.core.remote_control import Listener, ListeningPlatform, default_platform
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import Wrapping
 from esper.distributed.ranks import Ranks
+from esper.distributed.sharding import is_sharded
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
@@ -417,6 +419,10 @@ class WrappedModelLink(ModelLink[MorphableModel]):
     def follow_layers(self) -> None:
         if (model := self.model) is not None:
             model._site_watch.follow()
+
+    def find_peers(self) -> None:
+        if (model := self.model) is not None and is_sharded(model.modules()):
+            join_shards(model)
 
     def runs_eagerly(self) -> bool:
         return (model := self.model) is None or model._eager.runs_eagerly()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from esper.core.errors import WrapError
 from esper.core.wrapping import WrappedModel
 from esper.distributed.data_parallel import average_like
 from esper.distributed.joining import join
 from esper.distributed.ranks import RanksError
+from esper.distributed.sharding import average_like_shards, group_of, is_sharded, mesh_of, replicate
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernels.loaded_kernel import KernelModule
 from esper.execution.plans.alpha import SavedRamp
+from esper.torch_internals import share_fsdp_state
 
 __all__ = ["join_group", "watch_for_ddp"]
 
@@ -30,6 +35,53 @@ def join_group(model: WrappedModel, group: Any) -> None:
         model.__dict__["ranks"] = join(model.runtime, group, carry_out)
 
 
+def join_shards(model: WrappedModel) -> None:
+    """`model`, or a module of it, was sharded by `fully_shard`: change together with the other ranks of its mesh.
+
+    Raises :class:`RanksError` for what cannot be kept, and where it is too late for that.
+    """
+    runtime, bank = model.runtime, model._wrapping.bank
+    if bank.gradients is not None:
+        return
+    host = model._wrapping.host
+    modules = list(host.modules() if is_sharded(host.modules()) else model.modules())
+    mesh = mesh_of(each for each in modules if not isinstance(each, KernelModule))
+    if mesh is None or mesh.size() == 1:
+        return
+    if runtime.has_run:
+        raise RanksError(
+            "the model was sharded by fully_shard() after its first forward: shard it before that, or before it is "
+            "wrapped"
+        )
+    if runtime.gate is None:
+        join_group(model, mesh if mesh.ndim == 1 else group_of(mesh))
+    replicas = dict(model.named_modules())
+    for name, original in host.named_modules() if is_sharded(host.modules()) else ():
+        if is_sharded([original]) and is_sharded([replica := replicas[name]]):
+            share_fsdp_state(replica, original)
+    runtime.share = functools.partial(replicate, mesh=mesh)
+    for seed in runtime.target.seeds():
+        replicate(seed.kernel, mesh)
+    runtime.refresh()
+    average_like_shards(bank, modules, mesh, next(model.parameters()).device)
+
+
+def refuse_engine(module: nn.Module, where: str) -> None:
+    """Raise `WrapError` for a module around a model that shares it among ranks by itself."""
+    kind = next((each for each in type(module).__mro__ if each.__name__ in _ENGINES), None)
+    if kind is not None and kind.__module__.startswith(("torch.", "deepspeed")):
+        raise WrapError(f"the model is in a {kind.__name__} already{where}: {_ENGINES[kind.__name__]}")
+
+
+_ENGINES = {
+    "DistributedDataParallel": "wrap the module inside first, and put what esper.wrap returns into it",
+    "FullyShardedDataParallel": "FSDP1 keeps parameters in flat ones of its own, beside which kernels cannot be "
+    "trained; use torch.distributed.fsdp.fully_shard (FSDP2), before or after esper.wrap",
+    "DeepSpeedEngine": "DeepSpeed reduces and steps the parameters that it knew at its start, and no kernels; use "
+    "DistributedDataParallel or fully_shard (FSDP2)",
+}
+
+
 def watch_for_ddp() -> None:
     """From now on, notice when a wrapped model is put into `DistributedDataParallel`."""
     global _is_watching
@@ -39,10 +91,14 @@ def watch_for_ddp() -> None:
 
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    if name == "module" and isinstance(module, nn.parallel.DistributedDataParallel) and child is not None:
-        for each in child.modules():
-            if isinstance(each, WrappedModel):
-                _put_into(each, module, child)
+    if child is None or type(module).__name__ not in _ENGINES:
+        return
+    wrapped = [each for each in child.modules() if isinstance(each, WrappedModel)]
+    if name == "module" and isinstance(module, nn.parallel.DistributedDataParallel):
+        for each in wrapped:
+            _put_into(each, module, child)
+    elif wrapped:
+        refuse_engine(module, "")
 
 
 def _put_into(model: WrappedModel, ddp: nn.parallel.DistributedDataParallel, child: nn.Module) -> None:

@@ -39,6 +39,6 @@ def average_like(bank: ActiveKernels, ddp: nn.parallel.DistributedDataParallel, 
 
 def group_of_its_own(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """A group of the same ranks that nobody else uses, connected, so that its first use does not have to do that."""
-    own = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+    own: dist.ProcessGroup = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
     dist.all_reduce(torch.zeros(1, device=device), group=own)
     return own

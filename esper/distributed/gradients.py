@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from esper import torch_internals
-from esper.distributed.local_parts import like, local
+from esper.execution.kernels.local_parts import like, local
 
 __all__ = ["KernelGradients"]
 
@@ -54,7 +54,7 @@ class _Bucket:
         assert self.flat is not None
         self.work.wait()
         with torch.no_grad():
-            averages = self.flat.split([each.numel() for each in self.parameters])
+            averages = torch.split(self.flat, [each.numel() for each in self.parameters])
             for parameter, average in zip(self.parameters, averages, strict=True):
                 if parameter.grad is None:
                     parameter.grad = like(parameter, average.view_as(local(parameter)).clone())
@@ -87,7 +87,7 @@ class KernelGradients:
         self.close()
         self._buckets = _bucketed(wanted[::-1])  # gradients come from the last layer to the first
         self._bucket_of = {each: bucket for bucket in self._buckets for each in bucket.parameters}
-        self._handles = [each.register_post_accumulate_grad_hook(self._accumulated) for each in wanted]
+        self._handles = [torch_internals.after_accumulation(each, self._accumulated) for each in wanted]
         self._is_under_way = False
 
     def close(self) -> None:

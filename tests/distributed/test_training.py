@@ -6,23 +6,54 @@ import pytest
 
 from tests.distributed.ranks import Launched, launch
 
-SCENARIOS = ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_made_with_a_kernel_in_force", "ddp_with_backend"]
+ALIKE = ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_before_wrapping",
+         "fsdp_that_accumulates"]  # fmt: skip
+OTHERS = ["ddp_made_with_a_kernel_in_force", "what_is_refused", "fsdp_in_bfloat16"]
+OF_FOUR = ["ddp", "fsdp", "hsdp"]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    return launch("tests.distributed.training_programs", SCENARIOS, request.param, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return launch("tests.distributed.training_programs", [*ALIKE, *OTHERS], 2, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("scenario", ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend"])
-def test_kernels_learn_on_all_ranks_as_in_one_process(ranks: Launched, scenario: str) -> None:
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return launch("tests.distributed.training_programs", OF_FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+def assert_alike(ranks: Launched, scenario: str, tolerance: float = 1e-5) -> None:
     for each in ranks.of(scenario):
         assert each["flips"] == [[3, 6, 12]] * 2
         assert each["between"] == 0.0
-        assert each["alone"] < 1e-5
+        assert each["alone"] < tolerance
+        assert each["norms"] < tolerance
         assert each["states"] == {"0": ["ACTIVE", *["DORMANT"] * 3], "2": ["DORMANT"] * 4}
 
 
-def test_a_kernel_that_was_there_before_ddp_can_leave(ranks: Launched) -> None:
-    for each in ranks.of("ddp_made_with_a_kernel_in_force"):
+@pytest.mark.parametrize("scenario", ALIKE)
+def test_kernels_learn_on_two_ranks_as_in_one_process(two: Launched, scenario: str) -> None:
+    assert_alike(two, scenario)
+
+
+@pytest.mark.parametrize("scenario", OF_FOUR)
+def test_kernels_learn_on_four_ranks_as_in_one_process(four: Launched, scenario: str) -> None:
+    assert_alike(four, scenario)
+
+
+def test_a_policy_of_mixed_precision_is_that_of_kernels_too(two: Launched) -> None:
+    assert_alike(two, "fsdp_in_bfloat16", tolerance=0.05)
+
+
+def test_a_kernel_that_was_there_before_ddp_can_leave(two: Launched) -> None:
+    for each in two.of("ddp_made_with_a_kernel_in_force"):
         assert each == {"equal": True, "states": "DORMANT"}
+
+
+def test_what_cannot_be_kept_is_refused(two: Launched) -> None:
+    for each in two.of("what_is_refused"):
+        assert "DistributedDataParallel already" in each["ddp"]
+        assert "tensor parallelism" in each["tensor parallel"]
+        assert "'world'" in each["no group"]
+        assert "join()" in each["join"]
+        assert "first forward" in each["late"]

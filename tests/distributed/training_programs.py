@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
@@ -58,8 +62,7 @@ def _trained(here: Rank, wrap: Any, steps: int = 16, **how: Any) -> Any:
     model, run = wrap(here, host)
     _run(here, model, run, steps, **how)
     _run(here, alone, alone, steps, alone=True)
-    mine = torch.cat([each.detach().reshape(-1) for each in model.parameters()])
-    theirs = torch.cat([each.detach().reshape(-1) for each in alone.parameters()])
+    mine, theirs = (torch.cat([_whole(each).reshape(-1) for each in part.parameters()]) for part in (model, alone))
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in alone.named_parameters()]
     others = [torch.empty_like(mine) for _ in range(here.size)]
     torch.distributed.all_gather(others, mine)
@@ -68,22 +71,30 @@ def _trained(here: Rank, wrap: Any, steps: int = 16, **how: Any) -> Any:
         "between": between,
         "alone": float((mine - theirs).abs().max()),
         "states": states(model),
-        "flips": [_flipped(each) for each in (model, alone)],
+        "flips": [_seen.pop(id(each))["flips"] for each in (model, alone)],
+        "norms": max(
+            abs(a - b) for a, b in zip(*(_seen.pop(f"norms {id(each)}") for each in (model, alone)), strict=True)
+        ),
     }
 
 
-_flips: dict[int, list[int]] = {}
+_seen: dict[Any, Any] = {}
 
 
-def _flipped(model: esper.MorphableModel) -> list[int]:
-    """The steps whose forwards were the first with another plan."""
-    return _flips.pop(id(model))
+def _norms(model: esper.MorphableModel) -> torch.Tensor:
+    """Those of all gradients, step by step."""
+    return torch.tensor(_seen.pop(f"norms {id(model)}"))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach()
 
 
 def _run(here: Rank, model: Any, run: Any, steps: int, alone: bool = False, accumulate: bool = False) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     swaps = _Swaps(here, model)
-    plans = []
+    plans, norms = [], []
     for step in range(steps):
         swaps.before(step)
         if step == 12 and not alone:
@@ -95,15 +106,28 @@ def _run(here: Rank, model: Any, run: Any, steps: int, alone: bool = False, accu
             _loss(run, x, y).backward()
         elif accumulate:
             x, y = _batch(step, here.rank)
-            with run.no_sync():
+            with _without_sync(run):
                 (_loss(run, x[:2], y[:2]) / 2).backward()
             (_loss(run, x[2:], y[2:]) / 2).backward()
         else:
             _loss(run, *_batch(step, here.rank)).backward()
         plans.append(model.runtime.plan)
         _add_kernels(optimizer, model)
+        norms.append(float(_whole(nn.utils.clip_grad_norm_(model.parameters(), 0.5))))
         optimizer.step()
-    _flips[id(model)] = [step for step in range(1, steps) if plans[step] is not plans[step - 1]]
+    flips = [step for step in range(1, steps) if plans[step] is not plans[step - 1]]
+    _seen.update({id(model): {"flips": flips}, f"norms {id(model)}": norms})
+
+
+@contextlib.contextmanager
+def _without_sync(run: Any) -> Iterator[None]:
+    if hasattr(run, "no_sync"):
+        with run.no_sync():
+            yield
+    else:
+        run.set_requires_gradient_sync(False)
+        yield
+        run.set_requires_gradient_sync(True)
 
 
 def _wait_for_unload(model: esper.MorphableModel) -> None:
@@ -157,3 +181,75 @@ def ddp_made_with_a_kernel_in_force(here: Rank) -> Any:
     for step in range(3):
         _loss(run, *_batch(step, here.rank)).backward()
     return {"equal": all(torch.equal(each, others[0]) for each in others), "states": states(model)["0"][0]}
+
+
+def _sharded(module: nn.Module, **options: Any) -> nn.Module:
+    """As the tutorials do it: the parts first, then the whole."""
+    for each in list(module.children()):
+        if any(True for _ in each.parameters()):
+            fully_shard(each, **options)
+    return fully_shard(module, **options)
+
+
+def _fsdp(here: Rank, host: nn.Module, before: bool = False, **options: Any) -> Any:
+    host = _sharded(host, **options) if before else host
+    model = esper.wrap(host, platform=here.shelf.platform)
+    if not before:
+        _sharded(model, **options)
+    return model, model
+
+
+def fsdp(here: Rank) -> Any:
+    return _trained(here, _fsdp)
+
+
+def fsdp_before_wrapping(here: Rank) -> Any:
+    return _trained(here, lambda here, host: _fsdp(here, host, before=True))
+
+
+def fsdp_that_accumulates(here: Rank) -> Any:
+    return _trained(here, _fsdp, accumulate=True)
+
+
+def hsdp(here: Rank) -> Any:
+    mesh = init_device_mesh("cpu", (2, here.size // 2), mesh_dim_names=("replicate", "shard"))
+    return _trained(here, lambda here, host: _fsdp(here, host, mesh=mesh))
+
+
+def fsdp_in_bfloat16(here: Rank) -> Any:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return _trained(here, lambda here, host: _fsdp(here, host, mp_policy=policy))
+
+
+def what_is_refused(here: Rank) -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (here.size,))
+    tries = {
+        "ddp": lambda: esper.wrap(DistributedDataParallel(mlp(8, 6, 4)), platform=here.shelf.platform),
+        "tensor parallel": lambda: esper.wrap(parallelize_module(mlp(8, 8, 8), mesh, {"0": ColwiseParallel()})),
+        "no group": lambda: esper.wrap(mlp(8, 6, 4), process_group="world"),
+        "join": lambda: _join(here),
+        "late": lambda: _shard_late(here),
+    }
+    messages = {}
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except esper.EsperError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def _join(here: Rank) -> None:
+    model, run = _ddp(here, mlp(8, 6, 4))
+    assert model.request_kernel("0", 0, here.shelf.put(blueprint()).id, trainable=True).result(30)
+    with run.join():
+        _loss(run, *_batch(0, here.rank)).backward()
+
+
+def _shard_late(here: Rank) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=here.shelf.platform)
+    model(torch.ones(1, 8))
+    fully_shard(model)
+    model.request_kernel("0", 0, here.shelf.put(blueprint()).id)

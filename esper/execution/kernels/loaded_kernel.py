@@ -143,12 +143,16 @@ class KernelModule(nn.Module):
         self._template = template
         self._function = template.function
         self._uses_host = template.graph.uses_host
+        self.is_shared = False
+        """Whether the parameters are `DTensor`s, each whole on this rank."""
         for name, tensor in zip(template.graph.parameter_names, tensors, strict=True):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=trainable))
 
     def forward(self, x: Tensor, host: Tensor | None = None) -> Tensor:
         """`[*, in_features] -> [*, out_features]`; `host`, `[*, out_features]`, only matters if the graph reads it."""
         weights: Iterable[Any] = self._parameters.values()
+        if self.is_shared:  # what shards a model may compute in another dtype than it keeps
+            weights = [each.to_local().to(x.dtype) for each in weights]
         # Tracing takes them for constants, since a kernel is no child of the traced model.
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch leaves it untyped
             weights = [each.data for each in self.parameters(recurse=False)]  # `detach` would be traced

@@ -66,6 +66,9 @@ class ModelLink(Generic[_Model]):
     def follow_layers(self) -> None:
         """Look where the layers with seeds are, after some were exchanged."""
 
+    def find_peers(self) -> None:
+        """A first forward begins, or something is asked: look whether the model was shared among ranks meanwhile."""
+
     def runs_eagerly(self) -> bool:
         """Whether forwards run outside of compiled graphs, where a kernel's attachment is of use."""
         return True

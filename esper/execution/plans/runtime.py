@@ -23,6 +23,7 @@ import torch
 from esper import torch_internals
 from esper.errors import EsperError
 from esper.execution import background
+from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule, Schedule
@@ -106,6 +107,8 @@ class Runtime:
         self.scheduled = False  # as above, for schedules
         self.gate: Gate | None = None
         """Says when what is staged is due, where the model changes together with other ranks."""
+        self.share: Callable[[LoadedKernel], None] | None = None
+        """Makes the parameters of a kernel ones that all ranks share, where those of the model are."""
         self.called: set[int] = set()
         """Sites that a forward has called, or that were compiled."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
@@ -127,7 +130,7 @@ class Runtime:
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
         self.settings = contextvars.copy_context()
         """The context, and in it the settings of torch's compilers, that the thread that runs the model was seen in."""
-        self._has_run = False  # the first forward says which thread that is
+        self.has_run = False  # the first forward says which thread that is
         reset_after_fork(self)
 
     def after_fork(self) -> None:
@@ -168,7 +171,7 @@ class Runtime:
 
     def is_passed_over(self, site: int) -> bool:
         """Whether forwards have run, and none has called `site`: code reads its layer's weight, or does without it."""
-        return self._has_run and site not in self.called and not self.begun_while_tracing
+        return self.has_run and site not in self.called and not self.begun_while_tracing
 
     @property
     def target(self) -> Plan:
@@ -356,7 +359,9 @@ class Runtime:
         """
         if torch_internals.inside_backward():
             return
-        self._thread, self._has_run = threading.get_ident(), True
+        if not self.has_run:
+            self.model.find_peers()
+        self._thread, self.has_run = threading.get_ident(), True
         self.note_settings()
         self.look_for_layers()
         if self.gate is not None and self.commit_mode == "auto" and self._is_training_forward():
@@ -494,7 +499,7 @@ class Runtime:
         staged = bool(self._staged) and self.commit_mode == "auto"
         unfinished = self._commit is not None
         return (
-            not self._has_run
+            not self.has_run
             or self.gate is not None  # every forward is counted
             or self._layers_changed
             or staged

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esper.artifacts.graph import DTYPES
 from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
+from esper.execution.kernels.local_parts import local
 from esper.execution.kernels.model_optimizers import ModelOptimizers
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.kernels.optimizers import KernelParameter, count_steps, kernels_changed
@@ -308,9 +309,12 @@ class ActiveKernels(nn.Module):
             loaded = template.place(weight.device, trainable=trainable)
             if DTYPES[template.graph.dtype] != weight.dtype:  # the model was cast
                 loaded.module.to(weight.dtype)
-        values = dict(zip(template.graph.parameter_names, kernel.tensors, strict=True))
-        if not all(_same(mine, theirs) for mine, theirs in zip(loaded.parameters, kernel.tensors, strict=True)):
-            loaded.module.load_state_dict(values)
+        if self._runtime.share is not None:
+            self._runtime.share(loaded)
+        with torch.no_grad():
+            for mine, theirs in zip(map(local, loaded.parameters), map(local, kernel.tensors), strict=True):
+                if not _same(mine, theirs):
+                    mine.copy_(theirs)
         return loaded
 
     def expect(self, state_dict: Mapping[str, Any], prefix: str) -> bool:

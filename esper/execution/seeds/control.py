@@ -153,7 +153,8 @@ class SeedControl:
         return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
 
     def _lead(self, seeds: Sequence[Seed], action: str, **options: object) -> None:
-        """Where ranks have to agree, have those that follow this one asked too."""
+        """Something is asked of this process: have it asked of those too that follow it."""
+        self._runtime.model.find_peers()
         gate = self._runtime.gate
         if gate is None or not seeds:
             return

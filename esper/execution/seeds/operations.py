@@ -78,6 +78,8 @@ class Load(Operation):
             weight = layer.weight
             cached.check_fits(layer.in_features, layer.out_features, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=self._options.trainable)
+            if self._runtime.share is not None:
+                self._runtime.share(kernel)
             rest()
             source = cache.source
             if self._attach is not None and source is not None and self._runtime.model.runs_eagerly():

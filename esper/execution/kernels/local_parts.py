@@ -19,7 +19,7 @@ def is_shared(tensor: object) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Its part on this rank, in the same memory; the tensor itself if it is not shared. Nothing is differentiated."""
     with torch.no_grad():
-        part: Tensor = tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[operator]  # a DTensor has it
+        part: Tensor = tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor has it
     return part
 
 
