@@ -12,6 +12,7 @@ import pytest
 _FOLDER = Path(__file__).parent.parent / "examples"
 _EXPECTED = {
     "lightning_module.py": ["groups of the optimizer: ["],
+    "peft_adapters.py": ["formal: as PEFT computes it", "casual: as PEFT computes it", "saved: as PEFT computes it"],
     "trainer.py": ["after 60 steps: ACTIVE", "resumed: ACTIVE", "[3, 4, 5, 6, 7, 8, 9, 10]"],
 }
 

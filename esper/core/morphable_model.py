@@ -14,7 +14,6 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import fx, nn
-from torch.optim import Optimizer
 
 from esper import torch_internals
 from esper.compiler.dispatcher import report_on
@@ -23,6 +22,7 @@ from esper.core.copying import ModelParts, layer_places, unpacked
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
 from esper.core.explain import Explanation
+from esper.core.learning import LearningModel
 from esper.core.many_layers import ManyLayers
 from esper.core.peers import join_shards
 from esper.core.remote_control import Listener, ListeningPlatform, default_platform
@@ -45,7 +45,7 @@ _LOOK_FOR_PARAMETERS = frozenset({"torch.distributed.checkpoint.state_dict", "tr
 _POSITIONS = ((1, "prefix"), (2, "keep_vars"))  # of the arguments of state_dict()
 
 
-class MorphableModel(ManyLayers):
+class MorphableModel(ManyLayers, LearningModel):
     """A model whose linear layers carry seeds. Made by `esper.wrap`.
 
     It is an instance of the host's class too: a replica of the host that shares its parameters and buffers, with a
@@ -328,47 +328,6 @@ class MorphableModel(ManyLayers):
         """The kernels' parameters that learn, for an optimizer: those of kernels loaded with `trainable=True`."""
         self.runtime.look_for_layers()
         return self._esper.trainable()
-
-    def attach_optimizer(
-        self,
-        optimizer: Optimizer,
-        scheduler: Any = None,
-        *,
-        lr_factor: float = 1.0,
-        warmup: int = 0,
-        warmup_start: float = 1.0,
-        peak: float = 1.3,
-        **group_options: Any,
-    ) -> None:
-        """Have kernels that learn in `optimizer`, and in what schedules its rates, from the commit on until they leave.
-
-        At the commit the parameters of kernels loaded with `trainable=True` enter as a group of their own, without a
-        state. It has the options of the group that holds their layer's weight, at `lr_factor` times its learning rate,
-        and `group_options` such as `weight_decay` or `lr` in their place. With `warmup`, the rate of new parameters
-        alone goes from `warmup_start` to `peak` times that over so many steps, and stays at `peak` times the
-        schedule's. At an unload, and where a fossil becomes part of its layer's weight, parameters and states leave.
-        Kernels in force enter at once, with the states that they have.
-
-        `scheduler` is one of `torch.optim.lr_scheduler`, or several; those made before are found if it is left out. To
-        resume, attach before a state is loaded into `optimizer`; that and the model's may be loaded in either order.
-        Several may be attached: a kernel learns in the one that holds its layer's weight, or in the first.
-
-        Raises `TypeError` for what is no optimizer, scheduler or option; :class:`OptimizerError` for an optimizer that
-        holds none of the model's parameters, cannot take groups or is attached already, a scheduler of another one, and
-        values out of range. Nothing is changed then.
-        """
-        self.runtime.look_for_layers()
-        self._esper.optimizers.attach(
-            optimizer, scheduler, lr_factor=lr_factor, warmup=warmup, warmup_start=warmup_start, peak=peak,
-            **group_options,
-        )  # fmt: skip
-
-    def detach_optimizer(self, optimizer: Optimizer) -> None:
-        """Have `optimizer` follow the model no more; the groups that it has stay, as any others.
-
-        Raises :class:`OptimizerError` if it is not attached.
-        """
-        self._esper.optimizers.detach(optimizer)
 
     def get_model_stats(self) -> dict[str, Any]:
         """`{"total_layers": n, "layers": {name: KasminaLayer.get_layer_stats()}}`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -504,6 +505,32 @@ def test_a_run_is_resumed_bit_for_bit_in_whatever_order_things_are_loaded(
     ]
 
 
+@pytest.mark.parametrize("order", ["mos", "oms", "mso"])
+def test_a_schedule_of_functions_that_are_objects_is_resumed(shelf: KernelShelf, x: torch.Tensor, order: str) -> None:
+    """As Hugging Face's are; a LambdaLR loads their attributes, by group."""
+
+    def fresh() -> tuple[Any, Any, Any]:
+        model = wrapped(shelf)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = schedulers.LambdaLR(optimizer, functools.partial(pow, 0.9))
+        model.attach_optimizer(optimizer, scheduler)
+        return model, optimizer, scheduler
+
+    run = model, optimizer, scheduler = fresh()
+    grow(shelf, model)
+    step(model, optimizer, x)
+    scheduler.step()
+    state = saved(m=model, o=optimizer, s=scheduler)
+    parts = dict(zip("mos", again := fresh(), strict=True))
+    for name in order:
+        parts[name].load_state_dict(state[name])
+    for each in (run, again):
+        step(each[0], each[1], x)
+        each[2].step()
+    assert same(model.parameters(), again[0].parameters())
+    assert scheduler.get_last_lr() == again[2].get_last_lr() == pytest.approx([0.81e-2] * 2)
+
+
 def test_a_state_is_saved_again_before_its_kernels_have_come(shelf: KernelShelf, x: torch.Tensor) -> None:
     model = wrapped(shelf)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -633,6 +660,19 @@ def test_what_cannot_be_attached(shelf: KernelShelf) -> None:
         model.attach_optimizer(mixed)
     with pytest.raises(OptimizerError, match="not attached to the model"):
         model.detach_optimizer(mixed)
+
+
+def test_an_optimizer_that_divides_its_parameters_among_ranks(shelf: KernelShelf, tmp_path: Any) -> None:
+    from torch import distributed
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = wrapped(shelf)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2)
+        refused(model, optimizer, OptimizerError, "ZeroRedundancyOptimizer divides the parameters")
+    finally:
+        distributed.destroy_process_group()
 
 
 class Picky(torch.optim.SGD):

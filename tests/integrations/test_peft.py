@@ -58,8 +58,8 @@ def _wrapped(shelf: KernelShelf, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def _put_in_force(shelf: KernelShelf, model: Any, kernels: dict[str, Blueprint], seed: int = 0, **options: Any) -> None:
-    loading = [model.request_kernel(name, seed, shelf.put(each).id, **options) for name, each in kernels.items()]
-    assert all(each.result() for each in loading)
+    ids = {name: shelf.put(each).id for name, each in kernels.items()}
+    assert model.request_kernels(list(ids), ids, seed_idx=seed, **options).result()
     model.commit()
 
 
