@@ -166,8 +166,10 @@ class Dispatcher:
         return self._begin if any(runtime.has_graph_breaks for runtime in self.roots) else self._current
 
     def _begin(self, inputs: list[Any]) -> Any:
-        for runtime in self.roots:
-            runtime.note_forward()
+        for root in self._roots:  # at every call, so without `roots`: each Python call costs two here, as Dynamo looks
+            runtime = root()
+            if runtime is not None:
+                runtime.note_forward()
         return self._current(inputs)
 
     def sample(self, telemetry: Telemetry) -> None:

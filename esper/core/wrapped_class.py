@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling  # by itself: each dot is an instruction and a guard
 
 from esper.core.errors import WrapError
 from esper.core.morphable_model import MorphableModel
@@ -26,8 +27,7 @@ from esper.execution import site_marker
 from esper.execution.site_marker import (
     commit_while_tracing,
     enter_uncompiled,
-    follow_layers_while_tracing,
-    traced_by_esper,
+    entered_by_esper,
 )
 from esper_passes import TAGGED_ENTER
 
@@ -90,9 +90,8 @@ def _entry(hosts: _Forward, kind: type) -> _Forward:
     """The forward of the wrapped models whose host's forward is `hosts`."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            if traced_by_esper():
-                follow_layers_while_tracing()
+        if is_dynamo_compiling():
+            if entered_by_esper():
                 TAGGED_ENTER(self._runtime_tag)
             else:
                 commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper import torch_internals
 from esper.execution import site_marker
 from esper.execution.assembly import Assembly, LayerParts
 from esper.execution.kernel_cache import KernelCache
@@ -32,6 +31,7 @@ from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 from esper.execution.seeds.seed import Seed
+from esper.execution.site_forward import kernels_have_hooks, site_forward
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.sources import KernelSource
@@ -160,7 +160,7 @@ class KasminaLayer(nn.Linear):
         self.seeds = tuple(Seed(self, index) for index in range(state.num_seeds))
         self._runtime_id = runtime.id
         self._runtime_tag = parts.runtime_tag
-        self._site_tag = registry.make_tag(parts.site)
+        self._site_tag = registry.make_tag(parts.site, alone=alone)
         self._stands_alone = alone
         self._meter = meter
         self._has_entry_hook = False
@@ -176,23 +176,24 @@ class KasminaLayer(nn.Linear):
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            marks = marked_by_esper()
-            if self._backward_hooks or self._backward_pre_hooks or (marks and _kernels_have_hooks()):
-                uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
-                return uncompiled
-            if marks:
-                if self._stands_alone:
-                    TAGGED_ENTER(self._runtime_tag)
-                marked: torch.Tensor = TAGGED_SITE(input, self.weight, self.bias, self._site_tag)
-                return marked
+    forward = site_forward
+
+    def _forward_traced(self, input: torch.Tensor) -> torch.Tensor:
+        """For Dynamo, where the layer is more than one marker, or none."""
+        marks = marked_by_esper()
+        if self._backward_hooks or self._backward_pre_hooks or (marks and kernels_have_hooks()):
+            uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
+            return uncompiled
+        if marks:
             if self._stands_alone:
-                commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
-                if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
-                    site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
-            return self._traced(input)
-        return self._run(input)
+                TAGGED_ENTER(self._runtime_tag)
+            marked: torch.Tensor = TAGGED_SITE(input, self.weight, self.bias, self._site_tag)
+            return marked
+        if self._stands_alone:
+            commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
+            if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
+                site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
+        return self._traced(input)
 
     def _get_backward_hooks(self) -> tuple[list[Any], list[Any]]:
         """What torch calls around the layer: with kernels in force, not the layer's own, which see its linear layer.
@@ -539,18 +540,6 @@ class _LayerMeter:
         layer = self._layer()
         if layer is not None:
             layer.sample_next(telemetry)
-
-
-@torch_internals.constant_while_tracing
-def _kernels_have_hooks() -> bool:
-    """Whether hooks are on a kernel in force in the model whose layer Dynamo traces: no marker could run them.
-
-    On any of the model's kernels, since its layers may share what is compiled of one of them. If that layer cannot be
-    told, on any kernel.
-    """
-    layer = torch_internals.argument_being_traced(KasminaLayer.forward.__code__, "self")
-    runtimes = [layer.runtime] if isinstance(layer, KasminaLayer) else registry.runtimes()
-    return any(seed.kernel.module.has_hooks for runtime in runtimes for seed in runtime.plan.seeds())
 
 
 @dataclass(frozen=True, slots=True)

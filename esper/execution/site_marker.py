@@ -14,7 +14,7 @@ __all__ = [
     "call_uncompiled",
     "commit_while_tracing",
     "enter_uncompiled",
-    "follow_layers_while_tracing",
+    "entered_by_esper",
     "mark_as_backend",
     "marked_by_esper",
     "traced_by_esper",
@@ -70,13 +70,16 @@ def marked_by_esper() -> bool:
 
 
 @torch_internals.constant_while_tracing
-def follow_layers_while_tracing() -> None:
-    """Have sites follow layers that were exchanged, before Dynamo reads these for `backend="esper"`.
+def entered_by_esper() -> bool:
+    """As :func:`traced_by_esper`, where a model's forward begins: then sites follow layers that were exchanged.
 
-    Those of all models, since it is not told which one asks: that would be a guard.
+    Before Dynamo reads these. Those of all models, since it is not told which one asks: that would be a guard.
     """
+    if not traced_by_esper():
+        return False
     for runtime in registry.runtimes():
         runtime.look_for_layers()
+    return True
 
 
 @torch_internals.constant_while_tracing

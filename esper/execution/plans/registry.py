@@ -54,10 +54,13 @@ def register(runtime: Runtime) -> None:
             _owners[site] = runtime
 
 
-def make_tag(number: int) -> torch.Tensor:
-    """A tag for the site or the runtime of that number; each is to have one tag for good."""
+def make_tag(number: int, *, alone: bool = False) -> torch.Tensor:
+    """A tag for the site or the runtime of that number; each is to have one tag for good.
+
+    That of a layer that stands `alone` is of another dtype, on which Dynamo guards: a forward begins there.
+    """
     with torch.inference_mode(False):
-        tag = torch.empty(0, dtype=torch.uint8, device="cpu")
+        tag = torch.empty(0, dtype=torch.int8 if alone else torch.uint8, device="cpu")
     setattr(tag, _NUMBER, number)
     return tag
 
