@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -76,10 +76,11 @@ class ActiveKernels(nn.Module):
         self.optimizers.follow()
         kernels_changed(self)
 
-    def admit(self, site: int, seed: SeedPlan) -> None:
-        """`seed` is about to come into force at `site`: have its parameters in the optimizers that are to have them."""
-        if seed.kernel.trainable:
-            self.optimizers.admit(list(self._named(site, seed)))
+    def admit(self, seeds: Sequence[tuple[int, SeedPlan]]) -> None:
+        """`seeds` are about to come into force at their sites: have their parameters in the optimizers they are for."""
+        learning = [each for site, seed in seeds if seed.kernel.trainable for each in self._named(site, seed)]
+        if learning:
+            self.optimizers.admit(learning)
 
     def kernel_parameters_in_force(self) -> Iterator[KernelParameter]:
         """Their parameters, with their names."""

@@ -97,8 +97,13 @@ class Load(Operation):
         if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._kernel.parameters):
             self._kernel.module.to(weight.device, weight.dtype)
 
+    @property
+    def at_site(self) -> tuple[int, SeedPlan]:
+        """What comes into force, and where; once it is fetched."""
+        return self.seed.site, self._planned
+
     def write_tensors(self) -> None:
-        self._runtime.model.admit_kernel(self.seed.site, self._planned)
+        self._runtime.model.admit_kernels([self.at_site])
 
     def withdraw(self) -> None:
         self.seed.published = None
