@@ -247,6 +247,34 @@ def test_kernels_that_are_there_already_move_into_groups_of_their_own_with_their
     assert same(model.parameters(), twin.parameters())
 
 
+def test_a_group_of_kernels_made_by_hand_is_taken_over(shelf: KernelShelf, x: torch.Tensor) -> None:
+    """It stands before the host's, and the scheduler has a function for each."""
+    model = wrapped(shelf)
+    hosts = list(model.parameters())
+    kernel = grow(shelf, model)
+    optimizer = torch.optim.AdamW([{"params": kernel, "lr": 1.0}, {"params": hosts}], lr=1e-2)
+    scheduler = schedulers.LambdaLR(optimizer, [lambda step: 5.0, lambda step: 0.9**step])
+    refused(model, optimizer, OptimizerError, "pass one of them", scheduler, lr=1.0, lr_factor=0.1)
+    model.attach_optimizer(optimizer, scheduler, lr_factor=0.5)
+    assert [ids(group["params"]) for group in optimizer.param_groups] == [ids(hosts), ids(kernel)]
+    step(model, optimizer, x)
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.9e-2, 0.45e-2])
+
+
+def test_an_attachment_that_fails_leaves_all_as_it_was(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = wrapped(shelf)
+    hosts = list(model.parameters())
+    kernel = grow(shelf, model)
+    optimizer = Picky([{"params": kernel, "lr": 1.0}, {"params": hosts}], lr=1e-2)
+    scheduler = schedulers.LambdaLR(optimizer, [lambda step: 5.0, lambda step: 0.9**step])
+    optimizer.full = True
+    refused(model, optimizer, RuntimeError, "no more groups", scheduler)
+    step(model, optimizer, x)
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([5.0, 0.9e-2])
+
+
 def test_an_optimizer_for_kernels_alone(shelf: KernelShelf, x: torch.Tensor) -> None:
     model = wrapped(shelf).requires_grad_(False)
     optimizer = torch.optim.AdamW([{"params": []}], lr=1e-2)

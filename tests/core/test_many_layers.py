@@ -362,6 +362,30 @@ def test_many_kernels_are_one_group_of_an_attached_optimizer(shelf: KernelShelf,
     assert [len(group["params"]) for group in optimizer.param_groups] == [18]
 
 
+class Picky(torch.optim.SGD):
+    """Takes no groups once it is made."""
+
+    made = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.made:
+            raise RuntimeError("no more groups")
+        super().add_param_group(param_group)
+
+
+def test_an_optimizer_that_refuses_them_keeps_all_out(shelf: KernelShelf, model: Any, x: torch.Tensor) -> None:
+    optimizer = Picky(model.parameters(), lr=1e-2)
+    model.attach_optimizer(optimizer)
+    optimizer.made = True
+    expected = model(x)
+    request = model.request_kernels("*.q_proj", shelf.put(blueprint()).id, trainable=True)
+    assert request.result()  # it was staged
+    assert torch.equal(model(x), expected)
+    assert loaded(model) == []
+    assert [states(model)[name][0] for name in QS] == ["ERROR_RECOVERY"] * 3
+    assert list(request.errors) == QS
+
+
 def test_a_host_with_a_method_of_such_a_name_is_refused(shelf: KernelShelf) -> None:
     class Host(nn.Linear):
         def unload_kernels(self) -> None: ...

@@ -34,7 +34,7 @@ from esper.execution.kernels.param_groups import (
     scaled,
     with_parameters,
 )
-from esper.execution.kernels.rate_schedulers import rearrange, schedulers_of
+from esper.execution.kernels.rate_schedulers import kept_lists, rearrange, schedulers_of
 from esper.execution.kernels.saved_groups import SavedGroups
 
 __all__ = ["AttachedOptimizer", "GrowingModel", "refuse_optimizer"]
@@ -131,18 +131,23 @@ class AttachedOptimizer:
     def take_over(self) -> None:
         """Have the kernels in force in groups of their own, also those that stand in others; these keep their state."""
         kernels = {id(each.parameter) for each in self._learning()}
-        groups = []
-        for group in self._groups:
+        before, groups, known = list(self._groups), [], []
+        for group in before:
             kept = [place for place, each in enumerate(group["params"]) if id(each) not in kernels]
-            whole = len(kept) == len(group["params"])
-            groups += [group] if whole else [with_parameters(group, kept)] if kept else []
-        before, states = list(self._groups), dict(self.optimizer.state)
+            whole, goes = len(kept) == len(group["params"]), not kept and bool(group["params"])
+            groups += [] if goes else [group if whole else with_parameters(group, kept)]
+            known += [{**group, LABELS: []} if goes else group]  # what has no kernels is a group of the host's
+        if not groups:
+            groups, known = [{**before[0], "params": []}], [before[0], *known[1:]]
+        states, put_back = dict(self.optimizer.state), kept_lists(self._schedulers)
         try:
-            self._arrange(groups or [{**before[0], "params": []}])
+            self._set(groups)
+            rearrange(self._schedulers, known, groups)
             self._factors = [self._options.factor(host) for host in groups]
             self.follow()
         except BaseException:
-            self._arrange(before)
+            self._set(before)
+            put_back()
             raise
         self.optimizer.state.update(states)
 
@@ -186,16 +191,12 @@ class AttachedOptimizer:
         if version != now:
             latest = {}
         joined = {place: group for place, group in latest.items() if any(group is each for each in self._groups)}
-        for place in beside.keys() - joined.keys():
+        for place in sorted(beside.keys() - joined.keys()):  # in one order on all ranks
             factor = self._factors[place] if place < len(self._factors) else self._options.factor(hosts[place])
             self.optimizer.add_param_group(new_group(hosts[place], place, factor, self._options, beside[place]))
             latest = {**latest, place: self._groups[-1]}
-        for place in beside.keys() & joined.keys():
-            group, added = joined[place], beside[place]
-            group["params"] = [*group["params"], *(each.parameter for each in added)]
-            group[LABELS] = [*group[LABELS], *(each.label for each in added)]
-            if NAMES in group:
-                group[NAMES] = [*group[NAMES], *(each.full_name for each in added)]
+        for place in sorted(beside.keys() & joined.keys()):
+            _join(joined[place], beside[place])
         self._latest = now, latest
         if isinstance(self.optimizer, Adagrad):  # which makes states when it is made, and not at the first step
             self._begin_states([each.parameter for each in new])
@@ -364,6 +365,16 @@ class AttachedOptimizer:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _join(group: Group, kernels: Sequence[KernelParameter]) -> None:
+    """Put `kernels` into a group of the same commit's, whose kernels are in one order in whatever order they come."""
+    group["params"] = [*group["params"], *(each.parameter for each in kernels)]
+    group[LABELS] = [*group[LABELS], *(each.label for each in kernels)]
+    if NAMES in group:
+        group[NAMES] = [*group[NAMES], *(each.full_name for each in kernels)]
+    order = sorted(range(len(group[LABELS])), key=lambda place: group[LABELS][place].rsplit(":", 2)[0])
+    group.update(with_parameters(group, order))
 
 
 def _listed(labels: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ rearranged here. `LRScheduler` and its lists are documented attributes, or as ol
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
 
-__all__ = ["checked_schedulers", "rearrange", "schedulers_of"]
+__all__ = ["checked_schedulers", "kept_lists", "rearrange", "schedulers_of"]
 
 _RATES = frozenset({"base_lrs", "max_lrs"})
 _ALIKE = frozenset({"lr_lambdas", "min_lrs", "base_momentums", "max_momentums"})
@@ -79,6 +79,18 @@ def rearrange(schedulers: Iterable[LRScheduler], before: Sequence[Group], groups
             setattr(scheduler, name, _entries(hosts, groups, name in _RATES))
         if hasattr(scheduler, "_last_lr"):  # what get_last_lr() returns
             scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def kept_lists(schedulers: Iterable[LRScheduler]) -> Callable[[], None]:
+    """A function that gives `schedulers` the lists that they have now."""
+    names = _RATES | _ALIKE | {"_last_lr"}
+    lists = [(each, {name: value for name, value in vars(each).items() if name in names}) for each in schedulers]
+
+    def put_back() -> None:
+        for scheduler, values in lists:
+            vars(scheduler).update(values)
+
+    return put_back
 
 
 def _entries(hosts: Sequence[Any], groups: Sequence[Group], are_rates: bool) -> list[Any]:

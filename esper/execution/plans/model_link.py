@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ class KernelHolder(Protocol):
 
     def sync(self, plan: Plan) -> None: ...
 
-    def admit(self, site: int, seed: SeedPlan) -> None: ...
+    def admit(self, seeds: Sequence[tuple[int, SeedPlan]]) -> None: ...
 
     def count_steps(self) -> None: ...
 
@@ -79,11 +79,11 @@ class ModelLink(Generic[_Model]):
         if model is not None:
             model._esper.sync(plan)
 
-    def admit_kernel(self, site: int, seed: SeedPlan) -> None:
-        """`seed` is about to come into force at `site`: whatever has to hold its parameters does so, or raises."""
+    def admit_kernels(self, seeds: Sequence[tuple[int, SeedPlan]]) -> None:
+        """`seeds` are about to come into force at their sites: what has to hold their parameters does so, or raises."""
         model = self.model
         if model is not None:
-            model._esper.admit(site, seed)
+            model._esper.admit(seeds)
 
     def count_steps(self) -> None:
         """An alpha that moves is asked for: have the steps of the model's optimizers counted."""

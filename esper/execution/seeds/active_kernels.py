@@ -91,10 +91,11 @@ class ActiveKernels(nn.Module):
         if self.gradients is not None:
             self.gradients.follow([each for seed in self._plan.seeds() for each in seed.kernel.parameters])
 
-    def admit(self, site: int, seed: SeedPlan) -> None:
-        """`seed` is about to come into force at `site`: have its parameters in the optimizers that are to have them."""
-        if seed.kernel.trainable:
-            self.optimizers.admit(list(self._named(site, seed)))
+    def admit(self, seeds: Sequence[tuple[int, SeedPlan]]) -> None:
+        """`seeds` are about to come into force at their sites: have their parameters in the optimizers they are for."""
+        learning = [each for site, seed in seeds if seed.kernel.trainable for each in self._named(site, seed)]
+        if learning:
+            self.optimizers.admit(learning)
 
     def kernel_parameters_in_force(self) -> Iterator[KernelParameter]:
         """Their parameters, with their names."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.operations import Load
 from esper.execution.seeds.seed import Operation
 from esper.futures import InterruptSafeFuture
@@ -53,8 +54,11 @@ class GroupedLoad(Load):
             self.group.note(self, fetched=fetched)
         return False  # the queue waits for the group
 
+    def write_tensors(self) -> None:
+        self.group.admit(self._runtime)
+
     def fail(self, error: Exception | None) -> None:
-        if not self.is_wanted:
+        if not self.is_wanted and not self.group.is_broken:
             self.group.request.note_error(self.seed.layer_name, _SUPERSEDED)
         super().fail(error)
 
@@ -84,8 +88,10 @@ class LoadGroup:
         self._stage = stage
         self._lock = threading.Lock()
         self._fetched: list[GroupedLoad] = []
-        self._broken = False
+        self.is_broken = False
+        """Whether one of them cannot be fetched, for which the others have been given up."""
         self._open = len(self.loads)
+        self._admission: Exception | bool = False
         for load in self.loads:
             load.group = self
             load.staged.add_done_callback(self._answered)
@@ -93,7 +99,7 @@ class LoadGroup:
     def note(self, load: GroupedLoad, *, fetched: bool) -> None:
         """The fetch of `load` has ended."""
         with self._lock:
-            broken, is_whole = self._broken, False
+            broken, is_whole = self.is_broken, False
             if fetched and not broken:
                 self._fetched.append(load)
                 is_whole = len(self._fetched) == len(self.loads)
@@ -107,9 +113,9 @@ class LoadGroup:
     def _break(self, broken: GroupedLoad) -> None:
         """`broken` cannot come into force, so the others do not either."""
         with self._lock:
-            if self._broken:
+            if self.is_broken:
                 return
-            self._broken, fetched = True, self._fetched
+            self.is_broken, fetched = True, self._fetched
         if not broken.is_wanted:
             self.request.note_error(broken.seed.layer_name, _SUPERSEDED)
         for load in self.loads:
@@ -121,12 +127,23 @@ class LoadGroup:
     def refuse(self, failed: Mapping[GroupedLoad, Exception]) -> None:
         """Before anything was fetched: some loads have failed, so nothing is."""
         with self._lock:
-            self._broken = True
+            self.is_broken = True
         for load, error in failed.items():
             load.give_up(error)
         for load in self.loads:
             if load not in failed:
                 load.give_up()
+
+    def admit(self, runtime: Runtime) -> None:
+        """At the commit: have what must hold the parameters hold all of them. Raises for all what it does for one."""
+        if self._admission is False:
+            try:
+                runtime.model.admit_kernels([load.at_site for load in self.loads])
+                self._admission = True
+            except Exception as error:  # noqa: BLE001  # kept for the others
+                self._admission = error
+        if isinstance(self._admission, Exception):
+            raise self._admission
 
     def _answered(self, staged: Future[Any]) -> None:
         del staged

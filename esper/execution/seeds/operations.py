@@ -111,8 +111,13 @@ class Load(Operation):
         assert self._kernel is not None
         return self._kernel
 
+    @property
+    def at_site(self) -> tuple[int, SeedPlan]:
+        """What comes into force, and where; once it is fetched."""
+        return self.seed.site, self._planned
+
     def write_tensors(self) -> None:
-        self._runtime.model.admit_kernel(self.seed.site, self._planned)
+        self._runtime.model.admit_kernels([self.at_site])
 
     def withdraw(self) -> None:
         self.seed.published = None
