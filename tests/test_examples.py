@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -23,21 +25,49 @@ def platform_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("platform")
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("examples")
-@pytest.mark.parametrize("name", sorted(_EXPECTED))
-def test_an_example_runs_and_prints_what_it_is_to(name: str, platform_folder: Path, tmp_path: Path) -> None:
+def _run(program: Path, platform_folder: Path, cwd: Path) -> str:
     environment = {
         **os.environ,
         "ESPER_PLATFORM__ROOT": str(platform_folder),
         "ESPER_TEZZERET__PIPELINE": "fast",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(_FOLDER / name)]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, str(program)]
+    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("examples")
+@pytest.mark.parametrize("name", sorted(_EXPECTED))
+def test_an_example_runs_and_prints_what_it_is_to(name: str, platform_folder: Path, tmp_path: Path) -> None:
+    printed = _run(_FOLDER / name, platform_folder, tmp_path)
     for line in _EXPECTED[name]:
-        assert line in run.stdout
+        assert line in printed
+
+
+def _showing(cell: str) -> str:
+    """A cell's program, which prints what a notebook would show of its last expression."""
+    body = ast.parse(cell).body
+    last = body[-1]
+    if not isinstance(last, ast.Expr):
+        return cell
+    return "\n".join([*map(ast.unparse, body[:-1]), f"show({ast.unparse(last)})"])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("examples")
+def test_the_notebook_runs_and_shows_tables(platform_folder: Path, tmp_path: Path) -> None:
+    cells = json.loads((_FOLDER / "growing.ipynb").read_text(encoding="utf-8"))["cells"]
+    show = "def show(value):\n    print(getattr(value, '_repr_html_', value.__repr__)())"
+    program = tmp_path / "notebook.py"
+    codes = [_showing("".join(each["source"])) for each in cells if each["cell_type"] == "code"]
+    program.write_text("\n".join([show, *codes]), encoding="utf-8")
+    printed = _run(program, platform_folder, tmp_path)
+    assert "<caption>linear layers</caption>" in printed
+    assert "<td>ACTIVE</td><td>0.5</td>" in printed
+    assert "'esper/seeds/active': 1" in printed
 
 
 def test_every_example_is_run() -> None:
