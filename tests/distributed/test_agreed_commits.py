@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ SCENARIOS = [
     "replaced_and_called_off",
     "commits_by_hand",
     "a_checkpoint_brings_all_to_one_plan",
+    "a_paused_rank",
 ]
 
 
@@ -108,3 +110,23 @@ def test_after_a_checkpoint_ranks_agree_again(ranks: Launched) -> None:
     result = same(ranks.of("a_checkpoint_brings_all_to_one_plan"))
     assert result["states"] == ["ACTIVE", "ACTIVE"]
     assert result["result"] is True
+
+
+def test_a_rank_that_is_stopped_for_a_while_delays_the_others(ranks: Launched) -> None:
+    result = same(ranks.of("a_paused_rank"))
+    assert result["result"] is True
+    assert len(result["flips"]) == 1
+
+
+def test_ranks_that_die_leave_the_others_as_they_are_and_these_say_so(tmp_path: Path) -> None:
+    first, second, third = launch("tests.distributed.agreed_programs", ["ranks_that_die"], 3, tmp_path).of(
+        "ranks_that_die"
+    )
+    assert third is None
+    for each in (first, second):
+        assert each["before"] is False
+        assert each["plan"] == 0
+        assert any("rank 2" in text and "load kernel" in text for text in each["said"])
+    assert second["answer"] is False
+    assert second["state"] == "ERROR_RECOVERY"
+    assert "store of the process group cannot be reached" in second["reason"]
