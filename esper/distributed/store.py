@@ -91,7 +91,7 @@ class Connection:
 
 
 def _parted(keys: Sequence[str]) -> Iterator[list[str]]:
-    """`keys` in parts that torch's server reads at once; it begins a longer request anew with every piece that comes."""
+    """`keys` in parts that torch's server reads at once: longer requests it begins anew with every piece of them."""
     for start in range(0, len(keys), _KEYS_AT_ONCE):
         yield list(keys[start : start + _KEYS_AT_ONCE])
 
