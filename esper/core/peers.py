@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, cast
 
 from torch import nn
@@ -40,9 +41,16 @@ def join_shards(model: WrappedModel) -> None:
 
     Raises :class:`RanksError` for what cannot be kept, and where it is too late for that.
     """
+    with _sharding:  # a first forward may begin while another thread asks for something
+        if model._wrapping.bank.gradients is None:
+            _join_shards(model)
+
+
+_sharding = threading.Lock()
+
+
+def _join_shards(model: WrappedModel) -> None:
     runtime, bank = model.runtime, model._wrapping.bank
-    if bank.gradients is not None:
-        return
     host = model._wrapping.host
     modules = list(host.modules() if is_sharded(host.modules()) else model.modules())
     mesh = mesh_of(each for each in modules if not isinstance(each, KernelModule))

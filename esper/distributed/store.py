@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from esper.errors import EsperError
 
 __all__ = ["Connection", "StoreGoneError"]
 
+_KEYS_AT_ONCE = 64
 _LONGEST_WAIT = timedelta(days=1)  # torch's stores write a warning for every wait that runs out
 
 
@@ -38,7 +39,8 @@ class Connection:
     def ring(self, ranks: int) -> None:
         """Wake all ranks; for the one connection that does so."""
         bells = [_bell(rank, self._rung) for rank in range(ranks)]
-        self._ask(lambda: self._store.multi_set(bells, ["1"] * ranks))
+        for part in _parted(bells):
+            self._ask(partial(self._store.multi_set, part, ["1"] * len(part)))
         self._rung += 1
 
     def wake(self, waiting: Connection) -> None:
@@ -63,11 +65,12 @@ class Connection:
 
     def get_all(self, keys: Sequence[str]) -> list[str]:
         """The values of `keys`, which are there."""
-        return [value.decode() for value in self._ask(lambda: self._store.multi_get(list(keys)))]
+        parts = (self._ask(partial(self._store.multi_get, part)) for part in _parted(keys))
+        return [value.decode() for part in parts for value in part]
 
     def has(self, keys: Sequence[str]) -> bool:
         """Whether all of `keys` have values."""
-        return bool(self._ask(lambda: self._store.check(list(keys))))
+        return all(self._ask(partial(self._store.check, part)) for part in _parted(keys))
 
     def decide(self, key: str, value: str) -> str:
         """Write `value` unless there is one; returns what is there then."""
@@ -85,6 +88,12 @@ class Connection:
             raise
         except RuntimeError as error:  # torch has no narrower class for what a connection that ends raises
             raise StoreGoneError(_gone(error)) from error
+
+
+def _parted(keys: Sequence[str]) -> Iterator[list[str]]:
+    """`keys` in parts that torch's server reads at once: longer requests it begins anew with every piece of them."""
+    for start in range(0, len(keys), _KEYS_AT_ONCE):
+        yield list(keys[start : start + _KEYS_AT_ONCE])
 
 
 def _bell(rank: int, number: int) -> str:

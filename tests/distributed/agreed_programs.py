@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
+import subprocess
 import time
 from concurrent.futures import Future
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 import esper
+from esper.distributed import ranks
 from tests.core.seeds import GatedPlatform, blueprint, states
 from tests.distributed.ranks import Rank
 from tests.models import mlp
@@ -285,3 +289,69 @@ def a_checkpoint_brings_all_to_one_plan(here: Rank) -> Any:
     _train_until(model, [future])
     _settle(here, model)
     return {"states": states(model)["0"][:2], "result": future.result(), "flips": flips.at}
+
+
+def a_paused_rank(here: Rank) -> Any:
+    """Rank 1 is stopped for a while, just after it has asked."""
+    model = _wrapped(here)
+    flips = _Flips(model)
+    _train_until(model, [])
+    here.meet("about to pause")
+    future = model.request_kernel("0", 0, here.shelf.put(blueprint()).id)
+    if here.rank == 1:
+        pid = os.getpid()
+        subprocess.Popen(["/bin/sh", "-c", f"kill -STOP {pid}; sleep 3; kill -CONT {pid}"])
+    _train_until(model, [future])
+    _settle(here, model)
+    return {"result": future.result(), "flips": flips.at}
+
+
+class _Dies:
+    """An executor of a model that makes ready `lives` times, and ends the process then."""
+
+    def __init__(self, lives: int) -> None:
+        self._lives = lives
+
+    def ready(self, plan: Any, runtime: Any) -> bool:
+        return False
+
+    def prepare(self, plan: Any, runtime: Any) -> None:
+        self._lives -= 1
+        if self._lives < 0:
+            os._exit(9)
+
+    def follow(self, plan: Any) -> None: ...
+
+    def install_entry_hook(self) -> None: ...
+
+    def remove_entry_hook(self) -> None: ...
+
+
+def ranks_that_die(here: Rank) -> Any:
+    """Rank 2 dies between its vote and its answer, then rank 0, which keeps the store. Rank 1 tells of it."""
+    ranks.PATIENCE = 1.0
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]  # shorter than a class
+    logging.getLogger("esper.distributed").addHandler(handler)
+    model = _wrapped(here)
+    kernel = here.shelf.put(blueprint()).id
+    dies = _Dies(1 if here.rank == 2 else 10**6)
+    model.runtime.add_executor(dies)
+    future = model.request_kernel("0", 0, kernel, alpha=0.5)
+    end = time.monotonic() + 6
+    while time.monotonic() < end:
+        _step(model)
+        time.sleep(0.005)
+    found = {"before": future.done(), "plan": len(model.runtime.plan.sites), "said": list(said)}
+    here.store.set(f"alive/{here.rank}", "1")
+    here.lonely = True
+    if here.rank == 0:
+        here.store.wait(["alive/1"])
+        return found
+    time.sleep(1)
+    here.store.set("goes on", "1")
+    answer = future.result(30)  # once the store is gone
+    _step(model)
+    layer = model.kasmina_layers["0"]
+    return {**found, "answer": answer, "reason": layer.seed_errors[0], "state": states(model)["0"][0]}

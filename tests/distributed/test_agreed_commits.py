@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,12 +22,22 @@ SCENARIOS = [
     "replaced_and_called_off",
     "commits_by_hand",
     "a_checkpoint_brings_all_to_one_plan",
+    "a_paused_rank",
 ]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    return launch("tests.distributed.agreed_programs", SCENARIOS, request.param, tmp_path_factory.mktemp("ranks"))
+PROGRAMS = "tests.distributed.agreed_programs"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    return launch(PROGRAMS, SCENARIOS, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    scenarios = ["swaps_with_random_delays", "one_rank_cannot_stage", "what_one_rank_leads_to"]
+    return launch(PROGRAMS, scenarios, 4, tmp_path_factory.mktemp("four"))
 
 
 def same(results: list[Any]) -> Any:
@@ -35,10 +46,11 @@ def same(results: list[Any]) -> Any:
     return results[0]
 
 
-def test_swaps_come_at_one_forward_however_late_ranks_ask(ranks: Launched) -> None:
-    result = same(ranks.of("swaps_with_random_delays"))
-    assert len(result["flips"]) == 8
-    assert result["states"]["0"][0] == "DORMANT"
+def test_swaps_come_at_one_forward_however_late_ranks_ask(ranks: Launched, four: Launched) -> None:
+    for launched in (ranks, four):
+        result = same(launched.of("swaps_with_random_delays"))
+        assert len(result["flips"]) == 8
+        assert result["states"]["0"][0] == "DORMANT"
 
 
 def test_alphas_move_in_step(ranks: Launched) -> None:
@@ -55,8 +67,8 @@ def test_forwards_without_gradients_are_not_counted(ranks: Launched) -> None:
     assert len(same(ranks.of("evaluation_on_one_rank"))) == 1
 
 
-def test_what_one_rank_cannot_have_comes_into_force_nowhere(ranks: Launched) -> None:
-    for each in ranks.of("one_rank_cannot_stage"):
+def test_what_one_rank_cannot_have_comes_into_force_nowhere(ranks: Launched, four: Launched) -> None:
+    for each in [*ranks.of("one_rank_cannot_stage"), *four.of("one_rank_cannot_stage")]:
         assert each["result"] is False
         assert each["states"] == ["ERROR_RECOVERY", "ACTIVE"]
         assert each["errors"] == 1
@@ -84,7 +96,8 @@ def test_a_late_rank_delays_the_others_and_no_more(ranks: Launched) -> None:
     assert len(result["flips"]) == 1
 
 
-def test_the_first_rank_leads_the_others(ranks: Launched) -> None:
+def test_the_first_rank_leads_the_others(ranks: Launched, four: Launched) -> None:
+    assert len({str(each["flips"]) for each in four.of("what_one_rank_leads_to")}) == 1
     results = ranks.of("what_one_rank_leads_to")
     assert "rank 0" not in str(results[0]["refusal"])
     assert "this is rank 1" in results[1]["refusal"][0]
@@ -108,3 +121,23 @@ def test_after_a_checkpoint_ranks_agree_again(ranks: Launched) -> None:
     result = same(ranks.of("a_checkpoint_brings_all_to_one_plan"))
     assert result["states"] == ["ACTIVE", "ACTIVE"]
     assert result["result"] is True
+
+
+def test_a_rank_that_is_stopped_for_a_while_delays_the_others(ranks: Launched) -> None:
+    result = same(ranks.of("a_paused_rank"))
+    assert result["result"] is True
+    assert len(result["flips"]) == 1
+
+
+def test_ranks_that_die_leave_the_others_as_they_are_and_these_say_so(tmp_path: Path) -> None:
+    first, second, third = launch("tests.distributed.agreed_programs", ["ranks_that_die"], 3, tmp_path).of(
+        "ranks_that_die"
+    )
+    assert third is None
+    for each in (first, second):
+        assert each["before"] is False
+        assert each["plan"] == 0
+        assert any("rank 2" in text and "load kernel" in text for text in each["said"])
+    assert second["answer"] is False
+    assert second["state"] == "ERROR_RECOVERY"
+    assert "store of the process group cannot be reached" in second["reason"]

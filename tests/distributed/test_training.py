@@ -8,7 +8,8 @@ from tests.distributed.ranks import Launched, launch
 
 ALIKE = ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_before_wrapping",
          "fsdp_that_accumulates"]  # fmt: skip
-OTHERS = ["ddp_made_with_a_kernel_in_force", "what_is_refused", "fsdp_in_bfloat16"]
+GROWN = ["ddp_made_with_a_kernel_in_force", "fsdp_of_a_model_that_has_grown"]
+OTHERS = [*GROWN, "what_is_refused", "fsdp_in_bfloat16"]
 OF_FOUR = ["ddp", "fsdp", "hsdp"]
 
 
@@ -45,8 +46,9 @@ def test_a_policy_of_mixed_precision_is_that_of_kernels_too(two: Launched) -> No
     assert_alike(two, "fsdp_in_bfloat16", tolerance=0.05)
 
 
-def test_a_kernel_that_was_there_before_ddp_can_leave(two: Launched) -> None:
-    for each in two.of("ddp_made_with_a_kernel_in_force"):
+@pytest.mark.parametrize("scenario", GROWN)
+def test_a_kernel_that_was_there_before_learns_and_can_leave(two: Launched, scenario: str) -> None:
+    for each in two.of(scenario):
         assert each == {"equal": True, "states": "DORMANT"}
 
 

@@ -253,3 +253,19 @@ def _shard_late(here: Rank) -> None:
     model(torch.ones(1, 8))
     fully_shard(model)
     model.request_kernel("0", 0, here.shelf.put(blueprint()).id)
+
+
+def fsdp_of_a_model_that_has_grown(here: Rank) -> Any:
+    """The kernel that is there when the model is sharded learns as the others do, and can leave."""
+    model = esper.wrap(mlp(8, 6, 4), platform=here.shelf.platform)
+    load(model, "0", 0, here.shelf.put(blueprint()).id, trainable=True)
+    _sharded(model)
+    _loss(model, *_batch(0, here.rank)).backward()
+    mine = [each.grad.to_local() for each in model.seed_parameters()]
+    others = [torch.empty_like(mine[0]) for _ in range(here.size)]
+    torch.distributed.all_gather(others, mine[0])
+    assert model.unload_kernel("0", 0)
+    _wait_for_unload(model)
+    for step in range(3):
+        _loss(model, *_batch(step, here.rank)).backward()
+    return {"equal": all(torch.equal(each, others[0]) for each in others), "states": states(model)["0"][0]}

@@ -289,6 +289,7 @@ class ActiveKernels(nn.Module):
 
     def restore(self, kernels: tuple[SavedKernel, ...]) -> None:
         """Put exactly `kernels`, from :meth:`read`, in force: at once, and whatever is staged or under way."""
+        self._runtime.model.find_peers()
         restored, standing = [], self._standing()
         for kernel in kernels:
             saved = kernel.saved
