@@ -75,9 +75,10 @@ class SeedControl:
         if callable(alpha):
             self._runtime.model.count_steps()
         self._runtime.note_settings()
-        self._lead(seed, "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             seed.refuse_fossil()
+            self._lead(seed, "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
             if seed.lifecycle is not _State.LOADING:
                 seed.become(_State.LOADING)
             replaced = seed.supersede()
@@ -94,9 +95,10 @@ class SeedControl:
 
         Raises `LifecycleError` for a fossilized seed.
         """
-        self._lead(seed, "unload")
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             seed.refuse_fossil()
+            self._lead(seed, "unload")
             load = seed.supersede()
             unloads = self._unload(seed, cancelled=load is not None)
         if load is not None:
@@ -109,8 +111,7 @@ class SeedControl:
         return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
 
     def _lead(self, seed: Seed, action: str, **options: object) -> None:
-        """Something is asked of this process: have it asked of those too that follow it."""
-        self._runtime.model.find_peers()
+        """Something is asked of this process, and can be: have it asked of those too that follow it. Lock held."""
         if self._runtime.gate is not None:
             self._runtime.gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
 
@@ -157,8 +158,9 @@ class SeedControl:
         Where that is the same, it becomes part of the host's weight and bias, see :class:`Fold`; else it stays a
         kernel, of a share that is a constant.
         """
-        self._lead(seed, "fossilize")
+        self._runtime.model.find_peers()
         with self._runtime.lock:
+            self._lead(seed, "fossilize")
             change, gate = self._number(seed), self._runtime.gate
             planned = self._runtime.target.seed(seed.site, seed.index)
             if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
@@ -182,9 +184,10 @@ class SeedControl:
         Warns once if it has no kernel and is loading none. Raises `AlphaError`, and `LifecycleError` when fossilized.
         """
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
-        self._lead(seed, "set_alpha", alpha=alpha)
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             seed.refuse_fossil()
+            self._lead(seed, "set_alpha", alpha=alpha)
             if self._runtime.gate is not None:
                 sets = SetAlpha(seed, alpha, first, self._runtime)
                 sets.change = self._number(seed)
