@@ -29,7 +29,7 @@ from esper.core.remote_control import Listener, ListeningPlatform, default_platf
 from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import Wrapping
-from esper.distributed.ranks import Ranks
+from esper.distributed.ranks import Ranks, RanksError
 from esper.distributed.sharding import is_sharded
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
@@ -295,20 +295,30 @@ class MorphableModel(ManyLayers, LearningModel):
         """
         return self._layer(layer_name).fossilize(seed_idx)
 
-    def listen(self, platform: ListeningPlatform | None = None, *, name: str | None = None) -> Listener:
+    def listen(
+        self, platform: ListeningPlatform | None = None, *, name: str | None = None, leading: bool = False
+    ) -> Listener:
         """Take commands from the bus of `platform`, by default this model's own, until the returned listener is closed.
 
         They are :class:`~esper.contracts.commands.KasminaControlCommand`: those for all models, and with `name` those
         for the model of that name. Each is answered with a ``KasminaCommandOutcome``. What it changes is staged, on a
         thread of the listener's, and comes into force like what is asked here. The listener does not keep the model
         alive. To be called before training begins, as it may have to connect.
+
+        Where several ranks train the model, every command has to reach all of them, or with `leading` the first one,
+        which has the others do the same.
         """
         chosen = platform or self._wrapping.options.platform or default_platform()
         if not hasattr(chosen, "oona"):
             raise TypeError(f"platform must be one that esper.Platform makes, not {chosen!r:.80}, which has no `oona`")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be the string that commands name this model by, not {name!r:.80}")
-        return Listener(self, chosen.oona, name)
+        if not leading:
+            return Listener(self, chosen.oona, name)
+        if self.ranks is None:
+            raise RanksError("the model has no other ranks to lead: wrap it with process_group=...")
+        with self.ranks.leading():  # raises on another rank than the first
+            return Listener(self, chosen.oona, name, self.ranks.leading)
 
     def commit(self) -> list[Transition]:
         """Put everything staged in force, all at once; call it between two steps. Returns what changed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from typing import Any, cast
 
 from torch import nn
@@ -28,12 +29,14 @@ _is_watching = False
 def join_group(model: WrappedModel, group: Any) -> None:
     """Have `model` change together with the models of other ranks that join `group`."""
     if model.runtime.gate is None:
-        layers = model.kasmina_layers  # not the model, which `ranks` would keep alive
+        this = weakref.ref(model)
 
         def carry_out(request: dict[str, Any]) -> None:
-            _carry_out(layers[request.pop("layer")], **request)
+            model, options = this(), dict(request)
+            if model is not None:
+                _carry_out(model.kasmina_layers[options.pop("layer")], **options)
 
-        model.__dict__["ranks"] = join(model.runtime, group, carry_out)
+        join(model.runtime, group, carry_out)
 
 
 def join_shards(model: WrappedModel) -> None:

@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from threading import Lock
 from types import TracebackType
@@ -89,11 +90,18 @@ class Listener:
     with its first outcome.
     """
 
-    def __init__(self, model: ModelWithLayers, oona: CommandBus, name: str | None) -> None:
+    def __init__(
+        self,
+        model: ModelWithLayers,
+        oona: CommandBus,
+        name: str | None,
+        leading: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.name = name
         """What commands have to name to reach this model alone."""
         self._model = weakref.ref(model)
         self._oona = oona
+        self._leading = leading  # what is asked in such a block is asked of other ranks too
         self._inherited = False  # by a forked child, which has no part in what its parent carries out
         self._lock = Lock()  # of the next
         self._known: OrderedDict[str, tuple[KasminaControlCommand, KasminaCommandOutcome | None]] = OrderedDict()
@@ -175,7 +183,8 @@ class Listener:
             )
         else:
             try:
-                _ACTIONS[command.action](layer, command, answer)
+                with self._leading():
+                    _ACTIONS[command.action](layer, command, answer)
             except LifecycleError as error:
                 answer(CommandStatus.FAILED, str(error))
             except Exception as error:  # noqa: BLE001  # whatever it is, who sent the command has to learn of it

@@ -33,8 +33,7 @@ def average_like(bank: ActiveKernels, ddp: nn.parallel.DistributedDataParallel, 
             )
         return bool(model.require_backward_grad_sync)
 
-    bank.gradients = KernelGradients(group_of_its_own(ddp.process_group, device), wanted)
-    bank.follow_gradients()
+    bank.average_by(KernelGradients(group_of_its_own(ddp.process_group, device), wanted))
 
 
 def group_of_its_own(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

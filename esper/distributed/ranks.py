@@ -67,7 +67,7 @@ class Ranks:
     ) -> None:
         self.rank = rank
         self.size = size
-        self._runtime = weakref.ref(runtime, lambda _: self._end())
+        self._runtime = weakref.ref(runtime, self._model_is_gone)
         self._carry_out = carry_out
         self._lock = threading.Lock()  # of all that follows; nothing else is waited for, or locked, while it is held
         self._changed = threading.Condition(self._lock)
@@ -120,7 +120,9 @@ class Ranks:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(2.0)
-        atexit.unregister(self.close)
+
+    def _model_is_gone(self, _: object) -> None:
+        self._is_closed = True  # no more: whoever collects garbage may hold the lock
 
     def _end(self) -> None:
         with self._lock:
@@ -270,6 +272,7 @@ class Ranks:
             if self._coordinator.is_idle:
                 samples.clear()
         connection.wake(self._waiting)
+        atexit.unregister(self.close)
 
     def _count_votes(self, coordinator: Steps, connection: Connection, lead: int) -> None:
         """Have the coordinator go on until it wants to pause again."""
@@ -337,10 +340,12 @@ class Ranks:
             for change, reason in ballot.refused.items():
                 self._fail(change, reason)
             for request in ballot.asks if self.rank != 0 else ():
+                asked = json.loads(request)
                 try:
-                    self._carry_out(json.loads(request))
-                except EsperError as error:
-                    _LOG.error("what rank 0 asks for cannot be asked for here: %s", error)
+                    self._carry_out(asked)
+                except (EsperError, LookupError, ValueError) as error:  # before it had a number among the ranks
+                    change = self.number(f"{asked['layer']}:{asked['seed']}")
+                    self.refuse(change, "", f"it cannot be asked for here: {error}")
         elif go:
             with self._lock:
                 operations = [each.operation for name in ballot.changes if (each := self._changes.get(name))]

@@ -76,8 +76,7 @@ def average_like_shards(bank: ActiveKernels, modules: Iterable[nn.Module], mesh:
 
     own = group_of(mesh)
     dist.all_reduce(torch.zeros(1, device=device), group=own)
-    bank.gradients = KernelGradients(own, wanted)
-    bank.follow_gradients()
+    bank.average_by(KernelGradients(own, wanted))
 
 
 def group_of(mesh: Any) -> dist.ProcessGroup:

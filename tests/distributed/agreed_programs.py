@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
 import subprocess
 import time
+import weakref
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import esper
+from esper.contracts.commands import KasminaControlCommand
+from esper.contracts.messages import TopicNames
 from esper.distributed import ranks
+from esper.services.oona_client import OonaClient
 from tests.core.seeds import GatedPlatform, blueprint, states
 from tests.distributed.ranks import Rank
 from tests.models import mlp
@@ -125,7 +131,10 @@ def a_request_of_a_stopped_program(here: Rank) -> Any:
     here.meet("stopped")
     assert model.request_kernel("0", 0, here.shelf.put(blueprint()).id).result(30)
     _step(model)
-    return states(model)["0"][0]
+    found, reference = states(model)["0"][0], weakref.ref(model.runtime)
+    del model
+    gc.collect()
+    return found if reference() is None else "the model is kept alive"
 
 
 def evaluation_on_one_rank(here: Rank) -> Any:
@@ -217,8 +226,10 @@ def what_one_rank_leads_to(here: Rank) -> Any:
         _step(model)
         time.sleep(0.001)
     if here.rank == 0:
-        with model.ranks.leading():
-            model.set_alpha("0", 2, 0.125)
+        bus = OonaClient()
+        model.listen(SimpleNamespace(oona=bus), leading=True)
+        command = KasminaControlCommand(action="set_alpha", layer_name="0", seed_idx=2, alpha=0.125)
+        bus.publish(TopicNames.CONTROL_KASMINA_COMMANDS, command)
     while model.kasmina_layers["0"].state.alpha(2) != 0.125 and time.monotonic() < end:
         _step(model)
         time.sleep(0.001)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.distributed.ranks import Launched, launch
 
+pytestmark = pytest.mark.slow
+
 SCENARIOS = [
     "swaps_with_random_delays",
     "schedules_in_step",

@@ -6,6 +6,8 @@ import pytest
 
 from tests.distributed.ranks import Launched, launch
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS = "tests.distributed.checkpoint_programs"
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.distributed.ranks import Launched, launch
 
+pytestmark = pytest.mark.slow
+
 ALIKE = ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_before_wrapping",
          "fsdp_that_accumulates"]  # fmt: skip
 GROWN = ["ddp_made_with_a_kernel_in_force", "fsdp_of_a_model_that_has_grown"]

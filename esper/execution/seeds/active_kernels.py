@@ -49,6 +49,8 @@ class GradientAveraging(Protocol):
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class ActiveKernels(nn.Module):
     """The modules of the kernels in force, and the seeds' state, which follows the model from device to device."""
@@ -84,6 +86,13 @@ class ActiveKernels(nn.Module):
         self._plan = plan
         self.optimizers.follow()
         kernels_changed(self)
+        self.follow_gradients()
+
+    def average_by(self, gradients: GradientAveraging) -> None:
+        """Have gradients of kernels averaged by `gradients`, and by nobody else."""
+        if self.gradients is not None:
+            self.gradients.close()
+        self.gradients = gradients
         self.follow_gradients()
 
     def follow_gradients(self) -> None:

@@ -68,9 +68,10 @@ class SeedControl:
         `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         options = self._options(reference, alpha, trainable, isolate)
-        self._lead([seed], "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
+        self._find_peers([seed])
         with self._runtime.lock:
             seed.refuse_fossil()
+            self._lead(seed, "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
             replaced = self._make_way(seed)
             load = seed.loading = Load(seed, options, self._runtime, self._journal, self._attach)
             load.change = self._number(seed)
@@ -105,11 +106,12 @@ class SeedControl:
     ) -> LoadGroup:
         """As :meth:`load`, of kernels by seed that come into force together or not at all; to be fetched yet."""
         each = {seed: self._options(reference, alpha, trainable, isolate) for seed, reference in wanted.items()}
-        kernel = next(iter(wanted.values()))
-        self._lead(list(wanted), "load", kernel=kernel, alpha=alpha, trainable=trainable, isolate=isolate)
+        self._find_peers(list(wanted))
         with self._runtime.lock:
             for seed in wanted:
                 seed.refuse_fossil()
+            for seed, kernel in wanted.items():
+                self._lead(seed, "load", kernel=kernel, alpha=alpha, trainable=trainable, isolate=isolate)
             replaced = [self._make_way(seed) for seed in wanted]
             loads = [GroupedLoad(seed, each[seed], self._runtime, self._journal, self._attach) for seed in wanted]
             group = LoadGroup(loads, self._queue.stage_fetched)
@@ -135,10 +137,12 @@ class SeedControl:
 
     def unload_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`unload`, of several; returns those with something to unload. Nothing is done where it raises."""
-        self._lead(seeds, "unload")
+        self._find_peers(seeds)
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
+            for seed in seeds:
+                self._lead(seed, "unload")
             cancelled = [load for seed in seeds if (load := seed.supersede()) is not None]
             busy = {load.seed for load in cancelled}
             unloaded = [seed for seed in seeds if self._leave(seed, cancelled=seed in busy)]
@@ -152,19 +156,19 @@ class SeedControl:
         gate = self._runtime.gate
         return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
 
-    def _lead(self, seeds: Sequence[Seed], action: str, **options: object) -> None:
-        """Something is asked of this process: have it asked of those too that follow it."""
+    def _find_peers(self, seeds: Sequence[Seed]) -> None:
+        """Before something is asked of `seeds`: know whether ranks have to agree on it, which they can on one seed."""
         self._runtime.model.find_peers()
-        gate = self._runtime.gate
-        if gate is None or not seeds:
-            return
-        if len(seeds) > 1:  # they could come into force at different forwards
+        if self._runtime.gate is not None and len(seeds) > 1:  # they could come into force at different forwards
             raise EsperError(
                 f"ranks agree on one seed at a time, and this is asked of {len(seeds)}, {seeds[0]} and others: ask for "
                 "each by itself, as by request_kernel()"
             )
-        seed = seeds[0]
-        gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
+
+    def _lead(self, seed: Seed, action: str, **options: object) -> None:
+        """Something is asked of this process, and can be: have it asked of those too that follow it. Lock held."""
+        if self._runtime.gate is not None:
+            self._runtime.gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
 
     def _leave(self, seed: Seed, cancelled: bool) -> bool:
         """End what the seed was about, but for a kernel in force or staged. Whether there is anything to unload."""
@@ -220,8 +224,10 @@ class SeedControl:
 
     def fossilize_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`fossilize`, of several; returns those that are active."""
-        self._lead(seeds, "fossilize")
+        self._find_peers(seeds)
         with self._runtime.lock:
+            for seed in seeds:
+                self._lead(seed, "fossilize")
             staged = [each for each in map(self._fossil, seeds) if each is not None]
             if staged:
                 self._queue.stage(*staged)
@@ -255,12 +261,13 @@ class SeedControl:
     def set_alphas(self, seeds: Sequence[Seed], alpha: float | AlphaSchedule) -> None:
         """As :meth:`set_alpha`, of several. Nothing is done where it raises."""
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
-        self._lead(seeds, "set_alpha", alpha=alpha)
+        self._find_peers(seeds)
         untold = []
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
             for seed in seeds:
+                self._lead(seed, "set_alpha", alpha=alpha)
                 if self._runtime.gate is not None:
                     sets = SetAlpha(seed, alpha, first, self._runtime)
                     sets.change = self._number(seed)
