@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -86,6 +87,7 @@ def arguments(
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Measurements that Ctrl-C, or a SIGINT, ends early: what was measured before is reported."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has programs in the background ignore it
     try:
         yield
     except KeyboardInterrupt:

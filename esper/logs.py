@@ -25,6 +25,7 @@ PARTS = MappingProxyType(
         "workers": "esper.compiler.workers",
         "store": "esper.compiler.variant_store",
         "core": "esper.core",
+        "distributed": "esper.distributed",
         "execution": "esper.execution",
         "platform": "esper.platform",
         "services": "esper.services",
