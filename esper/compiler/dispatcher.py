@@ -260,6 +260,7 @@ class Dispatcher:
             return call
         owners = [seed.kernel.module._parameters for seed in plan.seeds()]  # read at each call: `functional_call`
         learning = [parameter.requires_grad for parameter in _tensors(owners)]
+        is_shared = any(seed.kernel.module.is_shared for seed in plan.seeds())
         read = self._alpha_reader(plan)
         for seed in plan.seeds():
             if seed.kernel.module.has_hooks:
@@ -270,7 +271,7 @@ class Dispatcher:
             if [parameter.requires_grad for parameter in parameters] != learning:  # frozen or thawed one by one
                 self.follow(self._plan)
                 return self._current(inputs)
-            inputs += parameters
+            inputs += self.variants.compiler.parameters_of(plan) if is_shared else parameters
             inputs.append(read())
             return call(inputs)
 

@@ -25,6 +25,7 @@ from esper.compiler.variant_store import VariantKey, default_store
 from esper.compiler.workers import default_workers
 from esper.errors import EsperError
 from esper.execution.background import rest
+from esper.execution.kernels.local_parts import differentiable
 from esper.execution.plans.plan import SeedPlan
 from esper_passes import is_enter, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
@@ -171,11 +172,27 @@ class VariantCompiler:
 
         At this moment they may differ. The model may be moved or cast while this is compiled, or have been, and back.
         """
-        parameters = [InputSpec.of(parameter) for parameter in seed.kernel.parameters]
+        parameters = [InputSpec.of(differentiable(parameter)) for parameter in seed.kernel.parameters]
         weight = self._weights.get(site)
         if weight is not None:
             parameters = [replace(each, dtype=weight.dtype, device=weight.device) for each in parameters]
         return SeedSpec(seed.kernel.graph, tuple(parameters), seed.isolate, seed.constant_alpha)
+
+    def parameters_of(self, plan: GraphPlan) -> list[torch.Tensor]:
+        """The parameters of `plan`'s kernels as the graph takes them: of those that ranks share, this rank's part.
+
+        These are in the dtype in which the site's weight is there, as what shards a model may compute in another one.
+        """
+        found: list[torch.Tensor] = []
+        for site, seeds in plan.sites.items():
+            weight = self._weights.get(site)
+            for kernel in (seed.kernel for seed in seeds):
+                if kernel.module.is_shared:
+                    parts = map(differentiable, kernel.parameters)
+                    found += parts if weight is None else [part.to(weight.dtype) for part in parts]
+                else:
+                    found += kernel.parameters
+        return found
 
     def _ambient(self, context: Context | None) -> torch_internals.Ambient:
         """The settings for a compilation: those of the capture, renewed by what `context` sees."""
@@ -326,8 +343,7 @@ class VariantCompiler:
         added: list[torch.Tensor] = []
         if seeds:
             alphas = torch.zeros(len(seeds), dtype=torch.float32, device=plan.device)
-            extra = [*(parameter for seed in seeds for parameter in seed.kernel.parameters), alphas]
-            added = torch_internals.fake_like(extra, among=self.inputs)
+            added = torch_internals.fake_like([*self.parameters_of(plan), alphas], among=self.inputs)
         return specialise(module, kernels, constants, added, batched, self.name)
 
     def _guarded(self, call: Boxed, assumption: torch_internals.Assumption, plan: GraphPlan) -> Boxed:

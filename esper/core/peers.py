@@ -57,14 +57,17 @@ def _join_shards(model: WrappedModel) -> None:
     host = model._wrapping.host
     modules = list(host.modules() if is_sharded(host.modules()) else model.modules())
     mesh = mesh_of(each for each in modules if not isinstance(each, KernelModule))
-    if mesh is None or mesh.size() == 1:
+    if mesh is None:
         return
-    if runtime.has_run:
+    is_alone = mesh.size() == 1  # kernels have the kind of parameters that the host has, and nobody to agree with
+    if is_alone and runtime.share is not None:
+        return
+    if runtime.has_run and not is_alone:
         raise RanksError(
             "the model was sharded by fully_shard() after its first forward: shard it before that, or before it is "
             "wrapped"
         )
-    if runtime.gate is None:
+    if runtime.gate is None and not is_alone:
         join_group(model, mesh if mesh.ndim == 1 else group_of(mesh))
     replicas = dict(model.named_modules())
     for name, original in host.named_modules() if is_sharded(host.modules()) else ():
@@ -74,7 +77,8 @@ def _join_shards(model: WrappedModel) -> None:
     for seed in runtime.target.seeds():
         replicate(seed.kernel, mesh)
     runtime.refresh()
-    average_like_shards(bank, modules, mesh, next(model.parameters()).device)
+    if not is_alone:
+        average_like_shards(bank, modules, mesh, next(model.parameters()).device)
 
 
 def refuse_engine(module: nn.Module, where: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import Tensor
 
-__all__ = ["is_shared", "like", "local"]
+__all__ = ["differentiable", "is_shared", "like", "local"]
 
 
 def is_shared(tensor: object) -> bool:
@@ -20,6 +20,12 @@ def local(tensor: Tensor) -> Tensor:
     """Its part on this rank, in the same memory; the tensor itself if it is not shared. Nothing is differentiated."""
     with torch.no_grad():
         part: Tensor = tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor has it
+    return part
+
+
+def differentiable(tensor: Tensor) -> Tensor:
+    """As :func:`local`, with gradients that flow back into the whole."""
+    part: Tensor = tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[attr-defined]  # as above
     return part
 
 
