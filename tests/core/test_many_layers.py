@@ -145,11 +145,12 @@ def test_awaited_they_are_in_force(shelf: KernelShelf, model: Any, x: torch.Tens
 
 
 @pytest.mark.slow  # it compiles
+@pytest.mark.timeout(600)
 def test_blueprints_are_compiled_once_each(shelf: KernelShelf, model: Any, x: torch.Tensor) -> None:
     request = model.request_kernels(
         ["*.q_proj", "0.out"], lambda site: Blueprint.low_rank(site.in_features, site.out_features, rank=2), alpha=0.5
     )
-    assert request.result(120)
+    assert request.result(280)  # from cold caches
     model(x)
     assert loaded(model) == [QS[0], "0.out", *QS[1:]]
     assert len({model.kasmina_layers[name].kernel_in_force(0) for name in QS}) == 1

@@ -246,13 +246,13 @@ def test_without_redis_and_with_urza_late_workers_come_to_it(tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_fleet_that_is_stopped_gives_back_what_it_works_on(fleet: Fleet) -> None:
-    fleet.store.blueprints.submit(blueprint(3))
+    fleet.store.blueprints.submit(new := blueprint(3, width=6))  # of a structure that nobody has compiled here
     fleet.compiling_child()
     started = psutil.Process(fleet.pid).children(recursive=True)
     assert set(fleet.team.stop().values()) == {0}
     for each in started:
         wait_until_gone(each, 1)
-    record = fleet.store.blueprints.get(blueprint(3).id)
+    record = fleet.store.blueprints.get(new.id)
     assert (record.status, record.attempts) == (BlueprintStatus.UNVALIDATED, 0)
 
 
