@@ -18,6 +18,7 @@ import esper
 from esper import Blueprint
 from esper.artifacts import TrustStore
 from esper.execution.sources import FetchedKernel, KernelSource
+from esper.growth import Probe
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 from tests.services.programs import Program
@@ -57,6 +58,34 @@ def test_forward_backward_and_commit_read_no_tensor_on_the_host(mode: str, shelf
         model.commit()
         model(x).sum().backward()
         model.explain()
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda each: torch.optim.SGD(each, lr=torch.tensor(0.1))])
+def test_an_attached_optimizer_follows_a_commit_without_reading_a_tensor(make: Any, shelf: KernelShelf) -> None:
+    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform, commit="manual")
+    optimizer = make(model.parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    model.attach_optimizer(optimizer, warmup=2)
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    kernel = shelf.put(Blueprint.bottleneck(8, 6, rank=2, start="kaiming")).id
+    request = model.request_kernels("*", {"0": kernel, "2": shelf.put(Blueprint.affine(6, 4)).id}, trainable=True)
+    assert request.result(30)
+    with HostReads():
+        model.commit()
+        assert len(optimizer.param_groups) == 2
+        model(torch.randn(3, 8)).sum().backward()
+        model.unload_kernels()
+        model.commit()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_probe_reads_no_tensor_while_batches_go_by() -> None:
+    model = esper.wrap(mlp(8, 6, 4))
+    with HostReads(), Probe(model, rows=4) as probe:
+        for _ in range(3):
+            model(torch.randn(3, 8)).sum().backward()
+    assert probe["0"].count == 9
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 
 import esper
-from esper import EsperConfig
+from esper import EsperConfig, distributed, growth
 from esper.compiler.options import BackendOptions
+from esper.integrations import lightning, peft, transformers
 from tests.core.seeds import RecordingSink, blueprint, load
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
@@ -151,18 +152,23 @@ UNUSED = {  # parts of a protocol that this class has no use for
     "EsperConfig.settings_customise_sources",
     "KasminaLayer.ready",
     "KasminaLayer.prepare",
+    "EsperCallback.on_train_batch_end",
+    "EsperCallback.on_train_begin",
+    "EsperCallback.on_log",
 }
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    for name in esper.__all__:
-        value = getattr(esper, name)
-        if inspect.isfunction(value):
-            yield name, value
-        elif not issubclass(value, (enum.Enum, Exception)):
-            for each in vars(value):
-                if (each == "__init__" or not each.startswith("_")) and callable(getattr(value, each)):
-                    yield f"{name}.{each}", getattr(value, each)
+    for module in (esper, distributed, growth, lightning, peft, transformers):
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isfunction(value):
+                yield name, value
+            elif not issubclass(value, (enum.Enum, Exception)):
+                parts = [kind for kind in value.__mro__ if kind.__module__.startswith("esper.")]  # its own, and bases
+                for each in dict.fromkeys(each for kind in parts for each in vars(kind)):
+                    if (each == "__init__" or not each.startswith("_")) and callable(getattr(value, each)):
+                        yield f"{name}.{each}", getattr(value, each)
 
 
 @pytest.mark.parametrize(("name", "function"), [pytest.param(*each, id=each[0]) for each in public()])
