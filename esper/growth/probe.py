@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Self
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.artifacts.document import near_misses
+from esper.core.many_layers import Layers
 from esper.core.morphable_model import MorphableModel
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
@@ -41,20 +41,19 @@ class Probe(Mapping[str, SiteStatistics]):
     for the same `seed` and batches. Everything is summed up in float32, on the model's device, without waiting for it.
     Under data parallelism each rank has the statistics of its own batches.
 
-    Raises :class:`GrowthError` for names that the model does not have, and for layers of more than 8192 features.
+    Raises :class:`TargetError` for `layers` that select none, and :class:`GrowthError` for those of more than 8192
+    features.
     """
 
-    def __init__(
-        self, model: MorphableModel, layers: str | Iterable[str] | None = None, *, rows: int = 4096, seed: int = 0
-    ) -> None:
-        """`layers` are dotted names or glob patterns, by default all layers with seeds."""
+    def __init__(self, model: MorphableModel, layers: Layers = None, *, rows: int = 4096, seed: int = 0) -> None:
+        """`layers` are those of `MorphableModel.select_layers`: names, patterns, types or modules; by default all."""
         if not isinstance(model, MorphableModel):
             raise GrowthError(f"a probe is for what esper.wrap() returned, not for a {type(model).__name__}")
         if rows < 1:
             raise GrowthError(f"rows must be at least 1, not {rows}")
         self._model = model
         self._rows = rows
-        self._layers = {name: model.kasmina_layers[name] for name in _named(model, layers)}
+        self._layers = model.select_layers(layers)
         for name, layer in self._layers.items():
             if max(layer.input_dim, layer.output_dim) > _MOST_FEATURES:
                 raise GrowthError(
@@ -129,17 +128,3 @@ class Probe(Mapping[str, SiteStatistics]):
         if generator is None:
             generator = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return generator
-
-
-def _named(model: MorphableModel, layers: str | Iterable[str] | None) -> list[str]:
-    every = list(model.kasmina_layers)
-    if layers is None:
-        return every
-    wanted = [layers] if isinstance(layers, str) else list(layers)
-    found = {name: None for each in wanted for name in every if name == each or fnmatch.fnmatchcase(name, each)}
-    for each in wanted:
-        if not any(name == each or fnmatch.fnmatchcase(name, each) for name in every):
-            raise GrowthError(f"no layer with seeds is called {each!r}; {near_misses(each, every)}")
-    if not found:
-        raise GrowthError("no layers were named: leave `layers` out for all")
-    return list(found)

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import esper
+from esper.core.errors import TargetError
 from esper.growth import GrowthError, Probe, SiteStatistics
 from tests.compiler.agreement import load, put
 from tests.kernel_shelf import KernelShelf
@@ -186,16 +187,21 @@ def test_a_loss_that_is_nan_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "options", "told"),
+    ("layers", "told"),
     [
-        (["0", "first"], {}, "no layer with seeds is called 'first'"),
-        ([], {}, "no layers were named"),
-        (None, {"rows": 0}, "rows must be at least 1, not 0"),
+        (["0", "first"], "no layer with seeds is selected by 'first'"),
+        ([], "no layers are named"),
+        (nn.Conv1d, "Conv1d"),
     ],
 )
-def test_bad_arguments(layers: Any, options: Any, told: str) -> None:
-    with pytest.raises(GrowthError, match=told):
-        Probe(esper.wrap(mlp(8, 6, 4)), layers, **options)
+def test_layers_that_are_not_there(layers: Any, told: str) -> None:
+    with pytest.raises(TargetError, match=told):
+        Probe(esper.wrap(mlp(8, 6, 4)), layers)
+
+
+def test_a_sample_of_no_rows_is_refused() -> None:
+    with pytest.raises(GrowthError, match="rows must be at least 1, not 0"):
+        Probe(esper.wrap(mlp(8, 6, 4)), rows=0)
 
 
 def test_models_and_layers_that_it_is_not_for() -> None:
