@@ -14,7 +14,7 @@ from torch import nn
 
 from esper.artifacts import Blueprint
 from esper.core.copying import layer_places
-from esper.core.errors import TargetError
+from esper.core.errors import TargetError, UnknownLayerError
 from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
 from esper.execution.kasmina_layer import KasminaLayer
@@ -193,7 +193,10 @@ def _kernel_for(kernel: Any, name: str, layer: KasminaLayer) -> Any:
     """The kernel, or the blueprint, that is asked for at one layer."""
     if isinstance(kernel, Mapping):
         if name not in kernel:
-            raise KeyError(f"no kernel is named for layer {name!r}, which was selected")
+            raise UnknownLayerError(
+                f"no kernel is named for layer {name!r}, which was selected: name one, or select only the layers that "
+                "have one"
+            )
         found = kernel[name]
     else:
         found = kernel(layer) if callable(kernel) and not isinstance(kernel, Blueprint) else kernel

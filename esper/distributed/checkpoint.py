@@ -42,7 +42,8 @@ def load_checkpoint(path: str | PathLike[str], model: nn.Module, optimizer: Opti
     """Make `model` what the one was that :func:`save_checkpoint` wrote, with its kernels in force; on all ranks.
 
     The parameters of kernels enter `optimizer`, as a group of its default options, if they are not in it; then all get
-    the states and the options that they had. Raises :class:`ShardedCheckpointError`, `CheckpointError` for kernels that
+    the states and the options that they had. Raises :class:`ShardedCheckpointError` before it changes anything,
+    `CheckpointError` for kernels that
     do not fit, and what `torch.distributed.checkpoint` raises for a host of other parameters.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -55,10 +56,17 @@ def load_checkpoint(path: str | PathLike[str], model: nn.Module, optimizer: Opti
     from torch.distributed.checkpoint.state_dict_loader import load
 
     _bank(model)
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    except OSError as cause:
+        raise ShardedCheckpointError(
+            f"{path} is no folder with a checkpoint ({cause}): it is what esper.distributed.save_checkpoint wrote"
+        ) from cause
     own = f"{_MODEL}.{_KERNELS}"
     if not any(key.startswith(own) for key in saved):
         raise ShardedCheckpointError(f"{path} is no checkpoint that esper.distributed.save_checkpoint wrote")
+    if optimizer is not None and not any(key.startswith(f"{_OPTIMIZER}.") for key in saved):
+        raise ShardedCheckpointError(f"{path} has no state of an optimizer: load it without one")
     host = {key: each for key, each in get_model_state_dict(model).items() if not key.startswith(_KERNELS)}
     state = {_MODEL: {**host, **_room({key: each for key, each in saved.items() if key.startswith(own)})}}
     load(state, checkpoint_id=path)
@@ -68,8 +76,6 @@ def load_checkpoint(path: str | PathLike[str], model: nn.Module, optimizer: Opti
     _add_kernels(optimizer, model)
     wanted = get_optimizer_state_dict(model, optimizer, options=_flat())
     room = {key: each for key, each in wanted.items() if f"{_OPTIMIZER}.{key}" in saved}
-    if not room:
-        raise ShardedCheckpointError(f"{path} has no state of an optimizer: load it without one")
     load({_OPTIMIZER: room}, checkpoint_id=path)
     set_optimizer_state_dict(model, optimizer, {**wanted, **room}, options=_flat())
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.artifacts.document import near_misses
+from esper.core.errors import UnknownLayerError
 from esper.core.many_layers import Layers
 from esper.core.morphable_model import MorphableModel
 from esper.execution.kasmina_layer import KasminaLayer
@@ -86,7 +87,7 @@ class Probe(Mapping[str, SiteStatistics]):
         """The statistics of a layer so far; raises :class:`GrowthError` if there are none, or they are not finite."""
         layer = self._layers.get(name)
         if layer is None:
-            raise KeyError(f"the probe is not for {name!r}; {near_misses(name, list(self._layers))}")
+            raise UnknownLayerError(f"the probe is not for {name!r}; {near_misses(name, list(self._layers))}")
         running = self._running.get(name) or self._new(name, layer, layer.weight.device)
         learns = layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad
         return running.finish(learns)

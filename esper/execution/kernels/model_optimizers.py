@@ -80,7 +80,8 @@ class ModelOptimizers:
         wrapped = getattr(optimizer, "optimizer", None)  # Accelerate's and Lightning's
         inner = wrapped if isinstance(wrapped, Optimizer) else optimizer
         if not isinstance(inner, Optimizer):
-            raise TypeError(f"optimizer must be one of torch.optim, not {optimizer!r:.80}")
+            several = "; attach each by itself" if isinstance(optimizer, (list, tuple)) else ""
+            raise TypeError(f"optimizer must be one of torch.optim, not a {type(optimizer).__name__}{several}")
         kind, before = type(inner).__name__, known() if (known := _attached.get(inner)) is not None else None
         if before is not None and before.model is not None:
             whose = "the model" if before.model is self else "another model, and its kernels are known by their layers"

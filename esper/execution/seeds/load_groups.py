@@ -152,7 +152,7 @@ class LoadGroup:
             if self._open:
                 return
         succeeded = all(load.staged.result() for load in self.loads)
-        if not succeeded and self.request.errors:
+        if not succeeded and self.request.errors and len(self.loads) > 1:  # of one its own load has said why
             reasons = "; ".join(f"{layer!r}: {reason}" for layer, reason in self.request.errors.items())
             _LOG.warning("none of the kernels for %d layers was loaded: %s", len(self.loads), reasons)
         self.request.set_result(succeeded)
