@@ -390,7 +390,8 @@ class WrappedModelLink(ModelLink[MorphableModel]):
             model._site_watch.follow()
 
     def find_peers(self) -> None:
-        if (model := self.model) is not None and is_sharded(model.modules()):
+        model = self.model
+        if model is not None and model._wrapping.bank.gradients is None and is_sharded(model.modules()):
             join_shards(model)
 
     def runs_eagerly(self) -> bool:

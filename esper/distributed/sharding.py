@@ -26,8 +26,8 @@ __all__ = ["average_like_shards", "group_of", "is_sharded", "mesh_of", "replicat
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of `modules` is one that `fully_shard` was called with."""
-    kind = _fsdp_module()
+    """Whether any of `modules` is one that `fully_shard` was called with. Looks at none where there are no ranks."""
+    kind = _fsdp_module() if dist.is_available() and dist.is_initialized() else None
     return kind is not None and any(isinstance(each, kind) for each in modules)
 
 
