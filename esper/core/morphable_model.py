@@ -30,7 +30,6 @@ from esper.core.replica.subclassing import undisguised
 from esper.core.site_watch import SiteWatch
 from esper.core.wrapping import Wrapping
 from esper.distributed.ranks import Ranks, RanksError
-from esper.distributed.sharding import is_sharded
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
@@ -390,8 +389,7 @@ class WrappedModelLink(ModelLink[MorphableModel]):
             model._site_watch.follow()
 
     def find_peers(self) -> None:
-        model = self.model
-        if model is not None and model._wrapping.bank.gradients is None and is_sharded(model.modules()):
+        if (model := self.model) is not None:
             join_shards(model)
 
     def runs_eagerly(self) -> bool:

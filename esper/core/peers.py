@@ -40,10 +40,12 @@ def join_group(model: WrappedModel, group: Any) -> None:
 
 
 def join_shards(model: WrappedModel) -> None:
-    """`model`, or a module of it, was sharded by `fully_shard`: change together with the other ranks of its mesh.
+    """If `model`, or a module of it, was sharded by `fully_shard`: change together with the other ranks of its mesh.
 
     Raises :class:`RanksError` for what cannot be kept, and where it is too late for that.
     """
+    if model._wrapping.bank.gradients is not None or not is_sharded(model.modules()):
+        return
     with _sharding:  # a first forward may begin while another thread asks for something
         if model._wrapping.bank.gradients is None:
             _join_shards(model)
