@@ -175,6 +175,7 @@ class Growth:
 
     def load(self, artifact_id: str) -> None:
         """Load the kernel, let its alpha rise, and have the optimizer train it."""
+        self.training.model.attach_optimizer(self.training.optimizer)
         request = self.training.model.request_kernel(
             LAYER, SEED, artifact_id, alpha=esper.LinearRamp(0.0, 1.0, RAMP_STEPS), trainable=True
         )
@@ -184,7 +185,6 @@ class Growth:
         self.note("kernel staged")
         self.train("first step with the kernel", steps=1)
         self.note("kernel in force, alpha rises from 0")
-        self.training.optimizer.add_param_group({"params": list(self.training.model.seed_parameters())})
 
 
 def run_demo(platform: esper.Platform, seed: int, progress: Callable[[str, int, int | None], None]) -> DemoReport:

@@ -29,6 +29,7 @@ def main() -> None:
         model = esper.wrap(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 1)), platform=platform)
         ddp = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-2)
+        model.attach_optimizer(optimizer)  # kernels that learn are in it from the forward on that all ranks agree on
         torch.manual_seed(rank)  # each rank has batches of its own
         grown_at = None
         for step in range(300):
@@ -38,7 +39,6 @@ def main() -> None:
             loss = (ddp(x) - x[:, :4].prod(dim=1, keepdim=True)).square().mean()
             loss.backward()
             if grown_at is None and list(model.seed_parameters()):
-                optimizer.add_param_group({"params": list(model.seed_parameters())})
                 grown_at = model.ranks.forward if model.ranks else step
             optimizer.step()
             optimizer.zero_grad()
