@@ -185,6 +185,8 @@ class TezzeretConfig(_Section):
     """How often a worker asks for work by itself, should no message have told it."""
     memory_mb: int = Field(default=8192, gt=0)
     """MiB of resident memory, of the child and its own children together, above which they are killed."""
+    niceness: int = Field(default=10, ge=0, le=19)
+    """How far the child stands back from what else the machine does; it may take much longer on a busy one."""
 
 
 class OonaConfig(_Section):
@@ -210,6 +212,8 @@ class ExecutionConfig(_Section):
     """Processes that compile for this one, each on one core; read when the first of them is needed."""
     compile_timeout: float = Field(default=600, gt=0)
     """Seconds that one compilation may take; then its process is killed and started anew."""
+    compile_niceness: int = Field(default=10, ge=0, le=19)
+    """How far those processes stand back from what else the machine does, the training itself above all."""
 
 
 class TelemetryConfig(_Section):

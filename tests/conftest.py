@@ -15,6 +15,9 @@ from typing import Any
 # One cache of compiled code for all tests and worker processes, set before torch is imported.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "inductor"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test workers share the cores; a second thread would only wait for one
+# Else what compiles gets next to nothing while tests beside it keep all cores busy.
+os.environ.setdefault("ESPER_TEZZERET__NICENESS", "0")
+os.environ.setdefault("ESPER_EXECUTION__COMPILE_NICENESS", "0")
 # Else every process that compiles asks for a second, and every folder of compiled code for five more, whether the
 # compiler knows AVX.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")

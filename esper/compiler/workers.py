@@ -47,7 +47,7 @@ class CompileWorkers:
         count: int = 1,
         *,
         target: str = "esper.compiler.variant_job:run",
-        nice: int = 15,
+        nice: int = 10,
         timeout: float = 600.0,
     ) -> None:
         """`timeout`, in seconds, is for a job that does not bring its own, from when a worker begins with it."""
@@ -339,15 +339,17 @@ _default: dict[str, CompileWorkers] = {}
 def default_workers() -> CompileWorkers:
     """This process's pool, made on first use and closed at the interpreter's exit.
 
-    The settings `execution.compile_workers` and `execution.compile_timeout` say how large it is and how long a job may
-    take. Raises :class:`~esper.configs.ConfigError`.
+    The settings `execution.compile_workers`, `execution.compile_timeout` and `execution.compile_niceness` say how large
+    it is, how long a job may take and at which priority. Raises :class:`~esper.configs.ConfigError`.
     """
     workers = _default.get("")
     if workers is None:
         from esper.configs import load_config  # with pydantic's settings, which `import esper` does without
 
         settings = load_config().execution
-        made = CompileWorkers(settings.compile_workers, timeout=settings.compile_timeout)
+        made = CompileWorkers(
+            settings.compile_workers, nice=settings.compile_niceness, timeout=settings.compile_timeout
+        )
         workers = _default.setdefault("", made)  # atomic, and without a lock that a fork could leave locked
         if workers is made:
             atexit.register(made.close)

@@ -71,7 +71,7 @@ def test_results_come_back_each_to_its_own_future_in_the_order_of_submission(poo
 def test_a_worker_is_a_process_of_its_own_that_gives_way_and_knows_nothing_of_the_program(pool: CompileWorkers) -> None:
     about = json.loads(settled(pool.submit(b"about")))
     assert about["pid"] == about["group"] == processes()[0].pid
-    assert about["nice"] == min(19, os.nice(0) + 15)
+    assert about["nice"] == min(19, os.nice(0) + 10)
     assert about["threads"] == 1
     cores = len(os.sched_getaffinity(0))
     assert about["compile_threads"] == ("1" if cores < 4 else str(min(8, cores // 2)))

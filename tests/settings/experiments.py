@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -123,15 +124,19 @@ def _wrapping(folder: Path) -> None:
             assert layer.kernel_cache.max_cache_size_mb == size
 
 
-@shows("execution.compile_workers", "execution.compile_timeout")
+@shows("execution.compile_workers", "execution.compile_timeout", "execution.compile_niceness")
 def _compile_workers(folder: Path) -> None:
-    for count, seconds in (("1", "600"), ("2", "0.001")):
-        settings = {"ESPER_EXECUTION__COMPILE_WORKERS": count, "ESPER_EXECUTION__COMPILE_TIMEOUT": seconds}
+    for count, seconds, niceness in (("1", "600", "0"), ("2", "0.001", "7")):
+        settings = {
+            "ESPER_EXECUTION__COMPILE_WORKERS": count,
+            "ESPER_EXECUTION__COMPILE_TIMEOUT": seconds,
+            "ESPER_EXECUTION__COMPILE_NICENESS": niceness,
+        }
         done = subprocess.run(
             [sys.executable, "-c", _POOL, count], capture_output=True, text=True, timeout=300, check=False,
             env={**os.environ, **settings},
         )  # fmt: skip
-        assert done.stdout.split() == [count, str(seconds != "600")], done.stderr
+        assert done.stdout.split() == [niceness, count, str(seconds != "600")], done.stderr
 
 
 _POOL = """
@@ -142,12 +147,13 @@ pool.warm()
 end = time.monotonic() + 120
 while (count := len(psutil.Process().children())) < int(sys.argv[1]) and time.monotonic() < end:
     time.sleep(0.01)
+print(psutil.Process().children()[0].nice() - psutil.Process().nice())
 try:
     pool.submit(b"no job").result(240)
 except Exception as error:
     print(count, "execution.compile_timeout" in str(error))
 """
-"""In a process of its own, where the pool is made anew: its processes, and whether a job ran out of time."""
+"""In a process of its own, where the pool is made anew: its priority, its processes, whether a job ran out of time."""
 
 
 @shows("logging.level", "logging.format")
@@ -357,6 +363,18 @@ def _compilation(folder: Path) -> None:
                 platform.compile_sync(blueprint(), timeout=120)
             assert failed.value.report is not None
             assert failed.value.report.pipeline == tezzeret["pipeline"]
+
+
+@shows("tezzeret.niceness")
+def _niceness(folder: Path) -> None:
+    for niceness in (1, 6):
+        with Platform.embedded(folder / str(niceness), config=config(tezzeret={"niceness": niceness})) as platform:
+            before = set(psutil.Process().children())
+            platform.submit(blueprint())
+            while not (children := set(psutil.Process().children()) - before):
+                time.sleep(0.01)
+            time.sleep(0.1)  # it is started before its priority is lowered
+            assert {child.nice() - os.nice(0) for child in children} == {niceness}
 
 
 @shows("tezzeret.lease_seconds")

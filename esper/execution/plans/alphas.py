@@ -115,7 +115,8 @@ class SeedAlphas:
         an alpha it returns another, so that the change does not reach into a backward that still needs the old value.
         """
         state = self._state
-        start = torch.tensor(indices, dtype=torch.int64, device=state.device)
+        # Copied to a device without waiting for it, and always from here: the way back would have to be waited for.
+        start = torch.tensor(indices, dtype=torch.int64, device="cpu")
         latest: tuple[torch.Tensor | None, int, torch.Tensor, torch.Tensor] = (None, -1, start, torch.empty(0))
 
         def read() -> torch.Tensor:
@@ -124,7 +125,8 @@ class SeedAlphas:
             version = alphas._version  # before the values: what is written meanwhile is read by whoever comes next
             read_from, known, index, values = latest  # whole, whichever thread replaces it
             if alphas is not read_from or version != known:
-                index = index.to(alphas.device)  # the model may have moved since
+                if index.device != alphas.device:  # at first, and where the model has moved since
+                    index = start.to(alphas.device, non_blocking=True)
                 with torch.inference_mode(False):  # a later forward may be one that trains
                     values = alphas.index_select(0, index).float()
                 if not transforms_active():  # what a tracer makes of it is not for others

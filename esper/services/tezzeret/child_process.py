@@ -40,7 +40,6 @@ _LOOK_EVERY = 0.25
 """Seconds between two looks at the child's memory. Its exit and a stop are noticed at once."""
 
 _MODULE = "esper.services.tezzeret.child"
-_NICE = 15
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 Kill = Literal["time", "memory", "stopped"]
 
@@ -104,7 +103,7 @@ def run_child(
     """
     log_path = Path(request.folder) / LOG
     with open(log_path, "wb") as log:
-        process = _start(log, Path(request.folder))
+        process = _start(log, Path(request.folder), limits.niceness)
     child = _Child(process)
     try:
         with stop.attached(lambda: child.kill("stopped")):
@@ -174,10 +173,10 @@ def _resident(process: psutil.Process) -> int:
         return 0
 
 
-def _start(log: IO[bytes], folder: Path) -> subprocess.Popen[bytes]:
+def _start(log: IO[bytes], folder: Path, niceness: int) -> subprocess.Popen[bytes]:
     try:
         variables = _own_cache(folder)
-        return start_child(_MODULE, [str(os.getpid())], log=log, nice=_NICE, secrets=False, variables=variables)
+        return start_child(_MODULE, [str(os.getpid())], log=log, nice=niceness, secrets=False, variables=variables)
     except ChildStartError as cause:
         raise ServiceError(f"the process that compiles kernels cannot be started: {cause}") from cause
 

@@ -91,12 +91,14 @@ class ChildLimits:
     wall_seconds: float
     memory_bytes: int
     """Of resident memory, added up over the child and its descendants."""
+    niceness: int = 10
+    """By how much the child is nicer than this process."""
 
     @classmethod
     def of(cls, config: TezzeretConfig) -> ChildLimits:
         """The configured limits, or the pipeline's."""
         wall = config.wall_seconds if config.wall_seconds is not None else PIPELINES[config.pipeline].wall_seconds
-        return cls(wall, config.memory_mb * _MIB)
+        return cls(wall, config.memory_mb * _MIB, config.niceness)
 
     @property
     def data_bytes(self) -> int:
