@@ -24,6 +24,8 @@ _MODULE = "esper.compiler.worker_process"
 _GRACE = 1.0  # seconds; a process that closes its socket and does not end by then has not died
 _PART_BYTES = 2**18  # read at a time: copying it with the interpreter lock held takes 0.1 ms
 _LONGEST_WAIT = 1e6  # seconds; what poll(2) can count
+_CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+"""That this process may use; the thread that starts a worker may be bound to fewer of them."""
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # a program may have switched SIGPIPE on again
 
 
@@ -244,8 +246,7 @@ def _open_pid(pid: int) -> int | None:
 
 def _compile_threads() -> int:
     """C++ compilers that a worker may run at a time: one where there is a core to spare for the training process."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return 1 if cores < 4 else min(8, cores // 2)
+    return 1 if _CORES < 4 else min(8, _CORES // 2)
 
 
 def _error(body: bytes) -> WorkerJobError:

@@ -17,6 +17,7 @@ from esper.core.copying import layer_places
 from esper.core.errors import TargetError, UnknownLayerError
 from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
+from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.seeds.load_groups import GroupedLoad, KernelsRequest, LoadGroup
@@ -95,7 +96,8 @@ class ManyLayers(WrappedModel):
         of these by layer name, or a function of the layer: `lambda site: Blueprint.low_rank(site.in_features,
         site.out_features, rank=8)`. Blueprints are compiled first, each once. The kernels come into force in one
         commit, at seed `seed_idx` of each layer. If one cannot be staged, none is: its seed is in `ERROR_RECOVERY`, the
-        others are as before, the future is False, and its `errors` name the layers and the reasons.
+        others are as before, the future is False, and its `errors` name the layers and the reasons. Where ranks change
+        together, all of them ask for the same layers, and the kernels come into force at one forward on all.
 
         Raises as :meth:`load_kernel`, :class:`TargetError`, and what a function of the layer raises; nothing is changed
         then.
@@ -105,6 +107,11 @@ class ManyLayers(WrappedModel):
         control = next(iter(chosen.values())).control
         references = {seed: each if isinstance(each, str) else repr(each) for seed, each in wanted.items()}
         blueprints = {seed: each for seed, each in wanted.items() if isinstance(each, Blueprint)}
+        if blueprints and self.runtime.gate is not None and self.runtime.gate.is_leading:
+            raise EsperError(
+                "the other ranks are led to kernels that are there already: compile the blueprints first, as by "
+                "Platform.compile(), and ask for their kernels' ids"
+            )
         request = self._compiler() if blueprints else None
         group = control.load_together(references, alpha=alpha, trainable=trainable, isolate=isolate)
         if request is None:

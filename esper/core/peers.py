@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -19,6 +20,8 @@ from esper.distributed.sharding import average_like_shards, group_of, is_sharded
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.loaded_kernel import KernelModule
 from esper.execution.plans.alpha import SavedRamp
+from esper.execution.seeds.control import SeedControl
+from esper.execution.seeds.seed import Seed
 from esper.torch_internals import share_fsdp_state
 
 __all__ = ["join_group", "watch_for_ddp"]
@@ -34,7 +37,7 @@ def join_group(model: WrappedModel, group: Any) -> None:
         def carry_out(request: dict[str, Any]) -> None:
             model, options = this(), dict(request)
             if model is not None:
-                _carry_out(model.kasmina_layers[options.pop("layer")], **options)
+                _carry_out([model.kasmina_layers[name].seed(index) for name, index in options.pop("seeds")], **options)
 
         join(model.runtime, group, carry_out)
 
@@ -133,16 +136,17 @@ def _put_into(model: WrappedModel, ddp: nn.parallel.DistributedDataParallel, chi
         average_like(model._wrapping.bank, ddp, next(child.parameters()).device)
 
 
-def _carry_out(layer: KasminaLayer, action: str, seed: int, **options: Any) -> None:
-    """What the first rank was asked, here; by the layer's control, as this is not the thread that runs the model."""
+def _carry_out(seeds: Sequence[Seed], action: str, **options: Any) -> None:
+    """What the first rank was asked, here; by the layers' control, as this is not the thread that runs the model."""
     if isinstance(alpha := options.get("alpha"), dict):
         options["alpha"] = SavedRamp.model_validate(alpha).schedule().alpha
-    control, target = layer.control, layer.seed(seed)
+    control: SeedControl = cast("KasminaLayer", seeds[0].layer).control
     if action == "load":
-        control.load(target, options.pop("kernel"), **options)
+        kernels = dict(zip(seeds, options.pop("kernels"), strict=True))
+        control.fetch_together(control.load_together(kernels, **options))
     elif action == "unload":
-        control.unload(target)
+        control.unload_together(seeds)
     elif action == "fossilize":
-        control.fossilize(target)
+        control.fossilize_together(seeds)
     else:
-        control.set_alpha(target, cast("float", options["alpha"]))
+        control.set_alphas(seeds, options["alpha"])

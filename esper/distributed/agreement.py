@@ -4,12 +4,12 @@ Every rank is a :class:`Member`; the first one is the :class:`Coordinator` too. 
 they want done (:data:`Step`), by a store in which a key is written once and kept until it is deleted, and are sent the
 result. `esper.distributed.ranks` runs them over torch's store, the tests over a simulated one.
 
-A change is what all ranks ask of one seed as the n-th thing. Each rank votes for it once it has made ready for it. The
-coordinator puts changes for which all have voted on a ballot, with the number of a forward a little ahead. A member
-answers yes only if it has not begun that forward, and from then on is bound: it begins that forward only once it knows
-the verdict, which is a register that is written once. The coordinator writes "go" after all have answered yes; a member
-that comes near the forward before it knows the verdict tries to write "void", so that it need not wait for the others,
-and the change is put on a later ballot.
+A change is what all ranks ask of one seed, or of the same ones together, as the n-th thing. Each rank votes for it once
+it has made ready for it. The coordinator puts changes for which all have voted on a ballot, with the number of a
+forward a little ahead. A member answers yes only if it has not begun that forward, and from then on is bound: it begins
+that forward only once it knows the verdict, which is a register that is written once. The coordinator writes "go" after
+all have answered yes; a member that comes near the forward before it knows the verdict tries to write "void", so that
+it need not wait for the others, and the change is put on a later ballot.
 
 So all ranks change at the forward of the ballot whose verdict is "go", or none does; and no ballot is open beside
 another, so that a forward has one plan.
@@ -17,6 +17,7 @@ another, so that a forward has one plan.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any, Self
 
 __all__ = [
     "NEVER", "Answer", "Ballot", "Coordinator", "Decide", "Delete", "Get", "GetAll", "Learn", "Member", "Pause",
-    "Prepare", "Set", "Step", "Steps", "There", "Vote", "change_key", "failure_key", "vote_key",
+    "Prepare", "Set", "Step", "Steps", "There", "Vote", "change_key", "failure_key", "joint_target", "vote_key",
 ]  # fmt: skip
 
 NEVER = 2**63
@@ -154,6 +155,14 @@ class Answer(_Text):
 def change_key(target: str, number: int) -> str:
     """The change that is the `number`-th thing asked of `target`."""
     return f"{target}#{number}"
+
+
+def joint_target(targets: Sequence[str]) -> str:
+    """What stands for several targets of which something is asked together, on all ranks in the same order."""
+    if len(targets) == 1:
+        return targets[0]
+    digest = hashlib.sha256("\n".join(targets).encode()).hexdigest()[:16]
+    return f"{targets[0]} and {len(targets) - 1} more, {digest}"
 
 
 def vote_key(change: str, rank: int) -> str:

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from esper.distributed import agreement
@@ -42,9 +42,9 @@ class RanksError(EsperError, RuntimeError):
 class _Change:
     """What this rank has voted for, or will."""
 
-    def __init__(self, what: str, operation: Any) -> None:
+    def __init__(self, what: str, operations: tuple[Any, ...]) -> None:
         self.what = what
-        self.operation = operation
+        self.operations = operations
         self.is_published = False
         self.since = time.monotonic()
 
@@ -143,6 +143,11 @@ class Ranks:
         finally:
             self._leading.depth -= 1
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether this thread is in such a block."""
+        return self._leading.depth > 0
+
     # -- Gate ----------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -165,19 +170,20 @@ class Ranks:
                 self._changed.wait(1.0)
             for change in self._member.due():
                 each = self._changes.pop(change, None)
-                if each is not None and each.operation is not None:
-                    each.operation.is_held = False
+                for operation in each.operations if each is not None else ():
+                    operation.is_held = False
 
-    def number(self, target: str) -> str:
+    def number(self, targets: Sequence[str]) -> str:
+        target = agreement.joint_target(targets)
         with self._lock:
             self._numbers[target] = self._numbers.get(target, 0) + 1
             return agreement.change_key(f"{self._restarts}/{target}", self._numbers[target])
 
-    def offer(self, change: str, what: str, operation: Any = None) -> None:
-        if operation is not None:
+    def offer(self, change: str, what: str, *operations: Any) -> None:
+        for operation in operations:
             operation.is_held = True
         with self._lock:
-            self._changes[change] = _Change(what, operation)
+            self._changes[change] = _Change(what, operations)
             refused = self._broken or self._refused.pop(change, "")
             if not refused:
                 self._post(self._vote(change, what))
@@ -344,15 +350,14 @@ class Ranks:
                 try:
                     self._carry_out(asked)
                 except (EsperError, LookupError, ValueError) as error:  # before it had a number among the ranks
-                    change = self.number(f"{asked['layer']}:{asked['seed']}")
+                    change = self.number([f"{layer}:{seed}" for layer, seed in asked["seeds"]])
                     self.refuse(change, "", f"it cannot be asked for here: {error}")
         elif go:
             with self._lock:
-                operations = [each.operation for name in ballot.changes if (each := self._changes.get(name))]
+                changes = [self._changes[name] for name in ballot.changes if name in self._changes]
             _LOG.info("from forward %d on, on all %d ranks: %s", ballot.at, self.size, ", ".join(ballot.changes))
-            for operation in operations:
-                if operation is not None:
-                    operation.answer(True)
+            for operation in (operation for change in changes for operation in change.operations):
+                operation.answer(True)
 
     def _prepare(self, names: tuple[str, ...]) -> dict[str, str]:
         """Have exactly these changes staged, and held, beside what is staged already; or why that cannot be."""
@@ -361,25 +366,26 @@ class Ranks:
             with self._lock:
                 changes = {name: self._changes.get(name) for name in names}
             gone = {name: "it was called off" for name, each in changes.items() if each is None}
-            new = [each for each in changes.values() if each and each.operation is not None and not each.is_published]
+            new = [each for each in changes.values() if each and each.operations and not each.is_published]
             base = plan = runtime.target
-            for each in new:
-                plan = each.operation.edit(plan)
+            for operation in (operation for each in new for operation in each.operations):
+                plan = operation.edit(plan)
             try:
                 if not gone and not runtime.ready(plan):
                     runtime.prepare(plan)
             except Exception as error:  # noqa: BLE001  # law 4: it is why nobody gets the kernel
                 return dict.fromkeys(names, f"{type(error).__name__}: {error}")
             with runtime.lock:
-                off = [each for each in new if not each.operation.is_wanted]
+                off = [each for each in new if not all(operation.is_wanted for operation in each.operations)]
                 gone.update({name: "something else was asked since" for name in names if changes[name] in off})
                 if gone:
                     return gone
                 if base is runtime.target:
                     for each in new:
                         each.is_published = True
-                        each.operation.publish()
-                        runtime.publish(each.operation)
+                        for operation in each.operations:
+                            operation.publish()
+                        runtime.publish(*each.operations)
                     return {}
         return dict.fromkeys(names, "the model is gone")
 
@@ -390,15 +396,16 @@ class Ranks:
             each = self._changes.pop(name, None)
             if each is None:
                 self._refused[name] = reason
-        if each is None or each.operation is None or runtime is None:
+        if each is None or runtime is None:
             return
-        operation = each.operation
         with runtime.lock:
-            if each.is_published:
-                runtime.withdraw(operation, in_any_case=True)
-            operation.change, operation.is_held = "", False
-        operation.fail(RanksError(reason))
-        operation.answer(False)
+            for operation in each.operations:
+                if each.is_published:
+                    runtime.withdraw(operation, in_any_case=True)
+                operation.change, operation.is_held = "", False
+        for operation in each.operations:
+            operation.fail(RanksError(reason))
+            operation.answer(False)
 
     def _say_who_is_missing(self, connection: Connection) -> None:
         now = time.monotonic()

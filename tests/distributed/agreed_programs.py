@@ -9,6 +9,7 @@ import random
 import subprocess
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -241,6 +242,82 @@ def what_one_rank_leads_to(here: Rank) -> Any:
         _step(model)
         time.sleep(0.001)
     return {"flips": flips.at, "states": states(model)["0"], "refusal": alphas}
+
+
+def _await(model: esper.MorphableModel, done: Callable[[], bool]) -> None:
+    """Train until it is done."""
+    end = time.monotonic() + 40
+    while not done():
+        assert time.monotonic() < end, "it does not come"
+        _step(model)
+        time.sleep(0.001)
+
+
+def many_layers_in_one_call(here: Rank) -> Any:
+    model, rng = _wrapped(here), random.Random(here.rank)
+    flips, seen = _Flips(model), set()
+    both = {"0": here.shelf.put(blueprint()).id, "2": here.shelf.put(blueprint(6, 4)).id}
+
+    def loaded() -> list[str]:
+        seen.add(tuple(name for name, layer in model.kasmina_layers.items() if layer.kernel_in_force(1)))
+        return list(max(seen, key=len))
+
+    def wander() -> None:
+        for _ in range(rng.randrange(40)):
+            _step(model)
+            time.sleep(rng.random() * 0.004)
+
+    wander()
+    request = model.request_kernels(None, both, seed_idx=1, alpha=0.5)
+    _await(model, lambda: bool(loaded()) and request.done())
+    wander()
+    model.set_alphas(None, 0.25, seed_idx=1)
+    _await(model, lambda: all(layer.state.alpha(1) == 0.25 for layer in model.kasmina_layers.values()))
+    _settle(here, model)
+    unloaded = model.unload_kernels(seed_idx=1)
+    _await(model, lambda: not model.runtime.plan.sites)
+    _settle(here, model)
+    again = model.request_kernels(None, both)
+    _await(model, again.done)
+    _settle(here, model)
+    fossils = model.fossilize_kernels()
+    _await(model, lambda: all(layer.state.lifecycle(0).name == "FOSSILIZED" for layer in model.kasmina_layers.values()))
+    results = [request.result(), unloaded, again.result(), fossils]
+    return {"flips": flips.at, "seen": sorted(seen), "results": results, "states": states(model)}
+
+
+def many_layers_of_which_one_rank_lacks_one(here: Rank) -> Any:
+    model = _wrapped(here)
+    flips = _Flips(model)
+    kernels = {"0": here.shelf.put(blueprint()).id, "2": here.shelf.put(blueprint(6, 4)).id}
+    wanted = {**kernels, "2": "5d" * 32} if here.rank == 1 else kernels
+    request = model.request_kernels(None, wanted)
+    _train_until(model, [request])
+    _settle(here, model)
+    broken = {"flips": list(flips.at), "result": request.result(), "errors": dict(request.errors)}
+    again = model.request_kernels(None, kernels)  # as if nothing had been
+    _train_until(model, [again])
+    _settle(here, model)
+    return {**broken, "again": again.result(), "states": [each[0] for each in states(model).values()]}
+
+
+def many_layers_that_one_rank_leads_to(here: Rank) -> Any:
+    model = _wrapped(here)
+    flips = _Flips(model)
+    kernels = {"0": here.shelf.put(blueprint()).id, "2": here.shelf.put(blueprint(6, 4)).id}
+    here.meet("all have both")
+    if here.rank == 0:
+        with model.ranks.leading():
+            request = model.request_kernels(None, kernels, alpha=esper.LinearRamp(0.0, 1.0, 3))
+    _await(model, lambda: bool(model.runtime.plan.sites))
+    here.meet("all run both")
+    if here.rank == 0:
+        assert request.result()
+        with model.ranks.leading():
+            model.set_alphas(None, 0.5)
+            model.unload_kernels()
+    _await(model, lambda: not model.runtime.plan.sites)
+    return {"flips": flips.at, "states": states(model)}
 
 
 def replaced_and_called_off(here: Rank) -> Any:

@@ -21,6 +21,9 @@ SCENARIOS = [
     "another_order",
     "a_late_rank",
     "what_one_rank_leads_to",
+    "many_layers_in_one_call",
+    "many_layers_of_which_one_rank_lacks_one",
+    "many_layers_that_one_rank_leads_to",
     "replaced_and_called_off",
     "commits_by_hand",
     "a_checkpoint_brings_all_to_one_plan",
@@ -38,7 +41,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    scenarios = ["swaps_with_random_delays", "one_rank_cannot_stage", "what_one_rank_leads_to"]
+    scenarios = [
+        "swaps_with_random_delays",
+        "one_rank_cannot_stage",
+        "what_one_rank_leads_to",
+        "many_layers_in_one_call",
+        "many_layers_of_which_one_rank_lacks_one",
+    ]
     return launch(PROGRAMS, scenarios, 4, tmp_path_factory.mktemp("four"))
 
 
@@ -105,6 +114,32 @@ def test_the_first_rank_leads_the_others(ranks: Launched, four: Launched) -> Non
     assert "this is rank 1" in results[1]["refusal"][0]
     assert len(same([each["flips"] for each in results])) == 2
     assert same([each["states"] for each in results])[2] == "DORMANT"
+
+
+def test_kernels_of_many_layers_come_and_go_at_one_forward(ranks: Launched, four: Launched) -> None:
+    for launched in (ranks, four):
+        result = same(launched.of("many_layers_in_one_call"))
+        assert len(result["flips"]) == 4
+        assert result["seen"] == [[], ["0", "2"]]
+        assert result["results"] == [True, ["0", "2"], True, ["0", "2"]]
+        assert {tuple(each[:2]) for each in result["states"].values()} == {("FOSSILIZED", "DORMANT")}
+
+
+def test_where_one_rank_lacks_one_of_many_kernels_no_rank_gets_any(ranks: Launched, four: Launched) -> None:
+    for launched in (ranks, four):
+        for rank, each in enumerate(launched.of("many_layers_of_which_one_rank_lacks_one")):
+            assert each["flips"] == []
+            assert each["result"] is False
+            assert "5d5d5d" in str(each["errors"])
+            assert rank == 1 or "rank 1" in str(each["errors"])
+            assert each["again"] is True
+            assert each["states"] == ["ACTIVE", "ACTIVE"]
+
+
+def test_one_rank_leads_all_to_kernels_of_many_layers(ranks: Launched) -> None:
+    result = same(ranks.of("many_layers_that_one_rank_leads_to"))
+    assert len(result["flips"]) == 2
+    assert {each[0] for each in result["states"].values()} == {"DORMANT"}
 
 
 def test_whatever_is_asked_in_a_row_all_ranks_end_alike(ranks: Launched) -> None:

@@ -1,7 +1,8 @@
-"""Calls for many layers, where ranks agree on one seed at a time."""
+"""Calls for many layers where ranks agree, on one rank; on several: `test_agreed_commits`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 import esper
+from esper import Blueprint
 from esper.errors import EsperError
 from tests.compiler.agreement import put
 from tests.kernel_shelf import KernelShelf
@@ -27,19 +29,29 @@ def model(shelf: KernelShelf) -> Iterator[esper.MorphableModel]:
         dist.destroy_process_group()
 
 
-def test_several_layers_in_one_call_are_refused_and_nothing_is_changed(
-    model: esper.MorphableModel, shelf: KernelShelf
-) -> None:
+def test_calls_for_all_layers_are_agreed_on(model: esper.MorphableModel, shelf: KernelShelf) -> None:
     kernels = {"0": put(shelf), "2": put(shelf, 6, 4)}
-    for call in (
-        lambda: model.request_kernels(None, kernels),
-        lambda: model.unload_kernels(),
-        lambda: model.fossilize_kernels(),
-        lambda: model.set_alphas(None, 0.5),
-    ):
-        with pytest.raises(EsperError, match="ranks agree on one seed at a time, and this is asked of 2"):
-            call()
-    assert not model.kasmina_layers["0"].state.active_seeds()
+    layers = list(model.kasmina_layers.values())
+
+    def train() -> None:
+        model(torch.randn(3, 8)).sum().backward()
+
+    assert model.request_kernels(None, kernels, alpha=0.5).result(60)
+    train()
+    assert [layer.kernel_in_force(0) for layer in layers] == list(kernels.values())
+    model.set_alphas(None, 0.25)
+    assert model.unload_kernels("2") == ["2"]
+    end = time.monotonic() + 60
+    while layers[1].kernel_in_force(0) is not None:
+        assert time.monotonic() < end
+        train()
+    assert layers[0].state.alpha(0) == 0.25
+
+
+def test_others_are_not_led_to_blueprints(model: esper.MorphableModel) -> None:
+    assert model.ranks is not None
+    with model.ranks.leading(), pytest.raises(EsperError, match="compile the blueprints first"):
+        model.request_kernels("0", Blueprint.low_rank(8, 6, rank=2))
     assert model.kasmina_layers["0"].state.lifecycle(0).name == "DORMANT"
 
 

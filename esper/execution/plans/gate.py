@@ -5,7 +5,7 @@ What is behind a gate is held (`PlanEdit.is_held`) until it is due, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 __all__ = ["Gate"]
@@ -14,15 +14,23 @@ __all__ = ["Gate"]
 class Gate(Protocol):
     """What stands between the staged changes of one model and its plan."""
 
+    @property
+    def is_leading(self) -> bool:
+        """Whether what this thread asks is asked of the others too."""
+        ...
+
     def begin(self) -> None:
         """A training forward begins, or with `commit="manual"` a commit: let go of what is due. On its thread."""
 
-    def number(self, target: str) -> str:
-        """A name for the next thing that is asked of `target`. From any thread, under the runtime's lock."""
+    def number(self, targets: Sequence[str]) -> str:
+        """A name for the next thing that is asked of `targets` together. From any thread, under the runtime's lock."""
         ...
 
-    def offer(self, change: str, what: str, operation: Any = None) -> None:
-        """This rank is ready for a change; it has nothing to do for it if there is no `operation`. From any thread."""
+    def offer(self, change: str, what: str, *operations: Any) -> None:
+        """This rank is ready for a change, in which `operations` come into force together; it may have none to do.
+
+        From any thread.
+        """
 
     def refuse(self, change: str, what: str, reason: str) -> None:
         """This rank cannot have a change. From any thread."""

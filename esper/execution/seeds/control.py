@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from esper.errors import EsperError
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import AlphaSchedule
@@ -22,7 +21,7 @@ from esper.execution.seeds.load_groups import GroupedLoad, LoadGroup
 from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, SetAlpha, Unload
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
-from esper.execution.seeds.seed import Operation, Seed
+from esper.execution.seeds.seed import Operation, Seed, described_together
 from esper.execution.sources import KernelSource
 from esper.execution.state_layout import checked_alpha
 
@@ -68,13 +67,13 @@ class SeedControl:
         `AlphaError`, and `LifecycleError` for a fossilized seed.
         """
         options = self._options(reference, alpha, trainable, isolate)
-        self._find_peers([seed])
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             seed.refuse_fossil()
-            self._lead(seed, "load", kernel=reference, alpha=alpha, trainable=trainable, isolate=isolate)
+            self._lead([seed], "load", kernels=[reference], alpha=alpha, trainable=trainable, isolate=isolate)
             replaced = self._make_way(seed)
             load = seed.loading = Load(seed, options, self._runtime, self._journal, self._attach)
-            load.change = self._number(seed)
+            load.change = self._number([seed])
         if replaced is not None:
             replaced.answer(False)
         self._queue.fetch(load)
@@ -106,18 +105,20 @@ class SeedControl:
     ) -> LoadGroup:
         """As :meth:`load`, of kernels by seed that come into force together or not at all; to be fetched yet."""
         each = {seed: self._options(reference, alpha, trainable, isolate) for seed, reference in wanted.items()}
-        self._find_peers(list(wanted))
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             for seed in wanted:
                 seed.refuse_fossil()
-            for seed, kernel in wanted.items():
-                self._lead(seed, "load", kernel=kernel, alpha=alpha, trainable=trainable, isolate=isolate)
+            self._lead(
+                list(wanted), "load", kernels=list(wanted.values()), alpha=alpha, trainable=trainable, isolate=isolate
+            )
             replaced = [self._make_way(seed) for seed in wanted]
             loads = [GroupedLoad(seed, each[seed], self._runtime, self._journal, self._attach) for seed in wanted]
             group = LoadGroup(loads, self._queue.stage_fetched)
+            change = self._number(list(wanted))
             for load in loads:
                 load.seed.loading = load
-                load.change = self._number(load.seed)
+                load.change = change
         for before in replaced:
             if before is not None:
                 before.answer(False)
@@ -137,45 +138,33 @@ class SeedControl:
 
     def unload_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`unload`, of several; returns those with something to unload. Nothing is done where it raises."""
-        self._find_peers(seeds)
+        self._runtime.model.find_peers()
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
-            for seed in seeds:
-                self._lead(seed, "unload")
+            self._lead(seeds, "unload")
             cancelled = [load for seed in seeds if (load := seed.supersede()) is not None]
             busy = {load.seed for load in cancelled}
             unloaded = [seed for seed in seeds if self._leave(seed, cancelled=seed in busy)]
-            self._stage_unloads(unloaded)
+            self._stage_unloads(seeds)
         for load in cancelled:
             load.answer(False)
         return unloaded
 
-    def _number(self, seed: Seed) -> str:
-        """The name of what is asked of `seed` among the ranks that have to agree. Lock held."""
+    def _number(self, seeds: Sequence[Seed]) -> str:
+        """The name of what is asked of `seeds` together among the ranks that have to agree. Lock held."""
         gate = self._runtime.gate
-        return "" if gate is None else gate.number(f"{seed.layer_name}:{seed.index}")
+        return "" if gate is None else gate.number([f"{seed.layer_name}:{seed.index}" for seed in seeds])
 
-    def _find_peers(self, seeds: Sequence[Seed]) -> None:
-        """Before something is asked of `seeds`: know whether ranks have to agree on it, which they can on one seed."""
-        self._runtime.model.find_peers()
-        if self._runtime.gate is not None and len(seeds) > 1:  # they could come into force at different forwards
-            raise EsperError(
-                f"ranks agree on one seed at a time, and this is asked of {len(seeds)}, {seeds[0]} and others: ask for "
-                "each by itself, as by request_kernel()"
-            )
-
-    def _lead(self, seed: Seed, action: str, **options: object) -> None:
+    def _lead(self, seeds: Sequence[Seed], action: str, **options: object) -> None:
         """Something is asked of this process, and can be: have it asked of those too that follow it. Lock held."""
         if self._runtime.gate is not None:
-            self._runtime.gate.lead(lambda: {"action": action, "layer": seed.layer_name, "seed": seed.index, **options})
+            names = [(seed.layer_name, seed.index) for seed in seeds]
+            self._runtime.gate.lead(lambda: {"action": action, "seeds": names, **options})
 
     def _leave(self, seed: Seed, cancelled: bool) -> bool:
         """End what the seed was about, but for a kernel in force or staged. Whether there is anything to unload."""
-        gate = self._runtime.gate
         if self._runtime.target.seed(seed.site, seed.index) is None:
-            if gate is not None:  # other ranks may have come further, and have it to unload
-                gate.offer(self._number(seed), f"unload {seed}")
             failed = seed.lifecycle is _State.ERROR_RECOVERY
             if cancelled:
                 seed.state.cancel_load(seed.index)
@@ -191,9 +180,12 @@ class SeedControl:
     def _stage_unloads(self, seeds: Sequence[Seed]) -> None:
         held = [seed for seed in seeds if self._runtime.target.seed(seed.site, seed.index) is not None]
         unloads = [Unload(seed, self._runtime, self._journal) for seed in held]
-        for unload in unloads:
-            unload.change = self._number(unload.seed)
-        if unloads:
+        if (gate := self._runtime.gate) is not None:  # other ranks may have come further, and have more to unload
+            change = self._number(seeds)
+            for unload in unloads:
+                unload.change = change
+            gate.offer(change, described_together([f"unload {seed}" for seed in seeds]), *unloads)
+        elif unloads:
             self._queue.stage(*unloads)
 
     def cancel(self, seed: Seed, staged: Future[bool]) -> None:
@@ -224,21 +216,23 @@ class SeedControl:
 
     def fossilize_together(self, seeds: Sequence[Seed]) -> list[Seed]:
         """As :meth:`fossilize`, of several; returns those that are active."""
-        self._find_peers(seeds)
+        self._runtime.model.find_peers()
         with self._runtime.lock:
-            for seed in seeds:
-                self._lead(seed, "fossilize")
+            self._lead(seeds, "fossilize")
+            change, gate = self._number(seeds), self._runtime.gate
             staged = [each for each in map(self._fossil, seeds) if each is not None]
+            for each in staged:
+                each.change = change
             if staged:
                 self._queue.stage(*staged)
+            elif gate is not None:
+                what = described_together([f"fossilize {seed}" for seed in seeds])
+                gate.refuse(change, what, "; ".join(f"{seed} is {seed.lifecycle.name}" for seed in seeds))
             return [each.seed for each in staged]
 
     def _fossil(self, seed: Seed) -> Fossilize | None:
-        change, gate = self._number(seed), self._runtime.gate
         planned = self._runtime.target.seed(seed.site, seed.index)
         if seed.lifecycle is not _State.ACTIVE or planned is None or seed.is_fossilizing:
-            if gate is not None:
-                gate.refuse(change, f"fossilize {seed}", f"{seed} is {seed.lifecycle.name}")
             return None
         seed.is_fossilizing = True
         seed.take_ticket()
@@ -246,10 +240,8 @@ class SeedControl:
         fossil = replace(planned, constant_alpha=seed.alpha)
         fold = Fold(seed.layer, planned, seed.alpha, self._runtime)
         # To fold may have to wait for a backward, on one rank longer than on others.
-        exact = fold if gate is None and fold.is_exact(self._runtime.target) else None
-        fossilize = Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
-        fossilize.change = change
-        return fossilize
+        exact = fold if self._runtime.gate is None and fold.is_exact(self._runtime.target) else None
+        return Fossilize(seed, fossil, exact, self._runtime, self._journal, restage=self._queue.stage)
 
     def set_alpha(self, seed: Seed, alpha: float | AlphaSchedule) -> None:
         """Set or schedule the alpha of `seed`, and of the kernel that it is loading, if it is.
@@ -261,18 +253,19 @@ class SeedControl:
     def set_alphas(self, seeds: Sequence[Seed], alpha: float | AlphaSchedule) -> None:
         """As :meth:`set_alpha`, of several. Nothing is done where it raises."""
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
-        self._find_peers(seeds)
+        self._runtime.model.find_peers()
         untold = []
         with self._runtime.lock:
             for seed in seeds:
                 seed.refuse_fossil()
+            self._lead(seeds, "set_alpha", alpha=alpha)
+            if self._runtime.gate is not None:
+                sets, change = [SetAlpha(seed, alpha, first, self._runtime) for seed in seeds], self._number(seeds)
+                for each in sets:
+                    each.change = change
+                self._queue.stage(*sets)
+                return
             for seed in seeds:
-                self._lead(seed, "set_alpha", alpha=alpha)
-                if self._runtime.gate is not None:
-                    sets = SetAlpha(seed, alpha, first, self._runtime)
-                    sets.change = self._number(seed)
-                    self._queue.stage(sets)
-                    continue
                 loading = seed.lifecycle is _State.LOADING
                 if loading:
                     seed.later_alpha = alpha, first

@@ -73,6 +73,9 @@ class GroupedLoad(Load):
             if self.is_wanted:
                 self.seed.take_ticket()
 
+    def speaks_for_its_change(self) -> bool:
+        return self.group.is_first_to_end()
+
     def _end(self, error: Exception | None) -> None:
         if error is not None and self.is_wanted:
             self.group.request.note_error(self.seed.layer_name, f"{type(error).__name__}: {error}")
@@ -90,11 +93,18 @@ class LoadGroup:
         self._fetched: list[GroupedLoad] = []
         self.is_broken = False
         """Whether one of them cannot be fetched, for which the others have been given up."""
+        self._has_spoken = False
         self._open = len(self.loads)
         self._admission: Exception | bool = False
         for load in self.loads:
             load.group = self
             load.staged.add_done_callback(self._answered)
+
+    def is_first_to_end(self) -> bool:
+        """Whether nothing was said yet of why the group comes to nothing, which the caller says then."""
+        with self._lock:
+            before, self._has_spoken = self._has_spoken, True
+        return not before
 
     def note(self, load: GroupedLoad, *, fetched: bool) -> None:
         """The fetch of `load` has ended."""

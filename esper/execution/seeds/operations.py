@@ -106,6 +106,10 @@ class Load(Operation):
         if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._loaded.parameters):
             self._loaded.module.to(weight.device, weight.dtype)
 
+    def speaks_for_its_change(self) -> bool:
+        """Whether other ranks are to be told why it comes to nothing; asked once, when it does."""
+        return True
+
     @property
     def _loaded(self) -> LoadedKernel:
         assert self._kernel is not None
@@ -137,7 +141,7 @@ class Load(Operation):
 
     def _end(self, error: Exception | None) -> None:
         seed, gate = self.seed, self._runtime.gate
-        if gate is not None and self.change:
+        if gate is not None and self.change and self.speaks_for_its_change():
             gate.refuse(self.change, self.describe(), str(error) if error else "something else was asked since")
         with self._runtime.lock:
             is_under_way = self in (seed.loading, seed.published)  # else it was cancelled

@@ -7,19 +7,21 @@ takes long is not waited for.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from esper.execution.background import FETCHING, STAGING, JobQueue
 from esper.execution.plans.executor import PreparationCancelledError, ShutDownError
+from esper.execution.plans.gate import Gate
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
-from esper.execution.seeds.seed import Operation
+from esper.execution.seeds.seed import Operation, described_together
 from esper.forking import reset_after_fork
 
 __all__ = ["StagingQueue"]
@@ -45,6 +47,12 @@ class _Bundle:
             if operation not in kept:
                 operation.fail(None)
         return _Bundle(kept, self.is_whole) if kept else None
+
+
+def _offer(gate: Gate, operations: Iterable[Operation]) -> None:
+    for change, group in itertools.groupby(operations, key=lambda each: each.change):
+        together = tuple(group)
+        gate.offer(change, described_together([each.describe() for each in together]), *together)
 
 
 class StagingQueue:
@@ -110,8 +118,7 @@ class StagingQueue:
         One of which something else is asked meanwhile is left out then.
         """
         if self._runtime.gate is not None:
-            for operation in operations:
-                self._runtime.gate.offer(operation.change, operation.describe(), operation)
+            _offer(self._runtime.gate, operations)
             return True
         plan = self._runtime.target
         for operation in operations:
@@ -194,8 +201,7 @@ class StagingQueue:
             if not all(operation.is_wanted for operation in operations):
                 return False
             if (gate := self._runtime.gate) is not None:
-                for operation in operations:
-                    gate.offer(operation.change, operation.describe(), operation)
+                _offer(gate, operations)
                 return True
             for operation in operations:
                 operation.publish()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol
 
@@ -15,7 +17,9 @@ from esper.execution.plans.plan_edit import PlanEdit
 from esper.execution.state_layout import KasminaStateLayout
 from esper.futures import InterruptSafeFuture
 
-__all__ = ["Operation", "Seed", "SeedLayer", "Ticket"]
+__all__ = ["Operation", "Seed", "SeedLayer", "Ticket", "described_together"]
+
+_MOST_DESCRIBED = 4
 
 
 class SeedLayer(Protocol):
@@ -164,6 +168,14 @@ class Seed:
             "error_count": self.state.errors(self.index),
             "reason": self.error or "",
         }
+
+
+def described_together(each: Sequence[str]) -> str:
+    """What is asked of several seeds, for people: equal where all of it is equal."""
+    if len(each) <= _MOST_DESCRIBED:
+        return "; ".join(each)
+    digest = hashlib.sha256("\n".join(each).encode()).hexdigest()[:8]
+    return f"{'; '.join(each[:_MOST_DESCRIBED])}; and {len(each) - _MOST_DESCRIBED} more of them ({digest})"
 
 
 class Operation(PlanEdit):
