@@ -33,13 +33,13 @@ def _timed(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def first_step_side(workload: str, device: str, backend: str) -> float:
+def first_step_side(workload: str, device: str, backend: str, blocks: int | None = None) -> float:
     """Seconds from the call of `torch.compile` to the end of the first training step.
 
     `backend` is "inductor" for the plain model, "esper" for the wrapped one without kernels; wrapping is not timed.
     """
     what = WORKLOADS[workload]
-    model = what.model(device)
+    model = what.model(device, blocks)
     if backend == "esper":
         model = esper.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=_LR)
@@ -47,18 +47,29 @@ def first_step_side(workload: str, device: str, backend: str) -> float:
     return _timed(lambda: training_step(what.bound(torch.compile(model, backend=backend), device), optimizer)(), device)
 
 
-def cold_start_side(workload: str, device: str) -> dict[str, Any]:
+def cold_start_side(workload: str, device: str, blocks: int | None = None) -> dict[str, Any]:
     """Seconds of an eager training step of the host, and of the first ones of a model that starts eagerly.
 
-    "step" is the median of the eager ones, "first" begins with the call of `torch.compile`, "worst" is the longest
-    until the compiled graphs are in force and 200 steps have passed since, "compiled" is when that was.
+    "step" is the median of the eager ones, "trace" the first step of the host under Dynamo alone, "first" begins with
+    the call of `torch.compile`, "worst" is the longest until the compiled graphs are in force and 200 steps have passed
+    since, "compiled" is when that was. The host is traced twice, and the second time counts: Dynamo was used before
+    then, as it was before it meets the wrapped model.
     """
     what = WORKLOADS[workload]
-    host = what.model(device)
+    host = what.model(device, blocks)
     _ready_to_compile(device)
     eager = training_step(what.bound(host, device), torch.optim.SGD(host.parameters(), lr=_LR))
     ordinary = statistics.median(_timed(eager, device) for _ in range(_EAGER_STEPS))
-    model = esper.wrap(what.model(device))
+    trace = 0.0
+    for _ in range(2):
+        traced = what.model(device, blocks)
+        start = time.perf_counter()
+        step = training_step(
+            what.bound(torch.compile(traced, backend="eager"), device), torch.optim.SGD(traced.parameters(), lr=_LR)
+        )
+        trace = (time.perf_counter() - start) + _timed(step, device)
+        torch._dynamo.reset()
+    model = esper.wrap(what.model(device, blocks))
     optimizer = torch.optim.SGD(model.parameters(), lr=_LR)
     start = time.perf_counter()
     compiled = torch.compile(model, backend="esper", options={"cold_start": "eager"})
@@ -69,7 +80,14 @@ def cold_start_side(workload: str, device: str) -> dict[str, Any]:
         following.append(_timed(step, device))
     arrived = time.perf_counter() - start
     following += [_timed(step, device) for _ in range(_FOLLOWING)]
-    return {"step": ordinary, "first": first, "worst": max(following), "compiled": arrived, "steps": len(following)}
+    return {
+        "step": ordinary,
+        "trace": trace,
+        "first": first,
+        "worst": max(following),
+        "compiled": arrived,
+        "steps": len(following),
+    }
 
 
 def _compiled(model: esper.MorphableModel) -> bool:

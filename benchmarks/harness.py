@@ -137,8 +137,14 @@ def machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": _command(sys.argv),
     }
+
+
+def _command(words: Sequence[str]) -> str:
+    """How to measure the same; where the files went is nobody else's business."""
+    where = words.index("--results") if "--results" in words else len(words)
+    return " ".join([f"python -m benchmarks.{Path(words[0]).stem}", *words[1:where], *words[where + 2 :]])
 
 
 def _processor() -> str:

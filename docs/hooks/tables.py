@@ -346,7 +346,7 @@ def _compile_time(document: dict[str, Any]) -> list[str]:
     ]
     starts, processes, depths = (_sections({"sections": [each]}) for each in document["sections"])
     verdicts = [
-        "failed" if "failed" in each else _verdict(each["first"] / each["step"], goals["first"])
+        "failed" if "failed" in each else _verdict(each["first"] / each["trace"], goals["first"])
         for each in details["starts"].values()
     ]
     second = next(row for row in document["sections"][1]["rows"] if row[0] == "second")
@@ -355,7 +355,7 @@ def _compile_time(document: dict[str, Any]) -> list[str]:
     return [
         _table((*document["columns"], "goal", "verdict"), rows),
         *starts,
-        f"The goal, a first step of at most {goals['first']:g} eager ones: {', '.join(verdicts)}.",
+        f"The goal, a first step at most {goals['first']:g} of Dynamo's trace and a step: {', '.join(verdicts)}.",
         *processes,
         f"The goal, nothing compiled by or for the second process: {compiled}.",
         *depths,

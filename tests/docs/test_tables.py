@@ -159,7 +159,7 @@ def compile_time(folder: Path, ours: float, first: float, second: tuple[int, int
     goals = {"ratio": 1.05, "first": 3.0, "compilations": 0}
     details = {
         "goals": goals,
-        "starts": {"mlp": {"first": first, "step": 0.01}},
+        "starts": {"mlp": {"first": first, "trace": 0.01}},
         "processes": {"first": {}, "second": {}},
     }
     write(
@@ -191,7 +191,7 @@ def test_compile_time_is_judged_by_its_three_goals(
     compile_time(tmp_path, ours, first, second)
     text = tables.results("compile_time")
     assert cells(tables, "compile_time", "MLP, cold")[-1] == verdicts[0]
-    assert f"at most 3 eager ones: {verdicts[1]}." in text
+    assert f"at most 3 of Dynamo's trace and a step: {verdicts[1]}." in text
     assert f"by or for the second process: {verdicts[2]}." in text
 
 
@@ -204,7 +204,7 @@ def test_what_failed_in_compile_time_is_said_to_have_failed(tables: Any, tmp_pat
     document["sections"][1]["rows"][1] = ["second", "RuntimeError: no", ""]
     path.write_text(json.dumps(document))
     text = tables.results("compile_time")
-    assert "at most 3 eager ones: failed." in text
+    assert "at most 3 of Dynamo's trace and a step: failed." in text
     assert "by or for the second process: failed." in text
 
 
