@@ -301,6 +301,16 @@ def many_layers_of_which_one_rank_lacks_one(here: Rank) -> Any:
     return {**broken, "again": again.result(), "states": [each[0] for each in states(model).values()]}
 
 
+def different_kernels_for_one_of_many_layers(here: Rank) -> Any:
+    model = _wrapped(here)
+    flips = _Flips(model)
+    kernels = {"0": here.shelf.put(blueprint()).id, "2": here.shelf.put(blueprint(6, 4, seed=20 + here.rank)).id}
+    request = model.request_kernels(None, kernels)
+    _train_until(model, [request])
+    _settle(here, model)
+    return {"kernel": kernels["2"], "result": request.result(), "errors": str(dict(request.errors)), "flips": flips.at}
+
+
 def many_layers_that_one_rank_leads_to(here: Rank) -> Any:
     model = _wrapped(here)
     flips = _Flips(model)

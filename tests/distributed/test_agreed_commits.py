@@ -23,6 +23,7 @@ SCENARIOS = [
     "what_one_rank_leads_to",
     "many_layers_in_one_call",
     "many_layers_of_which_one_rank_lacks_one",
+    "different_kernels_for_one_of_many_layers",
     "many_layers_that_one_rank_leads_to",
     "replaced_and_called_off",
     "commits_by_hand",
@@ -134,6 +135,14 @@ def test_where_one_rank_lacks_one_of_many_kernels_no_rank_gets_any(ranks: Launch
             assert rank == 1 or "rank 1" in str(each["errors"])
             assert each["again"] is True
             assert each["states"] == ["ACTIVE", "ACTIVE"]
+
+
+def test_different_kernels_for_one_of_many_layers_are_an_error_that_names_both(ranks: Launched) -> None:
+    results = ranks.of("different_kernels_for_one_of_many_layers")
+    for each in results:
+        assert each["result"] is False
+        assert not each["flips"]
+        assert all(result["kernel"] in each["errors"] for result in results)
 
 
 def test_one_rank_leads_all_to_kernels_of_many_layers(ranks: Launched) -> None:

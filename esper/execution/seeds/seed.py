@@ -19,7 +19,7 @@ from esper.futures import InterruptSafeFuture
 
 __all__ = ["Operation", "Seed", "SeedLayer", "Ticket", "described_together"]
 
-_MOST_DESCRIBED = 4
+_MOST_DESCRIBED = 16
 
 
 class SeedLayer(Protocol):
