@@ -10,7 +10,7 @@ from esper import Blueprint, Platform
 from esper.artifacts import Artifact, Attachment, SigningKey, Target, artifact_message, build_artifact
 from esper.compiler.attachment import read_payload, with_latencies
 from esper.contracts.validation import ValidationReport
-from esper.services.contracts import KernelMetadata
+from esper.services.contracts import BlueprintStatus, KernelMetadata
 
 __all__ = ["COMPILED", "KernelShelf", "compiled_code"]
 
@@ -41,8 +41,10 @@ class KernelShelf:
     def put(self, blueprint: Blueprint) -> Artifact:
         """Build, sign and store the kernel of `blueprint`; it can be loaded by the artifact's id."""
         artifact = build_artifact(blueprint)
-        record = self.platform.store.blueprints.submit(blueprint)
-        self.platform.store.kernels.add(
+        store = self.platform.store
+        record = store.blueprints.submit(blueprint)
+        report = ValidationReport(blueprint_id=record.id, pipeline="fast", passed=True, artifact_id=artifact.id)
+        store.kernels.add(
             artifact.data,
             self._key.sign(artifact_message(artifact.id)),
             blueprint_id=record.id,
@@ -55,8 +57,13 @@ class KernelShelf:
                 node_count=max(len(artifact.graph.nodes), 1),
                 graph_digest=artifact.graph.digest,
             ),
-            report=ValidationReport(blueprint_id=record.id, pipeline="fast", passed=True, artifact_id=artifact.id),
+            report=report,
         )
+        claim = store.blueprints.claim("shelf", blueprint_id=record.id)
+        if claim is not None:  # else it was put here before; what waits would be compiled before anything that is asked
+            store.blueprints.set_status(
+                record.id, BlueprintStatus.VALIDATED, token=claim.token, report=report, artifact_id=artifact.id
+            )
         return artifact
 
     def attach(self, artifact_id: str, compiled_code: bytes, *latencies: tuple[int, float, float]) -> None:

@@ -35,13 +35,18 @@ def _step(model: esper.MorphableModel) -> None:
     model(torch.ones(3, 8)).sum().backward()
 
 
-def _train_until(model: esper.MorphableModel, futures: list[Future[bool]], pace: float = 0.002) -> None:
-    """Train until all futures are answered."""
+def _await(model: esper.MorphableModel, done: Callable[[], bool], pace: float = 0.001) -> None:
+    """Train until it is done."""
     end = time.monotonic() + 40
-    while not all(each.done() for each in futures):
+    while not done():
         assert time.monotonic() < end, "the ranks do not agree"
         _step(model)
         time.sleep(pace)
+
+
+def _train_until(model: esper.MorphableModel, futures: list[Future[bool]], pace: float = 0.002) -> None:
+    """Train until all futures are answered."""
+    _await(model, lambda: all(each.done() for each in futures), pace)
 
 
 def _settle(here: Rank, model: esper.MorphableModel) -> None:
@@ -242,15 +247,6 @@ def what_one_rank_leads_to(here: Rank) -> Any:
         _step(model)
         time.sleep(0.001)
     return {"flips": flips.at, "states": states(model)["0"], "refusal": alphas}
-
-
-def _await(model: esper.MorphableModel, done: Callable[[], bool]) -> None:
-    """Train until it is done."""
-    end = time.monotonic() + 40
-    while not done():
-        assert time.monotonic() < end, "it does not come"
-        _step(model)
-        time.sleep(0.001)
 
 
 def many_layers_in_one_call(here: Rank) -> Any:

@@ -103,6 +103,7 @@ def test_a_child_that_is_killed_by_somebody_gets_one_more_try(bench: Bench) -> N
     assert "was killed by SIGKILL, 2 times, without a report" in record.reason
 
 
+@pytest.mark.slow
 def test_after_one_such_death_the_kernel_is_made(bench: Bench) -> None:
     bench.store.blueprints.submit(blueprint())
     working = bench.start(bench.worker())
