@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from esper import torch_internals
 from esper.compiler.cold_start import prepare_dormant, start_cold
@@ -24,6 +24,7 @@ from esper.compiler.graph_plan import GraphPlan
 from esper.compiler.options import BackendOptions
 from esper.compiler.variant_cache import Variant
 from esper.compiler.variant_compiler import VariantCompilationError, VariantCompiler
+from esper.execution.plans.alphas import load_reading
 from esper.execution.site_marker import mark_as_backend
 from esper.logs import SayOnce
 from esper_passes import ElideDormant, NumberSites, Pipeline, sites_in, tag_inputs
@@ -60,6 +61,8 @@ def esper_backend(
         return chosen.inner(module, inputs)
     numbered = NumberSites()(torch_internals.copy_of_capture(module)).graph_module
     marked = torch_internals.copy_for_recompile(numbered)
+    for device in {value.device for value in inputs if isinstance(value, Tensor)}:
+        load_reading(device)
     compiler = VariantCompiler(marked, f"graph {next(_numbers)}", chosen)
     graph = CompiledGraph(marked, compiler, tags)
     dispatcher = graph.for_inputs(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -13,7 +14,7 @@ from esper.execution.plans.alpha import AlphaSchedule, Schedule
 from esper.execution.state_layout import KasminaStateLayout
 from esper.torch_internals import transforms_active
 
-__all__ = ["SeedAlphas"]
+__all__ = ["SeedAlphas", "load_reading"]
 
 _LOG = logging.getLogger("esper.execution")
 
@@ -127,10 +128,26 @@ class SeedAlphas:
             if alphas is not read_from or version != known:
                 if index.device != alphas.device:  # at first, and where the model has moved since
                     index = start.to(alphas.device, non_blocking=True)
-                with torch.inference_mode(False):  # a later forward may be one that trains
-                    values = alphas.index_select(0, index).float()
+                values = _read(alphas, index)
                 if not transforms_active():  # what a tracer makes of it is not for others
                     latest = alphas, version, index, values
             return values
 
         return read
+
+
+def _read(alphas: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):  # a later forward may be one that trains
+        return alphas.index_select(0, index).float()
+
+
+@cache
+def load_reading(device: torch.device) -> None:
+    """Have `device` load the code that readers run.
+
+    CUDA does so at its first call, which takes 70-130 ms in which no thread can launch anything: to be called when a
+    model is compiled, or at the latest when a kernel is staged.
+    """
+    if device.type != "cpu":
+        alphas = torch.ones(1, dtype=torch.float16, device=device)
+        _read(alphas, torch.zeros(1, dtype=torch.int64, device=device))

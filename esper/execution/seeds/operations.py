@@ -17,6 +17,7 @@ from esper.execution.kernels.loaded_kernel import KernelMismatchError, LoadedKer
 from esper.execution.kernels.service_locator import AttachKernel
 from esper.execution.lifecycle import SeedLifecycleState, Transition
 from esper.execution.plans.alpha import AlphaSchedule, described_alpha
+from esper.execution.plans.alphas import load_reading
 from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import CannotFoldError, Fold
@@ -78,6 +79,7 @@ class Load(Operation):
             weight = layer.weight
             cached.check_fits(layer.in_features, layer.out_features, weight.dtype, layer.layer_name)
             kernel = cached.place(weight.device, trainable=self._options.trainable)
+            load_reading(weight.device)
             if self._runtime.share is not None:
                 self._runtime.share(kernel)
             rest()
