@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from esper.core.copying import as_host, layer_places
+from esper.core.copies.copying import as_host, layer_places
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.replica.replace_modules import replace_modules

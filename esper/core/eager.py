@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from esper.core.explain import Explanation, LinearRow
 from esper.core.replica.mutation_watch import signal_of
 from esper.core.replica.subclassing import subclass_in_disguise
-from esper.core.targets import Selection
+from esper.core.reports.explain import Explanation, LinearRow
+from esper.core.sites.targets import Selection
 from esper.core.wrapping import Mode, WrappedModel
 from esper.eager import NotTracedError, TracedForward
 from esper.execution.kasmina_layer import KasminaLayer

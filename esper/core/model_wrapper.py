@@ -14,15 +14,15 @@ from torch import nn
 
 from esper import torch_internals
 from esper.compiler.attachment import attach_from
-from esper.core.copying import give_back
+from esper.core.copies.copying import give_back
 from esper.core.eager import EagerExecutor
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel, WrappedModelLink
 from esper.core.peers import join_group, refuse_engine, watch_for_ddp
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
-from esper.core.site_share import report_share
-from esper.core.targets import Selection, select_targets
+from esper.core.sites.share import report_share
+from esper.core.sites.targets import Selection, select_targets
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
 from esper.core.wrapping import Mode, WrapOptions, Wrapping
 from esper.distributed.joining import checked_group

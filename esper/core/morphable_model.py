@@ -18,16 +18,16 @@ from torch import fx, nn
 from esper import torch_internals
 from esper.compiler.dispatcher import report_on
 from esper.compiler.report import CompileReport
-from esper.core.copying import ModelParts, layer_places, unpacked
+from esper.core.copies.copying import ModelParts, layer_places, unpacked
 from esper.core.eager import EagerExecutor
 from esper.core.errors import UnknownLayerError
-from esper.core.explain import Explanation
-from esper.core.learning import LearningModel
-from esper.core.many_layers import ManyLayers
+from esper.core.parts.learning import LearningModel
+from esper.core.parts.many_layers import ManyLayers
+from esper.core.parts.site_watch import SiteWatch
 from esper.core.peers import join_shards
 from esper.core.remote_control import Listener, ListeningPlatform, default_platform
 from esper.core.replica.subclassing import undisguised
-from esper.core.site_watch import SiteWatch
+from esper.core.reports.explain import Explanation
 from esper.core.wrapping import Wrapping
 from esper.distributed.ranks import Ranks, RanksError
 from esper.execution.kasmina_layer import KasminaLayer

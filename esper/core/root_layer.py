@@ -8,7 +8,7 @@ from weakref import ReferenceType
 import torch
 from torch import nn
 
-from esper.core.copying import as_host
+from esper.core.copies.copying import as_host
 from esper.core.wrapping import WrappedModel
 from esper.execution.assembly import LayerParts
 from esper.execution.kasmina_layer import KasminaLayer

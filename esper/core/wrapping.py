@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 from torch import nn
 
 from esper.core.errors import WrapError
-from esper.core.overview import html_overview, seed_scalars
 from esper.core.remote_control import default_platform
-from esper.core.targets import Selection
+from esper.core.reports.overview import html_overview, seed_scalars
+from esper.core.sites.targets import Selection
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import ActiveKernels

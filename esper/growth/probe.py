@@ -13,8 +13,8 @@ from torch import Tensor
 
 from esper.artifacts.document import near_misses
 from esper.core.errors import UnknownLayerError
-from esper.core.many_layers import Layers
 from esper.core.morphable_model import MorphableModel
+from esper.core.parts.many_layers import Layers
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.statistics import RunningStatistics, SiteStatistics

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esper.core.replica.replace_modules import replace_modules
-from esper.core.targets import select_targets
+from esper.core.sites.targets import select_targets
 
 __all__ = ["Planted", "Site", "agrees", "planted"]
 

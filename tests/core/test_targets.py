@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from esper.core.errors import TargetError
-from esper.core.targets import select_targets
+from esper.core.sites.targets import select_targets
 
 
 class Own(nn.Linear):

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from esper.core.averaging import Average, made_for_an_average
+from esper.core.copies.averaging import Average, made_for_an_average
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.replica.subclassing import undisguised
-from esper.core.targets import Selection
+from esper.core.sites.targets import Selection
 from esper.core.wrapping import WrapOptions, WrappedModel
 from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from esper.core.targets import Selection
+from esper.core.sites.targets import Selection
 
 __all__ = ["report_share"]
 

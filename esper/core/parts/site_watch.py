@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from esper.core.targets import unfit_reason
+from esper.core.sites.targets import unfit_reason
 from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
 from esper.execution.kasmina_layer import KasminaLayer

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from esper.artifacts import Blueprint
-from esper.core.copying import layer_places
+from esper.core.copies.copying import layer_places
 from esper.core.errors import TargetError, UnknownLayerError
 from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
