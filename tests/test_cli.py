@@ -31,6 +31,8 @@ class CommandLine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.errors = ""
+        """What it has printed on its standard error the last time."""
 
     def run(self, *arguments: str, status: int = 0, stdin: bytes = b"", **settings: str) -> str:
         """What it prints; on its standard error too, if it is to fail."""
@@ -49,7 +51,8 @@ class CommandLine:
             patch.setenv("ESPER_CONFIG", "")  # so that --config does not outlive the call
             with pytest.raises(SystemExit) as ended:
                 main()
-        told = out.getvalue() + (err.getvalue() if status else "")
+        self.errors = err.getvalue()
+        told = out.getvalue() + (self.errors if status else "")
         assert (ended.value.code or 0) == status, out.getvalue() + err.getvalue()
         assert "Traceback" not in told
         return told
@@ -223,9 +226,43 @@ def test_counts_and_collection(line: CommandLine, kernel: str) -> None:
     assert json.loads(line.run("kernels", "verify", kernel, "--json"))["id"] == kernel
 
 
+def test_whoever_waits_for_a_kernel_that_is_there_gets_it(line: CommandLine, kernel: str) -> None:
+    told = line.run("submit", "-", "--wait", "--json", stdin=blueprint().to_json().encode())
+    assert json.loads(told)["id"] == kernel  # and nothing else is on standard output
+    assert line.errors.splitlines()[-1] == f"blueprint {blueprint().id[:12]} is compiled"
+
+
+def test_whoever_waits_is_told_how_far_it_is_line_by_line(line: CommandLine) -> None:
+    _claimed_elsewhere(line)
+    given = ("submit", "-", "--wait", "--name", "growth", "--timeout", "1")
+    told = line.run(*given, status=1, stdin=blueprint().to_json().encode())
+    assert "it goes on, wait for it again" in told.replace("\n", " ")
+    what = f"blueprint {blueprint().id[:12]} (growth)"
+    lines = [each for each in line.errors.splitlines() if each.startswith(what)]
+    assert lines[-2:] == [f"{what} is compiled and validated", f"{what} has no kernel"]
+    assert "\x1b" not in line.errors
+
+
+def test_on_a_terminal_one_line_moves(line: CommandLine) -> None:
+    _claimed_elsewhere(line)
+    given = ("submit", "-", "--wait", "--timeout", "1")
+    line.run(*given, status=1, stdin=blueprint().to_json().encode(), FORCE_COLOR="1", TERM="xterm")
+    assert f"blueprint {blueprint().id[:12]} is compiled and validated 0:00:0" in line.errors
+    assert "\x1b[2K" in line.errors  # the line is written anew
+
+
+def _claimed_elsewhere(line: CommandLine) -> None:
+    """A worker of another machine has the blueprint."""
+    with UrzaStore.in_folder(_folder(line)) as store:
+        store.blueprints.submit(blueprint())
+        assert store.blueprints.claim("elsewhere", blueprint_id=blueprint().id)
+
+
 @pytest.mark.slow
 def test_a_submission_may_be_waited_for(line: CommandLine) -> None:
     told = line.run(
         "submit", "-", "--wait", "--json", stdin=blueprint().to_json().encode(), ESPER_TEZZERET__PIPELINE="fast"
     )
     assert json.loads(told)["blueprint_id"] == blueprint().id
+    what = f"blueprint {blueprint().id[:12]}"
+    assert line.errors.splitlines()[-2:] == [f"{what} is compiled and validated", f"{what} is compiled"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import typer
 
 from esper.artifacts import Blueprint, load_artifact
 from esper.commands.output import AsJson, print_facts, print_json, print_table, short_time
+from esper.commands.progress import awaited
 from esper.configs import load_config
 from esper.platform import Platform
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact, KernelQuery, KernelStatus
@@ -54,7 +54,7 @@ def submit(
             record = platform.store.blueprints.submit(blueprint, name)
             print_json(record) if as_json else typer.echo(record.id)
             return
-        kernel = asyncio.run(platform.compile(blueprint, name, timeout=timeout))
+        kernel = awaited(platform, blueprint, name, timeout)
     print_json(kernel) if as_json else _print_kernel(kernel)
 
 

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
@@ -36,6 +35,7 @@ from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
+from esper.execution.seeds.progress import KernelRequest
 
 __all__ = ["MorphableModel", "WrappedModelLink"]
 
@@ -238,8 +238,8 @@ class MorphableModel(ManyLayers, LearningModel):
         alpha: float | AlphaSchedule = 1.0,
         trainable: bool = False,
         isolate: bool = False,
-    ) -> Future[bool]:
-        """Ask for a kernel and go on training; the future tells whether it is staged.
+    ) -> KernelRequest:
+        """Ask for a kernel and go on training; the future tells whether it is staged, and how far it is.
 
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.

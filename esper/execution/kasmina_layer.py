@@ -6,7 +6,6 @@ import asyncio
 import copy
 import threading
 import weakref
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
 from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
+from esper.execution.seeds.progress import KernelRequest
 from esper.execution.seeds.seed import Seed
 from esper.execution.site_forward import kernels_have_hooks, site_forward
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
@@ -397,8 +397,9 @@ class KasminaLayer(nn.Linear):
         alpha: float | AlphaSchedule = 1.0,
         trainable: bool = False,
         isolate: bool = False,
-    ) -> Future[bool]:
-        """Ask for a kernel and go on; the `concurrent.futures.Future[bool]` tells whether it is staged.
+    ) -> KernelRequest:
+        """Ask for a kernel and go on; the `concurrent.futures.Future[bool]` tells whether it is staged, and how far it
+        is.
 
         A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
         errors as for :meth:`load_kernel`.

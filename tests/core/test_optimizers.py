@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -114,14 +117,62 @@ def test_gradients_of_kernels_in_no_optimizer_do_not_pile_up_and_that_is_said_on
     model = wrapped(shelf)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
+    said = steps_until_told(model, optimizer, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            step(model, optimizer, x)
+            assert all(parameter.grad is None for parameter in model.seed_parameters())
+    assert "the kernels of seed 0 of layer '0' are trainable and stand in no optimizer" in said
+    assert all(parameter.grad is not None for parameter in optimizer.param_groups[0]["params"])
+
+
+def steps_until_told(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, kept: Iterable[nn.Parameter] = ()
+) -> str:
+    """Take steps of the host until it is said that kernels stand in no optimizer; what is said.
+
+    Gradients of parameters that are `kept` are there after each.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(8):
+        end = time.monotonic() + 60
+        while not caught:
+            assert time.monotonic() < end, "nothing was said"
             step(model, optimizer, x)
-    said = [str(each.message) for each in caught if "optimizer" in str(each.message)]
-    assert len(said) == 1
-    assert all(parameter.grad is None for parameter in model.seed_parameters())
-    assert all(parameter.grad is not None for parameter in optimizer.param_groups[0]["params"])
+            assert all(each.grad is not None for each in kept)
+    [said] = [str(each.message) for each in caught]
+    return said
+
+
+def test_optimizers_are_looked_for_by_another_thread_than_the_one_that_trains(
+    shelf: KernelShelf, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped(shelf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
+    threads, get_objects = set(), gc.get_objects
+
+    def noting(*generation: int) -> list[Any]:
+        threads.add(threading.current_thread())
+        return get_objects(*generation)
+
+    monkeypatch.setattr(gc, "get_objects", noting)
+    steps_until_told(model, optimizer, x)
+    assert [each.name for each in threads] == ["esper-staging"]
+
+
+def test_an_optimizer_that_has_not_stepped_yet_keeps_its_kernels_gradients(shelf: KernelShelf, x: torch.Tensor) -> None:
+    model = wrapped(shelf)
+    hosts = torch.optim.SGD(model.parameters(), lr=1e-2)
+    load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
+    mine = list(model.seed_parameters())
+    kernels = torch.optim.Adam(mine, lr=1e-2)
+    load(model, "2", 0, shelf.put(blueprint(6, 1)).id, alpha=0.5, trainable=True)  # which nobody holds
+    assert "the kernels of seed 0 of layer '2' are" in steps_until_told(model, hosts, x, kept=mine)
+    before = [each.detach().clone() for each in mine]
+    kernels.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, mine, strict=True))
 
 
 def test_a_second_optimizer_for_the_kernels_is_as_good_as_one(shelf: KernelShelf, x: torch.Tensor) -> None:

@@ -205,11 +205,11 @@ def a_late_rank(here: Rank) -> Any:
     for _ in range(50):
         _step(model)
         time.sleep(0.005)
-    early = future.done()
+    early, stages = future.done(), [future.progress().stage]
     gate.set()
     _train_until(model, [future])
     _settle(here, model)
-    return {"early": early, "flips": flips.at}
+    return {"early": early, "flips": flips.at, "stages": [*stages, future.progress().stage]}
 
 
 def what_one_rank_leads_to(here: Rank) -> Any:

@@ -103,7 +103,9 @@ def test_layers_may_be_asked_for_in_another_order(ranks: Launched) -> None:
 
 
 def test_a_late_rank_delays_the_others_and_no_more(ranks: Launched) -> None:
-    result = same(ranks.of("a_late_rank"))
+    results = ranks.of("a_late_rank")
+    assert [each.pop("stages") for each in results] == [["agreeing", "in force"], ["fetching", "in force"]]
+    result = same(results)
     assert result["early"] is False
     assert len(result["flips"]) == 1
 

@@ -21,6 +21,7 @@ from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.seeds.load_groups import GroupedLoad, KernelsRequest, LoadGroup
+from esper.execution.seeds.progress import Stage
 from esper.execution.seeds.seed import Seed
 
 __all__ = ["Kernels", "Layers", "ManyLayers"]
@@ -222,10 +223,15 @@ def _compile_first(
     """Have `blueprints` compiled, each once, and then `go_on`; if one fails, nothing of `group` is loaded."""
     compiled = {blueprint: compiler(blueprint) for blueprint in set(blueprints.values())}
     left, lock = set(compiled), threading.Lock()
+    group.request.note_blueprints(0, len(compiled))
+    for load in group.loads:
+        if load.seed in blueprints:
+            load.note(Stage.COMPILING_BLUEPRINTS)
 
     def end(blueprint: Blueprint) -> None:
         with lock:
             left.discard(blueprint)
+            group.request.note_blueprints(len(compiled) - len(left), len(compiled))
             if left:
                 return
         failed: dict[GroupedLoad, Exception] = {}

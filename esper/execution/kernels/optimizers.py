@@ -5,7 +5,8 @@
 - Steps are counted for the models whose parameters an optimizer holds, see `esper.execution.kernels.optimizer_steps`.
 - A loaded state is given back by name, see `esper.execution.kernels.optimizer_state`.
 - Gradients of kernels that learn, and stand in no optimizer, are dropped after each step of the host's: nothing else
-  would, and they would add up. That is said once.
+  would, and they would add up. That is said once. An optimizer that holds them may not have taken a step yet: another
+  thread looks for it first.
 
 The hooks are process-wide, as there is no other way to hear of an optimizer, and are there once a kernel is in force or
 is to come with an alpha that moves.
@@ -15,12 +16,12 @@ waited for.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import warnings
 import weakref
 from collections.abc import Iterable, MutableMapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,9 +30,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from esper.execution.kernels.optimizer_search import look_for_optimizers
 from esper.execution.kernels.optimizer_state import KernelParameter, give_back, name_states
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
-from esper.forking import ModuleLock
+from esper.forking import ModuleLock, reset_after_fork
 
 __all__ = ["KernelParameter", "Kernels", "count_steps", "kernels_changed"]
 
@@ -72,6 +74,21 @@ class _Seen:
     """Kernels that learn, beside parameters of this optimizer, and stood in no optimizer so far."""
 
 
+@dataclass(slots=True, eq=False)
+class _Question:
+    """Whether any optimizer holds `kernels`, of all that there are."""
+
+    kernels: list[KernelParameter]
+    optimizers: Future[list[weakref.ref[Optimizer]]]
+
+    def held(self) -> set[int]:
+        """The kernels' parameters that one holds, by their ids; once all are found."""
+        alive = [each for reference in self.optimizers.result() if (each := reference()) is not None]
+        wanted = {id(each.parameter) for each in self.kernels}
+        groups = (group for each in alive for group in each.param_groups)
+        return wanted.intersection(id(parameter) for group in groups for parameter in group["params"])
+
+
 class _Optimizers:
     """The optimizers of this process. Its hooks run on whatever thread takes a step; the lock is held for moments."""
 
@@ -85,7 +102,17 @@ class _Optimizers:
         """Kernels' parameters that an optimizer holds or has held."""
         self._steps: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         """Others: at how many steps of the host they had a gradient."""
+        self._unheld: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        """Those of them that were asked for in all optimizers: whether it is known that none holds them."""
+        self._questions: list[_Question] = []
         self._hooked = False
+        reset_after_fork(self)
+
+    def after_fork(self) -> None:
+        """The parent's threads look for what it has asked; see `esper.forking`."""
+        questions, self._questions = self._questions, []
+        for kernel in (kernel for each in questions for kernel in each.kernels):
+            self._unheld.pop(kernel.parameter, None)
 
     def follow(self, model: Kernels, *, changed: bool) -> None:
         with self._lock.held():
@@ -202,22 +229,38 @@ class _Optimizers:
         asking = []
         for each in piling:
             steps = self._steps[each.parameter] = self._steps.get(each.parameter, 0) + 1
-            asking += [each] if steps == _PATIENCE else []
+            asking += [each] if steps >= _PATIENCE and each.parameter not in self._unheld else []
         if asking:
-            self._ask_all_optimizers({id(each.parameter): each for each in asking})
+            self._ask(asking)
+        found = self._answered()
         for each in piling:
-            if each.parameter not in self._held and self._steps[each.parameter] >= _PATIENCE:
+            if self._unheld.get(each.parameter) and each.parameter not in self._held:
                 each.parameter.grad = None
         seen.unheld = [each for each in seen.unheld if each.parameter not in self._held]
-        return list(dict.fromkeys(each.owner for each in asking if each.parameter not in self._held))
+        return found
 
-    def _ask_all_optimizers(self, kernels: dict[int, KernelParameter]) -> None:
-        """One of them may hold kernels and not have taken a step yet. Looked for once for each kernel."""
-        for optimizer in [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if id(parameter) in kernels:
-                        self._held[parameter] = True
+    def _ask(self, kernels: list[KernelParameter]) -> None:
+        question = _Question(kernels, look_for_optimizers())
+        with self._lock.held():
+            self._questions.append(question)
+        for each in kernels:
+            self._unheld[each.parameter] = False
+
+    def _answered(self) -> list[str]:
+        """Note what was found since the last time; returns the kernels that are known to stand in no optimizer now."""
+        with self._lock.held():
+            answered = [each for each in self._questions if each.optimizers.done()]
+            self._questions = [each for each in self._questions if each not in answered]
+        unheld = []
+        for question in answered:
+            held = question.held()
+            for kernel in question.kernels:
+                if id(kernel.parameter) in held:
+                    self._held[kernel.parameter] = True
+                elif kernel.parameter not in self._held:  # it may have joined one since
+                    self._unheld[kernel.parameter] = True
+                    unheld.append(kernel.owner)
+        return list(dict.fromkeys(unheld))
 
 
 def _shape(optimizer: Optimizer) -> list[int]:

@@ -19,6 +19,7 @@ from esper.execution.seeds.folding import Fold
 from esper.execution.seeds.journal import SeedJournal
 from esper.execution.seeds.load_groups import GroupedLoad, LoadGroup
 from esper.execution.seeds.operations import Fossilize, Load, LoadOptions, SetAlpha, Unload
+from esper.execution.seeds.progress import KernelRequest
 from esper.execution.seeds.queue import StagingQueue
 from esper.execution.seeds.restoring import RestoredSeed, attach_later, restore
 from esper.execution.seeds.seed import Operation, Seed, described_together
@@ -60,7 +61,7 @@ class SeedControl:
         alpha: float | AlphaSchedule = 1.0,
         trainable: bool = False,
         isolate: bool = False,
-    ) -> Future[bool]:
+    ) -> KernelRequest:
         """Stage kernel `reference` for `seed`; the future tells whether it is staged.
 
         A request for a seed that is already loading replaces the earlier one, whose future becomes False. Raises
@@ -77,7 +78,7 @@ class SeedControl:
         if replaced is not None:
             replaced.answer(False)
         self._queue.fetch(load)
-        return load.staged
+        return load.request
 
     def _options(self, reference: object, alpha: Any, trainable: object, isolate: object) -> LoadOptions:
         if not isinstance(reference, str):

@@ -12,8 +12,8 @@ from typing import Any
 
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.operations import Load
+from esper.execution.seeds.progress import Course, KernelRequest, Stage
 from esper.execution.seeds.seed import Operation
-from esper.futures import InterruptSafeFuture
 
 __all__ = ["GroupedLoad", "KernelsRequest", "LoadGroup"]
 
@@ -21,15 +21,13 @@ _LOG = logging.getLogger("esper.execution")
 _SUPERSEDED = "something else was asked of its seed meanwhile"
 
 
-class KernelsRequest(InterruptSafeFuture[bool]):
-    """A request for kernels of several layers: whether all of them are staged, and if not, why."""
+class KernelsRequest(KernelRequest):
+    """A request for kernels of several layers: whether all of them are staged, and if not, why; and how far it is."""
 
-    def __init__(self, layers: Sequence[str]) -> None:
-        super().__init__()
-        self.layers = tuple(layers)
-        """The names of the layers."""
+    def __init__(self, layers: Sequence[str], courses: Sequence[Course]) -> None:
+        super().__init__(layers, courses)
         self._errors: dict[str, str] = {}
-        self.set_running_or_notify_cancel()  # as any load
+        self._blueprints = (0, 0)
 
     @property
     def errors(self) -> Mapping[str, str]:
@@ -39,6 +37,16 @@ class KernelsRequest(InterruptSafeFuture[bool]):
     def note_error(self, layer: str, reason: str) -> None:
         """`layer` cannot have its kernel."""
         self._errors.setdefault(layer, reason)
+
+    def note_blueprints(self, compiled: int, total: int) -> None:
+        """Of `total` different blueprints, so many are compiled."""
+        self._blueprints = compiled, total
+
+    def _counted(self, stage: Stage, stages: Sequence[Stage]) -> tuple[int, int]:
+        return self._blueprints if stage is Stage.COMPILING_BLUEPRINTS else super()._counted(stage, stages)
+
+    def _reason(self) -> str:
+        return "; ".join(f"{layer!r}: {reason}" for layer, reason in list(self._errors.items())) or super()._reason()
 
 
 class GroupedLoad(Load):
@@ -65,6 +73,7 @@ class GroupedLoad(Load):
     def refer_to(self, artifact_id: str) -> None:
         """Before it is fetched: its kernel has been compiled."""
         self._options = replace(self._options, reference=artifact_id)
+        self.note(Stage.WAITING)
 
     def give_up(self, error: Exception | None = None) -> None:
         """Before it was fetched: leave the seed as it was, or with `error` in `ERROR_RECOVERY`."""
@@ -87,7 +96,7 @@ class LoadGroup:
 
     def __init__(self, loads: Sequence[GroupedLoad], stage: Callable[[Sequence[Operation]], None]) -> None:
         self.loads = tuple(loads)
-        self.request = KernelsRequest([load.seed.layer_name for load in loads])
+        self.request = KernelsRequest([load.seed.layer_name for load in loads], [load.course for load in loads])
         self._stage = stage
         self._lock = threading.Lock()
         self._fetched: list[GroupedLoad] = []

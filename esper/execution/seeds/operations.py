@@ -22,6 +22,7 @@ from esper.execution.plans.plan import Plan, SeedPlan
 from esper.execution.plans.runtime import Runtime
 from esper.execution.seeds.folding import CannotFoldError, Fold
 from esper.execution.seeds.journal import SeedJournal
+from esper.execution.seeds.progress import Course, KernelRequest, Stage
 from esper.execution.seeds.seed import Operation, Seed, Ticket
 
 __all__ = ["Fossilize", "Load", "LoadOptions", "Restore", "SetAlpha", "Unload"]
@@ -48,7 +49,8 @@ class Load(Operation):
         self, seed: Seed, options: LoadOptions, runtime: Runtime, journal: SeedJournal, attach: AttachKernel | None
     ) -> None:
         super().__init__(seed)
-        self.staged.set_running_or_notify_cancel()  # not to be cancelled from outside: unload() cancels a load
+        self.course = Course()
+        self.staged = self.request = KernelRequest([seed.layer_name], [self.course])
         self._options = options
         self._runtime = runtime
         self._journal = journal
@@ -61,6 +63,7 @@ class Load(Operation):
         if not self.is_wanted:
             self._end(None)
             return False
+        self.note(Stage.FETCHING)
         try:
             kernel = self._kernel = self._fitting()
         except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
@@ -68,6 +71,7 @@ class Load(Operation):
             return False
         seed, uses_host = self.seed, kernel.graph.uses_host
         self._planned = SeedPlan(seed.index, kernel, self._options.isolate, uses_host, seed.alpha_index)
+        self.note(Stage.FETCHED)
         return True
 
     def _fitting(self) -> LoadedKernel:
@@ -100,10 +104,20 @@ class Load(Operation):
         flags = f"alpha={alpha}, trainable={asked.trainable}, isolate={asked.isolate}"
         return f"load kernel {kernel} into {self.seed} with {flags}"
 
+    def note(self, stage: Stage) -> None:
+        self.course.enter(stage)
+
+    def answer(self, staged: bool) -> None:
+        if not staged:
+            self.note(Stage.CALLED_OFF)
+        super().answer(staged)
+
     def publish(self) -> None:
         if self.seed.loading is self:
             self.seed.loading = None
         self.seed.published = self
+        if not self.is_held:
+            self.note(Stage.STAGED)
         weight = self.layer.weight  # the model may have been moved or cast meanwhile
         if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._loaded.parameters):
             self._loaded.module.to(weight.device, weight.dtype)
@@ -126,6 +140,7 @@ class Load(Operation):
         self._runtime.model.admit_kernels([self.at_site])
 
     def withdraw(self) -> None:
+        self.note(Stage.CALLED_OFF)
         self.seed.published = None
         self.seed.kernel_cache.unpin(self._loaded.artifact_id)
 
@@ -135,6 +150,7 @@ class Load(Operation):
             seed.published = None
         self._runtime.start_alpha(seed.alpha_index, *(seed.later_alpha or asked))
         seed.error = None
+        self.note(Stage.IN_FORCE)
         return self._journal.enter(self, _State.ACTIVE, "committed", self._loaded.artifact_id)
 
     def fail(self, error: Exception | None) -> None:
@@ -156,6 +172,7 @@ class Load(Operation):
             if is_under_way and seed.loading is None:  # else the seed awaits another
                 (seed.state.cancel_load if error is None else seed.state.fail_load)(seed.index)
         if is_under_way and error is not None:
+            self.course.enter(Stage.FAILED, f"{type(error).__name__}: {error}")
             reason, kernel = seed.error, self._options.reference
             _LOG.warning("kernel %s was not loaded into seed %d of %r: %s", kernel, seed.index, seed.layer_name, reason)
             self._journal.report(seed, reason or "")

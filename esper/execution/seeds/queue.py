@@ -21,6 +21,7 @@ from esper.execution.plans.executor import PreparationCancelledError, ShutDownEr
 from esper.execution.plans.gate import Gate
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
+from esper.execution.seeds.progress import Stage
 from esper.execution.seeds.seed import Operation, described_together
 from esper.forking import reset_after_fork
 
@@ -52,6 +53,8 @@ class _Bundle:
 def _offer(gate: Gate, operations: Iterable[Operation]) -> None:
     for change, group in itertools.groupby(operations, key=lambda each: each.change):
         together = tuple(group)
+        for operation in together:
+            operation.note(Stage.AGREEING)
         gate.offer(change, described_together([each.describe() for each in together]), *together)
 
 
@@ -155,6 +158,8 @@ class StagingQueue:
             base, executors, plan = self._runtime.target, self._runtime.executors_added, self._runtime.target
             for operation in operations:
                 plan = operation.edit(plan)
+            for operation in operations:
+                operation.note(Stage.COMPILING_VARIANTS)
             try:
                 with self._superseded(operations) as superseded:
                     self._runtime.prepare(plan, superseded)

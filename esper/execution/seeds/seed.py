@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esper.execution.kernel_cache import KernelCache
 from esper.execution.lifecycle import LifecycleError, SeedLifecycleState
 from esper.execution.plans.plan_edit import PlanEdit
+from esper.execution.seeds.progress import Stage
 from esper.execution.state_layout import KasminaStateLayout
 from esper.futures import InterruptSafeFuture
 
@@ -193,6 +194,9 @@ class Operation(PlanEdit):
     def is_wanted(self) -> bool:
         """Whether nothing else has been asked of the seed since. Needs no lock."""
         return self.seed.ticket is self.ticket
+
+    def note(self, stage: Stage) -> None:
+        """It has come to `stage`, for whoever asks how far it is."""
 
     def fetch(self) -> bool:
         """Get what it needs, on a background thread; it may be slow or hang. Whether the operation goes on."""
