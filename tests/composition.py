@@ -68,6 +68,11 @@ def _gated(p: Parameters, x: Tensor) -> Tensor:
     return _linear(p, "down", functional.silu(_linear(p, "gate", x)) * _linear(p, "up", x))
 
 
+def _deepened(p: Parameters, y: Tensor) -> Tensor:
+    normed = functional.layer_norm(y, (OUT,), p["norm.weight"], p["norm.bias"])
+    return _linear(p, "down", functional.gelu(_linear(p, "up", normed)))
+
+
 _SQUASHED = (Node("s", "mul", ("host", "p"), {}), Node("t", "tanh", ("s",), {}))
 _W, _P = (OUT, IN), (OUT,)
 
@@ -121,6 +126,10 @@ KINDS = {
     "output mapped, added": Kind(
         _graph(Node("a", "linear", ("host", "w"), {}), Node("y", "add", ("a", "host"), {}), w=(OUT, OUT)),
         lambda p, x, y: y + y @ p["w"].T,
+    ),
+    "output deepened, added": Kind(
+        lambda seed, dtype: Blueprint.deepen(IN, OUT, 3, seed=seed, dtype=dtype),
+        lambda p, x, y: y + _deepened(p, y),
     ),
     "output doubled": Kind(
         _graph(Node("a", "add", ("host", "host"), {}), Node("y", "add", ("a", "p"), {}), p=_P),

@@ -201,6 +201,23 @@ class Blueprint:
         return cls("affine", {name: value for name, value in locals().items() if name != "cls"})
 
     @classmethod
+    def deepen(
+        cls,
+        in_features: int,
+        out_features: int,
+        hidden: int,
+        *,
+        norm: Norm = "layer_norm",
+        activation: str = "gelu",
+        bias: bool = True,
+        start: Start = "identity",
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> Blueprint:
+        """``down(activation(up(norm(y))))`` of what the site has computed so far, ``y``: a residual layer behind it."""
+        return cls("deepen", {name: value for name, value in locals().items() if name != "cls"})
+
+    @classmethod
     def from_module(
         cls, module: nn.Module, in_features: int, *, dtype: str | None = None, limits: Limits | None = None
     ) -> Blueprint:

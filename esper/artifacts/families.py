@@ -173,6 +173,23 @@ def _affine(builder: GraphBuilder, options: Options, inner: Init, last: Init) ->
     return builder.linear(INPUT, "linear", builder.in_features, builder.out_features, last, bias=bias)
 
 
+def _read_deepen(reader: JsonReader, limits: Limits) -> dict[str, Json]:
+    return {
+        "hidden": reader.integer("hidden", 1, limits.max_dimension),
+        "norm": reader.choice("norm", NORMS, "layer_norm"),
+        "activation": reader.choice("activation", ACTIVATIONS, "gelu"),
+        "bias": reader.boolean("bias", True),
+    }
+
+
+def _deepen(builder: GraphBuilder, options: Options, inner: Init, last: Init) -> str:
+    """down(activation(up(norm(y)))) of what the site has computed so far: a layer behind it, not beside it."""
+    hidden, bias, features = _size(options, "hidden"), bool(options["bias"]), builder.out_features
+    value = _normalise(builder, HOST, "norm", features, str(options["norm"]))
+    up = builder.linear(value, "up", features, hidden, inner, bias=bias)
+    return builder.linear(_activate(builder, up, options), "down", hidden, features, last, bias=bias)
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.name: family
@@ -182,6 +199,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("gated_mlp", _read_gated_mlp, _gated_mlp),
             Family("residual_mlp", _read_residual_mlp, _residual_mlp),
             Family("affine", _read_affine, _affine),
+            Family("deepen", _read_deepen, _deepen),
         )
     }
 )

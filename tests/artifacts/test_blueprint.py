@@ -26,6 +26,7 @@ FAMILIES: dict[str, Make] = {
     "gated_mlp": lambda **options: Blueprint.gated_mlp(8, 6, 5, **options),
     "residual_mlp": lambda **options: Blueprint.residual_mlp(8, 6, 5, depth=2, **options),
     "affine": lambda **options: Blueprint.affine(8, 6, **options),
+    "deepen": lambda **options: Blueprint.deepen(8, 6, 5, **options),
 }
 DTYPES = {
     "float32": torch.float32,
@@ -61,7 +62,7 @@ def test_builds_every_start_and_dtype(family: str, start: str, dtype: str) -> No
             assert torch.equal(torch.lerp(host, output, alpha), host)
     else:
         assert output.float().std() > 0.01
-    assert graph.uses_host == (start == "identity")
+    assert graph.uses_host == (start == "identity" or family == "deepen")
 
 
 @each_family
@@ -74,7 +75,7 @@ def test_every_start_learns(family: str, start: str) -> None:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(16, 8, generator=generator, dtype=torch.float64)
     target = torch.randn(16, 6, generator=generator, dtype=torch.float64)
-    host = torch.zeros_like(target)
+    host = torch.randn(16, 6, generator=generator, dtype=torch.float64)
     optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
     losses = []
     for _ in range(4):
@@ -88,8 +89,11 @@ def test_every_start_learns(family: str, start: str) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def reference(family: str, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def reference(family: str, p: Mapping[str, Tensor], x: Tensor, host: Tensor) -> Tensor:
     """The families, written down a second time."""
+    if family == "deepen":
+        n = F.layer_norm(host, (6,), p["norm.weight"], p["norm.bias"])
+        return F.linear(F.gelu(F.linear(n, p["up.weight"], p["up.bias"])), p["down.weight"], p["down.bias"])
     if family == "low_rank":
         return x @ p["down.weight"].T @ p["up.weight"].T
     if family == "bottleneck":
@@ -109,9 +113,9 @@ def reference(family: str, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 @each_family
 @pytest.mark.parametrize("start", ["kaiming", "orthogonal"])
 def test_families_compute_what_they_say(family: str, start: str) -> None:
-    graph, tensors = FAMILIES[family](start=start, dtype="float64").build()
-    x = torch.randn(4, 8, dtype=torch.float64)
-    torch.testing.assert_close(graph.to_module(tensors)(x), reference(family, tensors, x))
+    blueprint = FAMILIES[family](start=start, dtype="float64")
+    x, host = torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    torch.testing.assert_close(run(blueprint, x, host), reference(family, blueprint.build()[1], x, host))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -135,6 +139,21 @@ def test_residual_mlp_norms(norm: str) -> None:
     graph, tensors = Blueprint.residual_mlp(8, 6, 5, **options).build()  # type: ignore[arg-type]  # mixed options
     assert sum(node.op == norm for node in graph.nodes) == (0 if norm == "none" else 3)
     assert graph.to_module(tensors)(torch.randn(8)).shape == (6,)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "none"])
+def test_deepen_norms_what_the_site_has_computed(norm: str) -> None:
+    options = {"norm": norm, "bias": False, "activation": "tanh", "start": "kaiming", "dtype": "float64"}
+    blueprint = Blueprint.deepen(8, 6, 5, **options)  # type: ignore[arg-type]  # mixed options
+    _, tensors = blueprint.build()
+    host = torch.randn(3, 6, dtype=torch.float64)
+    normed = {
+        "layer_norm": lambda: F.layer_norm(host, (6,)),
+        "rms_norm": lambda: F.rms_norm(host, (6,), eps=1e-6),
+        "none": lambda: host,
+    }[norm]()
+    want = (normed @ tensors["up.weight"].T).tanh() @ tensors["down.weight"].T
+    torch.testing.assert_close(run(blueprint, torch.randn(3, 8, dtype=torch.float64), host), want)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(64, 64), (33, 7), (7, 33), (1, 5), (2, 2), (5, 1), (1, 1)])
@@ -213,6 +232,14 @@ def test_weights_are_the_same_on_every_machine(start: str) -> None:
     """Digests that were recorded once: a change breaks the ids of every stored kernel."""
     blueprint = Blueprint.bottleneck(48, 40, 9, start=start, seed=5, dtype="float64")  # type: ignore[arg-type]  # a str
     assert build_artifact(blueprint, toolchain={}).id == GOLDEN[start]
+
+
+def test_a_layer_behind_a_site_is_the_same_on_every_machine() -> None:
+    """As above."""
+    blueprint = Blueprint.deepen(48, 40, 9, start="kaiming", seed=5, dtype="float64")
+    assert (
+        build_artifact(blueprint, toolchain={}).id == "9b8413c54c677ac0d3b9e697f3fde91e0cb69aa21a8173ab12d5480899947431"
+    )
 
 
 SCRIPT = """

@@ -38,6 +38,7 @@ FAMILIES = {
     "bottleneck, other activation": _family(Blueprint.bottleneck, 3, activation="leaky_relu"),
     "gated": _family(Blueprint.gated_mlp, 3),
     "residual": _family(Blueprint.residual_mlp, 3, depth=2),
+    "deepen": _family(Blueprint.deepen, 3),
     "residual, rms": _family(Blueprint.residual_mlp, 3, norm="rms_norm"),
 }
 
