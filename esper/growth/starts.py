@@ -157,10 +157,19 @@ def _candidates(statistics: SiteStatistics, blueprint: Blueprint, count: int) ->
     if family == "gated_mlp" and "up.bias" in first:
         first["up.bias"] = torch.zeros_like(first["up.bias"])  # the gate alone chooses where a unit is at work
     first = {name: _as(tensor, blueprint) for name, tensor in first.items()}
-    last = {name: torch.zeros_like(weights[name]) for name in weights if name.startswith(f"{_LAST[family]}.")}
-    last[f"{_LAST[family]}.weight"] = torch.eye(count, dtype=torch.float64)
-    features = _run(wide, {**first, **last}, statistics.rows, None)
-    return first, features
+    return first, _units(blueprint, first, _wide(statistics.rows))
+
+
+@torch.no_grad()
+def _units(blueprint: Blueprint, first: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """What hidden units with these first linear maps make of `rows`, `[n, units]`."""
+    maps = {name: _wide(tensor.to(rows.device)) for name, tensor in first.items()}
+    gate, *others = (
+        torch.nn.functional.linear(rows, maps[f"{name}.weight"], maps.get(f"{name}.bias"))
+        for name in _FIRST[blueprint.family]
+    )
+    units: Tensor = _activation(str(blueprint.options["activation"]))(gate)
+    return units * others[0] if others else units
 
 
 def _evaluated(blueprint: Blueprint, rows: Tensor, outputs: Tensor) -> Tensor:
@@ -225,12 +234,13 @@ def _without(features: Tensor, others: Tensor) -> Tensor:
 def _pursue(features: Tensor, residual: Tensor, count: int) -> tuple[Tensor, list[float]]:
     """The columns of `features` that explain most of `residual`, one after the other, and what the first k explain."""
     rows, features = len(features), features.clone()
+    products = residual.T @ features  # kept up to date, as it takes longest
     least = features.square().sum(0).max() * 1e-9
     chosen: list[int] = []
     gains: list[float] = []
     for _ in range(count):
         energies = features.square().sum(0)
-        scores = (residual.T @ features).square().sum(0) / (energies.clamp_min(1e-300) * rows)
+        scores = products.square().sum(0) / (energies.clamp_min(1e-300) * rows)
         scores[energies <= least] = -1.0
         scores[chosen] = -2.0
         best = int(scores.argmax())
@@ -238,5 +248,7 @@ def _pursue(features: Tensor, residual: Tensor, count: int) -> tuple[Tensor, lis
         chosen.append(best)
         if energies[best] > least:
             unit = features[:, best] / energies[best].sqrt()
-            features -= torch.outer(unit, unit @ features)
+            shares = unit @ features
+            products -= torch.outer(residual.T @ unit, shares)
+            features -= torch.outer(unit, shares)
     return torch.tensor(chosen), gains
