@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,10 @@ from torch import Tensor
 import esper
 from benchmarks.harness import Section
 
-__all__ = ["Arm", "Goal", "constant", "decayed", "goal_section", "interval", "load", "probe_flops", "shown", "steps_of"]
+__all__ = [
+    "Arm", "Pair", "comparison_section", "constant", "decayed", "goal_section", "interval", "load", "probe_flops",
+    "shown", "steps_of",
+]  # fmt: skip
 
 LEVEL = 0.95
 PROPOSALS = 512
@@ -67,38 +70,47 @@ def shown(values: Sequence[float], places: int = 3) -> str:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """`ours` is to be at most `factor` times `theirs`, or at least if `more` is better, in the mean over seeds.
-
-    Seeds are compared in pairs: the interval is that of `ours - factor * theirs`.
-    """
+class Pair:
+    """Figures of two arms on the same seeds, of which less is better, or more."""
 
     what: str
     ours: Sequence[float]
     theirs: Sequence[float]
-    factor: float
     more: bool = False
 
     @property
     def ratio(self) -> float:
+        """Of the means."""
         return statistics.fmean(self.ours) / statistics.fmean(self.theirs)
 
-    @property
-    def verdict(self) -> str:
-        """Met or missed, and whether the interval leaves that open."""
+    def lag(self, factor: float = 1.0) -> tuple[float, float]:
+        """By how much ours is worse than `factor` times theirs, seed by seed, with its interval."""
         sign = -1.0 if self.more else 1.0
-        mean, half = interval([sign * (a - self.factor * b) for a, b in zip(self.ours, self.theirs, strict=True)])
-        word = "met" if mean <= 0 else "missed"
-        return word if abs(mean) > half or half == mean == 0 else f"{word}, within the interval"
+        return interval([sign * (a - factor * b) for a, b in zip(self.ours, self.theirs, strict=True)])
 
-    def row(self) -> tuple[Any, ...]:
-        """For :func:`goal_section`."""
-        return self.what, f"{self.ratio:.3f}", f"{'at least' if self.more else 'at most'} {self.factor:g}", self.verdict
+    def goal(self, factor: float) -> tuple[Any, ...]:
+        """A row on ours being at most `factor` times theirs, or at least: whether it is, and whether that is sure."""
+        mean, half = self.lag(factor)
+        verdict = "met" if mean <= 0 else "missed"
+        if abs(mean) <= half and half > 0:
+            verdict += ", within the interval"
+        return self.what, f"{self.ratio:.3f}", f"{'at least' if self.more else 'at most'} {factor:g}", verdict
+
+    def comparison(self) -> tuple[Any, ...]:
+        """A row on which of them is better; a tie if the interval leaves that open."""
+        mean, half = self.lag()
+        return self.what, f"{self.ratio:.3f}", "a tie" if abs(mean) <= half else "better" if mean < 0 else "worse"
 
 
-def goal_section(goals: Iterable[Goal]) -> Section:
+def goal_section(rows: Iterable[tuple[Any, ...]]) -> Section:
     """What was to be shown, and whether it was."""
-    return Section("Goals", ("ratio of means", "measured", "goal", "verdict"), [goal.row() for goal in goals])
+    return Section("Goals, as ratios of means", ("goal", "measured", "wanted", "verdict"), list(rows))
+
+
+def comparison_section(pairs: Iterable[Pair]) -> Section:
+    """How arms compare for which there is no goal."""
+    columns = ("the first of the two is", "ratio of means", "verdict")
+    return Section("Beside other arms, as ratios of means", columns, [pair.comparison() for pair in pairs])
 
 
 def constant(_: float) -> float:
@@ -112,13 +124,17 @@ def decayed(progress: float) -> float:
 
 
 def load(
-    model: esper.MorphableModel, layer: str, seed: int, blueprint: esper.Blueprint, platform: esper.Platform
+    model: esper.MorphableModel, kernels: Mapping[tuple[str, int], esper.Blueprint], platform: esper.Platform
 ) -> float:
-    """Compile a kernel, put it in force, and return the seconds that it took."""
+    """Compile kernels for layers and seeds, put them in force together, and return the seconds that it took."""
     start = time.perf_counter()
-    kernel = platform.compile_sync(blueprint)
-    if not model.request_kernel(layer, seed, kernel.id, trainable=True).result():
-        raise esper.EsperError(model.kasmina_layers[layer].seed_errors[seed])
+    ids = {place: platform.submit(blueprint) for place, blueprint in kernels.items()}
+    requests = {
+        place: model.request_kernel(*place, platform.wait_sync(id_).id, trainable=True) for place, id_ in ids.items()
+    }
+    for (layer, seed), request in requests.items():
+        if not request.result():
+            raise esper.EsperError(model.kasmina_layers[layer].seed_errors[seed])
     model.commit()
     return time.perf_counter() - start
 

@@ -14,7 +14,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,19 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import esper
-from benchmarks.growing import Arm, Goal, constant, decayed, goal_section, interval, load, probe_flops, shown, steps_of
+from benchmarks.growing import (
+    Arm,
+    Pair,
+    comparison_section,
+    constant,
+    decayed,
+    goal_section,
+    interval,
+    load,
+    probe_flops,
+    shown,
+    steps_of,
+)  # fmt: skip
 from benchmarks.growth_teacher_gromo import GROMO, GromoStudent
 from benchmarks.harness import Section, arguments, report, stoppable
 from esper.growth import Probe, gradmax, selected
@@ -35,6 +47,7 @@ STEPS = EVERY * (BIG - SMALL) + AFTER
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 STARTS = {"relu": ("selected", "random"), "silu": ("selected", "gradmax", "random")}
 """Esper's `gradmax` needs a slope at 0, which torch's ReLU does not have; gromo brings one that does."""
+SCRATCH = "10 from scratch, equal steps"
 NAMES = {"selected": "Esper: selected", "gradmax": "Esper: gradmax", "random": "Esper: random identity start"}
 
 
@@ -132,7 +145,7 @@ class EsperStudent:
 
     def add(self, blueprint: esper.Blueprint) -> None:
         """Load neurons and let them learn."""
-        load(self.model, "0", self.seeds, blueprint, self.platform)
+        load(self.model, {("0", self.seeds): blueprint}, self.platform)
         self.seeds += 1
 
     def grow(self, start: str) -> float:
@@ -192,7 +205,7 @@ def arms_of(activation: str, seeds: int, platform: esper.Platform, curves: dict[
     for seed in range(seeds):
         task = Task.made(activation, seed)
         note("never grown: 5 neurons", plain(task, SMALL, STEPS))
-        note("10 from scratch, equal steps", plain(task, BIG, STEPS))
+        note(SCRATCH, plain(task, BIG, STEPS))
         spent = {}
         for start in STARTS[activation]:
             run = grown(task, start, lambda task=task: EsperStudent(task, platform), carrier=True)
@@ -220,6 +233,7 @@ def main() -> None:
     if not GROMO:
         print("gromo is not installed, so its rows are left out: pip install gromo==0.1.0")
     goals = [goal for activation, arms in results.items() for goal in goals_of(activation, arms)]
+    others = [pair for activation, arms in results.items() for pair in others_of(activation, arms)]
     columns = ("student", "final MSE", "GFLOP", "seconds", "gradient of a new neuron")
     tables = [(activation, rows_of(arms)) for activation, arms in results.items()]
     compiled = Section(
@@ -236,6 +250,7 @@ def main() -> None:
         sections=[
             *(Section(f"The same with {name}", columns, rows) for name, rows in tables[1:]),
             goal_section(goals),
+            comparison_section(others),
             compiled,
         ],
         panels=(1, len(curves)),
@@ -258,20 +273,27 @@ def rows_of(arms: list[Arm]) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
-def goals_of(activation: str, arms: list[Arm]) -> list[Goal]:
+def best_of_gromo(arms: Sequence[Arm]) -> Arm | None:
+    """Its method that ended lowest."""
+    theirs = [arm for arm in arms if arm.name.startswith("gromo: ")]
+    return min(theirs, key=lambda arm: arm.mean, default=None)
+
+
+def goals_of(activation: str, arms: Sequence[Arm]) -> list[tuple[Any, ...]]:
     """What was to be shown."""
     by_name = {arm.name: arm for arm in arms}
-    ours = by_name[NAMES["selected"]].figures
-    against = [
-        ("the random identity start", by_name[NAMES["random"]], 0.6),
-        ("10 from scratch, equal steps", by_name["10 from scratch, equal steps"], 1.3),
-        ("10 from scratch, equal FLOPs", by_name["10 from scratch, equal FLOPs, decayed"], 1.0),
-    ]
-    theirs = [arm for name, arm in by_name.items() if name.startswith("gromo: ")]
-    if theirs:
-        best = min(theirs, key=lambda arm: arm.mean)
-        against.append((f"gromo's best, {best.name.removeprefix('gromo: ')}", best, 1.0))
-    return [Goal(f"{activation}: selected / {what}", ours, arm.figures, factor) for what, arm, factor in against]
+    against = [(by_name[NAMES["random"]], 0.6), (by_name[SCRATCH], 1.3)]
+    best = best_of_gromo(arms)
+    if best is not None:
+        against.append((best, 1.0))
+    ours = by_name[NAMES["selected"]]
+    return [Pair(f"{activation}: selected / {arm.name}", ours.figures, arm.figures).goal(at) for arm, at in against]
+
+
+def others_of(activation: str, arms: Sequence[Arm]) -> list[Pair]:
+    """`selected` beside every other arm."""
+    ours = next(arm for arm in arms if arm.name == NAMES["selected"])
+    return [Pair(f"{activation}: selected / {arm.name}", ours.figures, arm.figures) for arm in arms if arm is not ours]
 
 
 def plot(axes: tuple[Axes, ...], curves: Mapping[str, Mapping[str, list[list[float]]]]) -> None:
