@@ -20,6 +20,7 @@ from esper import torch_internals
 from esper.artifacts import KernelGraph
 from esper.compiler.debug import pass_callback
 from esper_passes import (
+    AddKernels,
     BatchSeeds,
     ElideDormant,
     FoldFossils,
@@ -111,7 +112,7 @@ def specialise(
     if constant_alphas:
         passes.append(FoldFossils(constant_alphas))
     if active and batch_seeds:
-        passes.append(BatchSeeds())
+        passes += [BatchSeeds(), AddKernels()]
     specialised: fx.GraphModule = Pipeline(tuple(passes), pass_callback(name))(module).graph_module
     return specialised
 

@@ -16,7 +16,14 @@ from esper.core.wrapping import WrappedModel
 from esper.distributed.data_parallel import average_like
 from esper.distributed.joining import join
 from esper.distributed.ranks import RanksError
-from esper.distributed.sharding import average_like_shards, group_of, is_sharded, mesh_of, replicate
+from esper.distributed.sharding import (
+    average_like_shards,
+    group_of,
+    is_sharded,
+    mesh_of,
+    refuse_parallel_layers,
+    replicate,
+)
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.loaded_kernel import KernelModule
 from esper.execution.plans.alpha import SavedRamp
@@ -39,7 +46,9 @@ def join_group(model: WrappedModel, group: Any) -> None:
             if model is not None:
                 _carry_out([model.kasmina_layers[name].seed(index) for name, index in options.pop("seeds")], **options)
 
-        join(model.runtime, group, carry_out)
+        layers = model.kasmina_layers.items()
+        sites = [(name, each.num_seeds, each.in_features, each.out_features) for name, each in layers]
+        join(model.runtime, group, sites, carry_out)
 
 
 def join_shards(model: WrappedModel) -> None:
@@ -47,7 +56,10 @@ def join_shards(model: WrappedModel) -> None:
 
     Raises :class:`RanksError` for what cannot be kept, and where it is too late for that.
     """
-    if model._wrapping.bank.gradients is not None or not is_sharded(model.modules()):
+    if model._wrapping.bank.gradients is not None:
+        return
+    if not is_sharded(model.modules()):
+        refuse_parallel_layers(each for each in model.modules() if not isinstance(each, KernelModule))
         return
     with _sharding:  # a first forward may begin while another thread asks for something
         if model._wrapping.bank.gradients is None:
@@ -88,9 +100,17 @@ def _join_shards(model: WrappedModel) -> None:
 
 def refuse_engine(module: nn.Module, where: str) -> None:
     """Raise `WrapError` for a module around a model that shares it among ranks by itself."""
-    kind = next((each for each in type(module).__mro__ if each.__name__ in _ENGINES), None)
-    if kind is not None and kind.__module__.startswith(("torch.", "deepspeed")):
-        raise WrapError(f"the model is in a {kind.__name__} already{where}: {_ENGINES[kind.__name__]}")
+    kind = _engine_of(module)
+    if kind is not None:
+        raise WrapError(f"the model is in a {kind} already{where}: {_ENGINES[kind]}")
+
+
+def _engine_of(module: nn.Module) -> str | None:
+    """Which of the engines `module` is one of; none of them need be there."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in _ENGINES and kind.__module__.startswith(("torch.", "deepspeed")):
+            return kind.__name__
+    return None
 
 
 _ENGINES = {
@@ -111,14 +131,21 @@ def watch_for_ddp() -> None:
 
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    if child is None or type(module).__name__ not in _ENGINES:
+    if child is None or (kind := _engine_of(module)) is None:
         return
     wrapped = [each for each in child.modules() if isinstance(each, WrappedModel)]
-    if name == "module" and isinstance(module, nn.parallel.DistributedDataParallel):
-        for each in wrapped:
+    known = {layer for each in wrapped for layer in each.modules()}
+    alone = [each.layer_name for each in child.modules() if isinstance(each, KasminaLayer) and each not in known]
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        if alone and module.process_group.size() > 1:
+            raise RanksError(
+                f"layer {alone[0]!r}, which has seeds, is put into {kind} without the model that it is a part of, so "
+                "that its kernels would not be averaged among the ranks: put what esper.wrap returns into it, whole"
+            )
+        for each in wrapped if name == "module" else ():
             _put_into(each, module, child)
-    elif wrapped:
-        refuse_engine(module, "")
+    elif wrapped or alone:
+        raise WrapError(f"a model that esper.wrap returned, or a part of one, is put into {kind}: {_ENGINES[kind]}")
 
 
 def _put_into(model: WrappedModel, ddp: nn.parallel.DistributedDataParallel, child: nn.Module) -> None:

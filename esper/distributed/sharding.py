@@ -22,7 +22,7 @@ from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.kernels.local_parts import is_shared
 from esper.execution.seeds.active_kernels import ActiveKernels
 
-__all__ = ["average_like_shards", "group_of", "is_sharded", "mesh_of", "replicate"]
+__all__ = ["average_like_shards", "group_of", "is_sharded", "mesh_of", "refuse_parallel_layers", "replicate"]
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
@@ -44,9 +44,10 @@ def mesh_of(modules: Iterable[nn.Module]) -> Any:
     meshes = {each.device_mesh for each in shared}  # type: ignore[union-attr]  # DTensors have one
     if not states and shared:
         raise RanksError(
-            "parameters of the model are DTensors, and no module of it is fully_shard()ed: kernels beside layers that "
-            "are parallel by themselves (tensor parallelism) are not supported, as each rank would have to have a part "
-            "of them"
+            f"parameters of the model are DTensors{_first_shared(every)}, and no module of it is fully_shard()ed: "
+            "kernels beside layers that are parallel by themselves (tensor parallelism, parallelize_module) are not "
+            "supported, as each rank would have to have a part of them; wrap the parts of the model that are not, or "
+            "shard it by fully_shard() (FSDP2) instead"
         )
     if len(meshes) > 1:
         raise RanksError(
@@ -60,6 +61,25 @@ def mesh_of(modules: Iterable[nn.Module]) -> Any:
             "all: kernels beside layers that are parallel by themselves (tensor parallelism) are not supported"
         )
     return mesh
+
+
+def _first_shared(modules: Iterable[nn.Module]) -> str:
+    """Which one is, for people."""
+    for module in modules:
+        for name, each in module._parameters.items():
+            if is_shared(each):
+                where = getattr(module, "layer_name", type(module).__name__)
+                return f" (as the {name} of {where!r}, {tuple(each.placements)})"  # type: ignore[union-attr]  # a DTensor's
+    return ""
+
+
+def refuse_parallel_layers(modules: Iterable[nn.Module]) -> None:
+    """Raise :class:`RanksError` for a model that `fully_shard` has not sharded, and whose parameters are shared.
+
+    Looks at nothing where there are no ranks.
+    """
+    if dist.is_available() and dist.is_initialized() and "torch.distributed.tensor" in sys.modules:
+        mesh_of(modules)
 
 
 def average_like_shards(bank: ActiveKernels, modules: Iterable[nn.Module], mesh: Any, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """Graph passes for sites and kernels: `torch.fx` graphs in, `torch.fx` graphs out. Depends on torch alone."""
 
 from esper_passes._hooks import hooks_of
+from esper_passes.add_kernels import AddKernels
 from esper_passes.base import GraphPass, PassError, PassResult
 from esper_passes.batch_seeds import BatchSeeds
 from esper_passes.call_kernels import CallKernels, SeedCall
@@ -34,6 +35,7 @@ __all__ = [
     "SITE",
     "TAGGED_ENTER",
     "TAGGED_SITE",
+    "AddKernels",
     "BatchSeeds",
     "CallKernels",
     "Callback",

@@ -400,6 +400,31 @@ def a_paused_rank(here: Rank) -> Any:
     return {"result": future.result(), "flips": flips.at}
 
 
+def models_of_other_sites(here: Rank) -> Any:
+    """What each rank is told where they wrap different parts, and what comes of it afterwards."""
+    group, told = torch.distributed.group.WORLD, {}
+    tries: dict[str, Callable[[], Any]] = {
+        "layers": lambda: _wrapped(here, target_layers="0" if here.rank else None),
+        "more layers": lambda: _wrapped(here, target_layers=None if here.rank else "0"),
+        "seeds": lambda: _wrapped(here, seeds_per_layer=2 + here.rank),
+        "features": lambda: esper.wrap(
+            mlp(8, 6 + here.rank, 4), platform=here.shelf.platform, process_group=group, target_layers="2"
+        ),
+        "in DDP": lambda: torch.nn.parallel.DistributedDataParallel(
+            esper.wrap(mlp(8, 6, 4), platform=here.shelf.platform, target_layers="0" if here.rank else "2")
+        ),
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt()
+        except ranks.RanksError as error:
+            told[name] = str(error)
+    model = _wrapped(here)
+    future = model.request_kernel("0", 0, here.shelf.put(blueprint()).id)
+    _train_until(model, [future])
+    return {"told": told, "afterwards": future.result()}
+
+
 class _Dies:
     """An executor of a model that makes ready `lives` times, and ends the process then."""
 

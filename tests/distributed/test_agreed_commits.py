@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
+from esper.distributed.meeting import meet
 from tests.distributed.ranks import Launched, launch
 
 pytestmark = pytest.mark.slow
@@ -29,6 +32,7 @@ SCENARIOS = [
     "commits_by_hand",
     "a_checkpoint_brings_all_to_one_plan",
     "a_paused_rank",
+    "models_of_other_sites",
 ]
 
 
@@ -95,6 +99,29 @@ def test_different_kernels_are_an_error_that_names_both(ranks: Launched) -> None
         assert "rank 0" in each["reason"]
         assert "rank 1" in each["reason"]
         assert all(result["kernel"] in each["reason"] for result in results[:2])
+
+
+def test_models_of_other_sites_are_told_from_each_other_when_they_join(ranks: Launched) -> None:
+    result = same(ranks.of("models_of_other_sites"))
+    said = {
+        "layers": "rank 0 has seeds at '2', and rank 1 has none there",
+        "more layers": "rank 1 has seeds at '2', and rank 0 has none there",
+        "seeds": "layer '0' maps 8 to 6 features and has 2 seeds on rank 0, and on rank 1 it maps 8 to 6 and has 3",
+        "features": "layer '2' maps 6 to 4 features and has 4 seeds on rank 0, and on rank 1 it maps 7 to 4 and has 4",
+        "in DDP": "rank 0 has seeds at '2', and rank 1 has none there",
+    }
+    assert list(result["told"]) == list(said)
+    for name, words in said.items():
+        assert words in result["told"][name]
+        assert "build and wrap the model alike on all ranks" in result["told"][name]
+    assert result["afterwards"] is True
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    store = TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=10), wait_for_workers=False)
+    store.set("here/2", "1")
+    with pytest.raises(TimeoutError, match=r"^1, 3$"):
+        meet(store, 0, 4, [("0", 4, 8, 6)], timedelta(milliseconds=100))
 
 
 def test_layers_may_be_asked_for_in_another_order(ranks: Launched) -> None:

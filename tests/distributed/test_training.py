@@ -57,7 +57,18 @@ def test_a_kernel_that_was_there_before_learns_and_can_leave(two: Launched, scen
 def test_what_cannot_be_kept_is_refused(two: Launched) -> None:
     for each in two.of("what_is_refused"):
         assert "DistributedDataParallel already" in each["ddp"]
-        assert "tensor parallelism" in each["tensor parallel"]
+        assert "'0', which has seeds, is put into DistributedDataParallel without the model" in each["a part in ddp"]
+        for name in ("fsdp1", "fsdp1 inside"):
+            assert "is in a FullyShardedDataParallel already" in each[name]
+        for name in ("fsdp1 later", "a part in fsdp1"):
+            assert "put into FullyShardedDataParallel: FSDP1" in each[name]
+        assert all("use torch.distributed.fsdp.fully_shard (FSDP2)" in each[name] for name in each if "fsdp1" in name)
+        assert "is in a DeepSpeedEngine already" in each["deepspeed"]
+        for name in ("deepspeed later", "deepspeed's pipeline"):
+            assert "put into DeepSpeedEngine: DeepSpeed reduces" in each[name]
+        for name in ("tensor parallel", "parallel later", "parallel later, asked", "parallel after a forward"):
+            assert "tensor parallelism" in each[name]
+            assert "shard it by fully_shard() (FSDP2)" in each[name]
         assert "'world'" in each["no group"]
         assert "join()" in each["join"]
         assert "first forward" in each["late"]

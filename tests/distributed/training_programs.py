@@ -221,13 +221,69 @@ def fsdp_in_bfloat16(here: Rank) -> Any:
     return _trained(here, lambda here, host: _fsdp(here, host, mp_policy=policy))
 
 
-def what_is_refused(here: Rank) -> Any:
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+def _in_parallel(here: Rank, module: nn.Module) -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (here.size,))
+    return parallelize_module(module, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def _parallel_later(here: Rank, use: Any, first: bool = False) -> Any:
+    """Layers made parallel after wrapping, and after a first forward if that is asked for."""
+    model = esper.wrap(mlp(8, 8, 8), platform=here.shelf.platform)
+    if first:
+        model(torch.ones(2, 8))
+    _in_parallel(here, model)
+    return use(model)
+
+
+def _ask(here: Rank) -> Any:
+    return lambda model: model.request_kernel("0", 0, here.shelf.put(blueprint(8, 8)).id)
+
+
+def _fsdp1(module: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+
+class DeepSpeedEngine(nn.Module):
+    """As DeepSpeed's is known: by the name of its class and of its package."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class PipelineEngine(DeepSpeedEngine):
+    __module__ = "deepspeed.runtime.pipe.engine"
+
+
+def _part(here: Rank, engine: Any) -> Any:
+    model = esper.wrap(mlp(8, 6, 4), platform=here.shelf.platform)
+    return engine(model[0])  # type: ignore[index]  # it is an instance of nn.Sequential too
+
+
+def what_is_refused(here: Rank) -> Any:
+    def wrapped(module: nn.Module) -> esper.MorphableModel:
+        return esper.wrap(module, platform=here.shelf.platform)
+
     tries = {
-        "ddp": lambda: esper.wrap(DistributedDataParallel(mlp(8, 6, 4)), platform=here.shelf.platform),
-        "tensor parallel": lambda: esper.wrap(parallelize_module(mlp(8, 8, 8), mesh, {"0": ColwiseParallel()})),
+        "ddp": lambda: wrapped(DistributedDataParallel(mlp(8, 6, 4))),
+        "a part in ddp": lambda: _part(here, DistributedDataParallel),
+        "fsdp1": lambda: wrapped(_fsdp1(mlp(8, 6, 4))),
+        "fsdp1 inside": lambda: wrapped(nn.Sequential(nn.Linear(8, 8), _fsdp1(nn.Linear(8, 8)))),
+        "fsdp1 later": lambda: _fsdp1(wrapped(mlp(8, 6, 4))),
+        "a part in fsdp1": lambda: _part(here, _fsdp1),
+        "deepspeed": lambda: wrapped(DeepSpeedEngine(mlp(8, 6, 4))),
+        "deepspeed later": lambda: DeepSpeedEngine(wrapped(mlp(8, 6, 4))),
+        "deepspeed's pipeline": lambda: PipelineEngine(wrapped(mlp(8, 6, 4))),
+        "tensor parallel": lambda: wrapped(_in_parallel(here, mlp(8, 8, 8))),
+        "parallel later": lambda: _parallel_later(here, lambda model: model(torch.ones(2, 8))),
+        "parallel later, asked": lambda: _parallel_later(here, _ask(here)),
+        "parallel after a forward": lambda: _parallel_later(here, _ask(here), first=True),
         "no group": lambda: esper.wrap(mlp(8, 6, 4), process_group="world"),
         "join": lambda: _join(here),
         "late": lambda: _shard_late(here),

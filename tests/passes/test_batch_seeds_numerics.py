@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from esper.artifacts import OPERATORS, Blueprint, KernelGraph, Node, TensorSpec
-from esper_passes import BatchSeeds, FoldFossils, PassEvent, SeedGraph
+from esper_passes import AddKernels, BatchSeeds, FoldFossils, PassEvent, SeedGraph
 from tests.passes.batching import TWO, apply, of_blueprint, with_seeds
 from tests.passes.graphs import MarkedLinear, capture_with_inputs
 
@@ -70,7 +70,7 @@ def test_any_seeds_compute_what_they_did_alone(
     alphas = torch.linspace(0.125, 0.875, len(chosen), dtype=torch.float64)
     constants = {index: each[-1] for index, each in enumerate(chosen) if each[-1] is not None}
     before, _ = apply(with_seeds(marked, {3: at_site}, alphas, _lint), FoldFossils(constants), callback=_lint)
-    after, _ = apply(before, BatchSeeds(min_seeds=min_seeds), callback=_lint)
+    after, _ = apply(before, BatchSeeds(min_seeds=min_seeds), AddKernels(), callback=_lint)
     parameters = [value for _, values in at_site for value in values]
     leaves = [x, *layer.parameters(), *(value for value in parameters if value.requires_grad)]
     results = []
