@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from esper.compiler.variant_compiler import VariantCompiler
 from esper.execution.plans.registry import runtime_by_id, runtime_of_site, tag_number
 from esper.execution.plans.runtime import Runtime
 from esper.forking import reset_after_fork
-from esper_passes import is_site, markers_in, site_calls_in
+from esper_passes import host_of, is_module_site, is_site, markers_in, site_calls_in, site_input
 
 __all__ = ["CompiledGraph"]
 
@@ -42,6 +42,7 @@ class CompiledGraph:
         self._kept = _getter([i for i in range(others + len(tag_positions)) if i not in set(tag_positions)])
         self._markers = [(is_site(node), number) for node, number in markers_in(marked.graph)]
         self._site_calls = site_calls_in(marked.graph)
+        self._features = dict(_features_in(marked))
         self._dispatchers: dict[_Key, Dispatcher] = {}
         self._latest: Dispatcher | None = None
         self._lock = threading.Lock()
@@ -113,11 +114,24 @@ class CompiledGraph:
             markers.append((at_site, runtime))
             if at_site:
                 sites[index] = SiteNumber(number, runtime)
+                if index in self._features:
+                    runtime.features_seen[number] = self._features[index]
         runtimes = list(dict.fromkeys(runtime for _, runtime in markers))
         dispatcher = Dispatcher(self.variants, tags, sites, self._site_calls, runtimes, _begun(markers))
         for runtime in runtimes:
             weakref.finalize(runtime, _forget, weakref.ref(self), key).atexit = False
         return dispatcher
+
+
+def _features_in(module: fx.GraphModule) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The sites of `module` at modules that are no linear layers, and how many features these take and give."""
+    for node, index in markers_in(module.graph):
+        if is_module_site(node):
+            x, y = (each.meta.get("example_value") for each in (site_input(node), host_of(node)))
+            if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dim() and x.shape[:-1] == y.shape[:-1]:
+                features = x.shape[-1], y.shape[-1]
+                if all(isinstance(size, int) for size in features):
+                    yield index, features
 
 
 def _begun(markers: Sequence[tuple[bool, Runtime]]) -> list[Runtime]:

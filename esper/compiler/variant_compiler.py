@@ -27,13 +27,13 @@ from esper.errors import EsperError
 from esper.execution.background import rest
 from esper.execution.kernels.local_parts import differentiable
 from esper.execution.plans.plan import SeedPlan
-from esper_passes import is_enter, is_site, site_call, site_id
+from esper_passes import is_enter, is_module_site, is_site, site_call, site_id
 from esper_passes.inline_kernels import closed_sites
 
 __all__ = ["Compilation", "VariantCompilationError", "VariantCompiler"]
 
 _LOG = logging.getLogger("esper.compiler")
-_FORMAT = "3"  # of what a stored variant holds; another one, too, where the arithmetic of a blend is another
+_FORMAT = "4"  # of what a stored variant holds; another one, too, where the arithmetic of a blend is another
 _PAUSE_SECONDS = 0.001  # between two pieces of loading, in which the training thread has the interpreter's lock
 
 
@@ -369,9 +369,9 @@ def _pause() -> None:
 
 
 def _weights(module: fx.GraphModule) -> Iterator[tuple[int, torch.Tensor]]:
-    """Sites and the fake values of their weights, where these are inputs of the graph."""
+    """Sites of linear layers and the fake values of their weights, where these are inputs of the graph."""
     graphs = [each.graph for each in module.modules() if isinstance(each, fx.GraphModule)]
-    for node in (node for graph in graphs for node in graph.nodes if is_site(node)):
+    for node in (node for graph in graphs for node in graph.nodes if is_site(node) and not is_module_site(node)):
         call = site_call(node)
         if call.weight.op == "placeholder" and "example_value" in call.weight.meta:
             yield call.site, call.weight.meta["example_value"]

@@ -35,7 +35,8 @@ def bake(morphable: MorphableModel) -> nn.Module:
     loaded where Esper is not installed. The wrapped model stays as it is.
 
     Warns where the host has a `save_pretrained` and such modules remain: what that saves, the host's class loads
-    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model.
+    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model, and for kernels behind modules that
+    are no linear layers.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.bake takes what esper.wrap returned, not {described(morphable)}")
@@ -45,6 +46,13 @@ def bake(morphable: MorphableModel) -> nn.Module:
     plan = morphable.runtime.plan
     layers = {place: morphable.kasmina_layers[name] for name, place in layer_places(morphable).items()}
     grown = {place: layer for place, layer in layers.items() if plan.sites.get(layer.site)}
+
+    behind = [layer.layer_name for layer in grown.values() if layer.linear_map is None]
+    if behind:
+        raise WrapError(
+            f"kernels stand behind {', '.join(map(repr, behind))}, which are no linear layers: esper.bake builds "
+            "kernels in at linear layers alone. Keep the wrapped model, whose checkpoints and pickles have them"
+        )
 
     modules: dict[str, Any] = dict(host.named_modules())
     left = {name: _fold_first(grown[name], modules[name], plan.sites[grown[name].site], host) for name in grown}

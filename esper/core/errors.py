@@ -5,7 +5,7 @@ from torch import nn
 from esper import torch_internals
 from esper.errors import EsperError
 
-__all__ = ["RegionError", "TargetError", "UnknownLayerError", "WrapError", "described"]
+__all__ = ["RegionError", "SiteCallError", "TargetError", "UnknownLayerError", "WrapError", "described"]
 
 
 class WrapError(EsperError, TypeError):
@@ -18,6 +18,10 @@ class TargetError(EsperError, ValueError):
 
 class RegionError(EsperError, ValueError):
     """The blocks of this model cannot be compiled by themselves, or it does not have those that were named."""
+
+
+class SiteCallError(EsperError, TypeError):
+    """A module that carries seeds was called with something else than one tensor, or returned something else."""
 
 
 class UnknownLayerError(EsperError, KeyError):

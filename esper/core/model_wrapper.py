@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -21,14 +20,16 @@ from esper.core.morphable_model import MorphableModel, WrappedModelLink
 from esper.core.peers import join_group, refuse_engine, watch_for_ddp
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.root_layer import RootLayer
+from esper.core.sites.features import Features
+from esper.core.sites.module_site import ModuleSite
 from esper.core.sites.share import report_share
-from esper.core.sites.targets import Selection, select_targets
+from esper.core.sites.targets import Selection, Target, select_targets
 from esper.core.wrapped_class import check_names, hosts_forward, wrapped_class
 from esper.core.wrapping import Mode, WrapOptions, Wrapping
 from esper.distributed.joining import checked_group
 from esper.distributed.sharding import mesh_of
 from esper.execution.assembly import Assembly
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 from esper.execution.kernels import service_locator
 from esper.execution.plans.runtime import CommitMode
 from esper.execution.seeds.active_kernels import BANK_NAME
@@ -39,12 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MorphableModel", "Target", "assemble", "unwrap", "wrap"]
 
-Target = str | type[nn.Module]
-
 
 def wrap(
     model: nn.Module,
-    target_layers: Target | Iterable[Target] | None = None,
+    target_layers: Target | Iterable[Target] | Mapping[Target, Features | None] | None = None,
     seeds_per_layer: int = 4,
     cache_size_mb: float | None = None,
     telemetry_enabled: bool | None = None,
@@ -55,12 +54,15 @@ def wrap(
     config: EsperConfig | None = None,
     process_group: Any = None,
 ) -> MorphableModel:
-    """Plant dormant seeds at `model`'s linear layers and return the wrapped model.
+    """Plant dormant seeds at `model`'s linear layers, or other modules, and return the wrapped model.
 
     The wrapped model is an instance of the host's class too. It shares the host's parameters and buffers under their
     names, computes what the host computes until a kernel is loaded, and leaves `model` itself as it was.
 
-    - `target_layers`: types, exact dotted names and glob patterns, one or several; None means every `nn.Linear`.
+    - `target_layers`: types, exact dotted names and glob patterns, one or several; None means every `nn.Linear`. One
+      that stands for linear layers selects these; one that stands for other modules only makes them sites, if they take
+      one tensor and return one, of which the last dimension alone may differ. A mapping gives `(in, out)`, the sizes of
+      that dimension, for modules of which only a forward could tell them: `{"blocks.*.mlp": (64, 64)}`.
     - `seeds_per_layer`: kernels that one layer can hold at once.
     - `cache_size_mb`: budget for cached kernels, per layer and pooled over the model; by default as the settings say,
       128.
@@ -103,7 +105,7 @@ def assemble(
         WrappedModelLink(wrapped),
         layers=len(targets),
         seeds_per_layer=options.seeds_per_layer,
-        device=next((linear.weight.device for linear in targets.values()), torch.device("cpu")),
+        device=next((each.device for target in targets.values() for each in target.parameters()), torch.device("cpu")),
         cache_size_mb=options.cache_size_mb,
         commit=options.commit,
         telemetry_enabled=options.telemetry_enabled,
@@ -113,10 +115,14 @@ def assemble(
     )
     layers: dict[str, KasminaLayer] = {}
 
-    def replace(name: str, linear: nn.Linear) -> KasminaLayer:
+    def replace(name: str, module: Any) -> KasminaLayer:
         parts = assembly.parts(len(layers), name, layer_id=len(layers))
-        at_site = KasminaLayer.at_site if name else functools.partial(RootLayer.of, weakref.ref(wrapped))
-        layers[name] = at_site(linear, parts)
+        if name in selection.features:
+            layers[name] = ModuleSite.at_site(module, parts, selection.features[name])
+        elif name:
+            layers[name] = LinearSite.at_site(module, parts)
+        else:
+            layers[name] = RootLayer.of(weakref.ref(wrapped), module, parts)
         return layers[name]
 
     replace_modules(model, targets, replace, root=wrapped, watched=options.mode == "fx")

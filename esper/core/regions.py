@@ -13,7 +13,7 @@ from torch import nn
 from esper import torch_internals
 from esper.core.errors import RegionError, described
 from esper.core.morphable_model import MorphableModel
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 
 __all__ = ["compile_blocks"]
 
@@ -74,9 +74,9 @@ def _repeated(name: str, module: nn.Module) -> Iterator[str]:
 
 def _structure(module: nn.Module) -> Hashable | None:
     """What is the same for blocks that are taken for repeated; None for what is no block."""
-    if isinstance(module, KasminaLayer):
+    if isinstance(module, LinearSite):
         return None
-    sites = [(key, each.weight.shape) for key, each in module.named_modules() if isinstance(each, KasminaLayer)]
+    sites = [(key, type(each), each.features) for key, each in module.named_modules() if isinstance(each, KasminaLayer)]
     return (module.__class__, tuple(sites)) if sites else None
 
 

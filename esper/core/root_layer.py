@@ -11,12 +11,12 @@ from torch import nn
 from esper.core.copies.copying import as_host
 from esper.core.wrapping import WrappedModel
 from esper.execution.assembly import LayerParts
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import LinearSite
 
 __all__ = ["RootLayer"]
 
 
-class RootLayer(KasminaLayer):
+class RootLayer(LinearSite):
     """A layer with seeds that is no child of its model but computes for it, with the weight and bias of the model.
 
     Hooks, parametrizations and pruning stand at the model.
@@ -26,7 +26,7 @@ class RootLayer(KasminaLayer):
 
     @classmethod
     def of(cls, model: ReferenceType[WrappedModel], linear: nn.Linear, parts: LayerParts) -> RootLayer:
-        """As :meth:`KasminaLayer.at_site`, for the wrapped `model` of `linear`."""
+        """As :meth:`LinearSite.at_site`, for the wrapped `model` of `linear`."""
         bare = nn.Module()
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)
@@ -48,6 +48,6 @@ class RootLayer(KasminaLayer):
     def _host(self) -> nn.Linear:
         return cast("nn.Linear", self._model())
 
-    def as_linear(self) -> nn.Linear:
-        """As :meth:`KasminaLayer.as_linear`, with the hooks of the model."""
+    def as_host(self) -> nn.Linear:
+        """As :meth:`KasminaLayer.as_host`, with the hooks of the model."""
         return cast("nn.Linear", as_host(cast("WrappedModel", self._model())))

@@ -18,7 +18,7 @@ from torch import fx, nn
 from esper.eager.call_pattern import CallPattern, pattern_of, pattern_of_a_plain_call
 from esper.eager.code import generate, global_module_hooks
 from esper.eager.tracer import Trace, modules_of, trace
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.plan import Plan
 from esper.execution.plans.runtime import Runtime
@@ -230,7 +230,7 @@ class Part:
 
     def _is_plain(self, layer: KasminaLayer) -> bool:
         """Whether a call of `layer` is that of a linear layer with parameters, and of kernels of this model."""
-        if layer.runtime is not self._runtime or hooks_of(layer) is not None:
+        if not isinstance(layer, LinearSite) or layer.runtime is not self._runtime or hooks_of(layer) is not None:
             return False
         return {"weight", "bias"} <= layer._parameters.keys() and "forward" not in layer.__dict__
 

@@ -6,12 +6,14 @@ import asyncio
 import copy
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from esper.errors import EsperError
 from esper.execution import site_marker
 from esper.execution.assembly import Assembly, LayerParts
 from esper.execution.kernel_cache import KernelCache
@@ -39,22 +41,34 @@ from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import CallCounter, Telemetry
 from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
-__all__ = ["KasminaLayer"]
+__all__ = ["KasminaLayer", "LinearSite", "UnknownFeaturesError"]
 
 
-class KasminaLayer(nn.Linear):
-    """A linear layer with `num_seeds` seeds, `[*, input_dim] -> [*, output_dim]`.
+class UnknownFeaturesError(EsperError, RuntimeError):
+    """It is not known yet how many features a module has."""
 
-    In a wrapped model it stands where the host's `nn.Linear` stood and shares that module's parameters. It also stands
-    alone: constructed directly, it has a linear layer, a state, a cache and a plan of its own.
+
+class KasminaLayer(nn.Module):
+    """A layer with `num_seeds` seeds, `[*, input_dim] -> [*, output_dim]`.
+
+    In a wrapped model it stands where the host's `nn.Linear`, or another module, stood and shares that module's
+    parameters. It also stands alone: constructed directly, it has a linear layer, a state, a cache and a plan of its
+    own.
 
     `layer_id` is a number from 0 and `layer_name` a name, by default the number: stats, signals and logs have both, and
     checkpoints go by name. In a wrapped model they are the site's number and the host's dotted name.
 
     With seeds `s` active in index order the output is `y = host(x)`, then for each
     `y = alpha_s * K_s(x, y) + (1 - alpha_s) * y`: a kernel that reads the output is given what those before it made.
+
+    In the place of a linear layer it is an `nn.Linear` itself; in the place of another module it is an instance of that
+    module's class.
     """
 
+    in_features: int
+    out_features: int
+    weight: torch.Tensor
+    """Of a linear layer, as those two; in the place of another module only if that has it."""
     layer_id: int
     """Its number in the model, in the order of the sites."""
     layer_name: str
@@ -69,6 +83,12 @@ class KasminaLayer(nn.Linear):
     seed_errors: dict[int, str]
     _esper: ActiveKernels
     """The kernels in force, of a layer that stands alone."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Constructed directly it is a linear layer."""
+        kind: Any = LinearSite if cls is KasminaLayer else cls
+        layer: Self = object.__new__(kind)
+        return layer
 
     def __init__(
         self,
@@ -90,32 +110,6 @@ class KasminaLayer(nn.Linear):
         super().__init__(input_dim, output_dim, bias=bias, device=device, dtype=dtype)
         self._stand_alone(layer_id, num_seeds, cache_size_mb, telemetry_enabled, commit, source, sink, layer_name)
 
-    @classmethod
-    def at_site(cls, linear: nn.Linear, parts: LayerParts) -> KasminaLayer:
-        """The layer that takes `linear`'s place, sharing its parameters."""
-        layer = cls._sharing(linear)
-        layer._modules.clear()  # it gets a replica of what these are
-        layer._join(parts)
-        return layer
-
-    @classmethod
-    def alone(cls, linear: nn.Linear, **options: Any) -> KasminaLayer:
-        """A layer that stands alone and shares `linear`'s parameters; `options` are those of the constructor."""
-        layer = cls._sharing(linear)
-        layer._stand_alone(**options)
-        return layer
-
-    @classmethod
-    def _sharing(cls, linear: nn.Linear) -> KasminaLayer:
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.__dict__.update(
-            {name: value for name, value in linear.__dict__.items() if name not in ("_modules", "forward")}
-        )
-        layer.__dict__["_modules"] = {}
-        parametrize_alike(linear, layer)
-        return layer
-
     def _stand_alone(
         self,
         layer_id: int,
@@ -133,7 +127,7 @@ class KasminaLayer(nn.Linear):
             ModelLink(self),
             layers=1,
             seeds_per_layer=num_seeds,
-            device=self.weight.device,
+            device=self.placement[0],
             cache_size_mb=cache_size_mb,
             commit=commit,
             telemetry_enabled=telemetry_enabled,
@@ -166,7 +160,7 @@ class KasminaLayer(nn.Linear):
         self._has_entry_hook = False
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = state.alpha_blend
-        self._current = dormant_path(self)
+        self._current = self._host_path()
         self._run = self._untimed()
         runtime.add_executor(self)
         if runtime.telemetry is not None:
@@ -176,52 +170,25 @@ class KasminaLayer(nn.Linear):
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
-    forward = site_forward
+    def _host_path(self) -> SitePath:
+        """What it computes without seeds. For as long as the layer lives, which has it."""
+        raise NotImplementedError
 
-    def _forward_traced(self, input: torch.Tensor) -> torch.Tensor:
-        """For Dynamo, where the layer is more than one marker, or none."""
-        marks = marked_by_esper()
-        if self._backward_hooks or self._backward_pre_hooks or (marks and kernels_have_hooks()):
-            uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
-            return uncompiled
+    def _callbacks(self) -> tuple[Mapping[int, Any], ...]:
+        """Hooks that are to see the gradients of what the host computes, and not of what kernels make of it."""
+        return ()
+
+    def _begin_traced(self, marks: bool) -> None:
+        """For Dynamo, where a layer that stands alone is entered; `marks` says whether markers stand for sites."""
         if marks:
-            if self._stands_alone:
-                TAGGED_ENTER(self._runtime_tag)
-            marked: torch.Tensor = TAGGED_SITE(input, self.weight, self.bias, self._site_tag)
-            return marked
-        if self._stands_alone:
-            commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
-            if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
-                site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
-        return self._traced(input)
+            TAGGED_ENTER(self._runtime_tag)
+            return
+        commit_while_tracing(self._runtime_id)  # before Dynamo reads, and guards on, the next two
+        if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
+            site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
 
-    def _get_backward_hooks(self) -> tuple[list[Any], list[Any]]:
-        """What torch calls around the layer: with kernels in force, not the layer's own, which see its linear layer.
-
-        So per-sample gradients and Kronecker factors, which hooks on linear layers compute of inputs and of gradients
-        of outputs, are those of the weight. Forward hooks see what the layer returns.
-        """
-        full, others = super()._get_backward_hooks()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        own = len(self._backward_hooks) if self._is_full_backward_hook else 0
-        return full[: len(full) - own] if self._sees_to_hooks() else full, others
-
-    def _get_backward_pre_hooks(self) -> list[Any]:
-        """As :meth:`_get_backward_hooks`."""
-        every: list[Any] = super()._get_backward_pre_hooks()  # type: ignore[no-untyped-call]  # as above
-        return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
-
-    def _sees_to_hooks(self) -> bool:
-        return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
-
-    def _outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
-        if self._has_entry_hook:
-            self._begin()
-        return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
-
-    def _traced(self, x: torch.Tensor) -> torch.Tensor:
+    def _blended(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
-        y = torch.nn.functional.linear(x, self.weight, self.bias)
         for seed in self._seeds:
             y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
@@ -242,10 +209,10 @@ class KasminaLayer(nn.Linear):
         seeds, before = plan.sites.get(self.site, ()), self._current
         if not seeds and not self._seeds:
             return
+        current = self._host_path()
         if seeds:
-            current = active_path(self, self.layer_name, seeds, self.runtime.alpha_reader(plan.restricted([self.site])))
-        else:
-            current = dormant_path(self)
+            alphas = self.runtime.alpha_reader(plan.restricted([self.site]))
+            current = active_path(self, current, self._callbacks(), self.layer_name, seeds, alphas)
         if self.runtime.has_graph_breaks:
             current = PlanHandover([self.runtime], before, current, self._finish)
         self._current = current
@@ -340,9 +307,18 @@ class KasminaLayer(nn.Linear):
 
     # -- copies and checkpoints ------------------------------------------------------------------------------------
 
-    def as_linear(self) -> nn.Linear:
-        """A linear layer with this one's parameters, hooks and training flag, and nothing of Esper."""
-        return plain_linear(self)
+    def as_host(self) -> nn.Module:
+        """A module of the host's class with this one's parameters, hooks and training flag, and nothing of Esper."""
+        raise NotImplementedError
+
+    @classmethod
+    def alone(cls, host: Any, **options: Any) -> KasminaLayer:
+        """A layer that stands alone and shares the parameters of `host`; `options` are those of the constructor."""
+        raise NotImplementedError
+
+    def _packing(self) -> tuple[type[KasminaLayer], dict[str, Any]]:
+        """The class, and further options, by which :meth:`alone` makes a layer like this one."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
         """A copy that stands alone, with copies of the kernels in force."""
@@ -373,21 +349,45 @@ class KasminaLayer(nn.Linear):
         return self.state.num_seeds
 
     @property
+    def features(self) -> tuple[int, int] | None:
+        """Sizes of the last dimensions of input and output; None while they are not known."""
+        raise NotImplementedError
+
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype of the host's parameters, which its kernels have too."""
+        raise NotImplementedError
+
+    @property
+    def linear_map(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias, into which affine fossils are folded; None in the place of what is no linear layer."""
+        return None
+
+    @property
     def input_dim(self) -> int:
         """Size of the last dimension of the input."""
-        return self.in_features
+        return self._known_features()[0]
 
     @property
     def output_dim(self) -> int:
         """Size of the last dimension of the output."""
-        return self.out_features
+        return self._known_features()[1]
+
+    def _known_features(self) -> tuple[int, int]:
+        features = self.features
+        if features is None:
+            raise UnknownFeaturesError(
+                f"how many features go into {self.layer_name!r} and out of it is not known before its first forward: "
+                f"call the model once, or give both numbers, as in target_layers={{{self.layer_name!r}: (64, 64)}}"
+            )
+        return features
 
     @property
-    def default_transform(self) -> nn.Linear:
-        """The host's path: a linear layer that shares this one's parameters."""
-        linear, bare = self.as_linear(), nn.Module()
-        linear.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
-        return linear
+    def default_transform(self) -> nn.Module:
+        """The host's path: a module of its class, without hooks, that shares this one's parameters."""
+        host, bare = self.as_host(), nn.Module()
+        host.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
+        return host
 
     def request_kernel(
         self,
@@ -469,17 +469,6 @@ class KasminaLayer(nn.Linear):
         """
         self.control.set_alpha(self.seed(seed_idx), value)
 
-    def take_in(self, linear: nn.Linear) -> None:
-        """Stand in the place of `linear` from now on, with its parameters, features, hooks and training flag."""
-        kept = ("_modules", "forward")
-        self.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in kept})
-        self.absence = None
-        for seed in self._seeds:
-            seed.kernel.module.to(linear.weight.device, linear.weight.dtype)
-        self._current = dormant_path(self)  # which reads the parameters from where they are now
-        self.follow(self.runtime.following)
-        self._run = self._untimed()
-
     def drop_kernels(self) -> list[int]:
         """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""
         held = [seed.index for seed in self.seeds if seed.lifecycle is not SeedLifecycleState.DORMANT]
@@ -526,7 +515,117 @@ class KasminaLayer(nn.Linear):
     def extra_repr(self) -> str:
         active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))
         counts = f"num_seeds={self.num_seeds}, active_seeds={active}"
-        return f"{super().extra_repr()}, {counts}{f', fossilized_seeds={fossils}' if fossils else ''}"
+        return ", ".join(filter(None, (super().extra_repr(), counts, f"fossilized_seeds={fossils}" if fossils else "")))
+
+
+class LinearSite(KasminaLayer, nn.Linear):
+    """A linear layer that carries seeds. Its name is that of all layers with seeds."""
+
+    @classmethod
+    def at_site(cls, linear: nn.Linear, parts: LayerParts) -> LinearSite:
+        """The layer that takes `linear`'s place, sharing its parameters."""
+        layer = cls._sharing(linear)
+        layer._modules.clear()  # it gets a replica of what these are
+        layer._join(parts)
+        return layer
+
+    @classmethod
+    def alone(cls, host: nn.Linear, **options: Any) -> LinearSite:
+        layer = cls._sharing(host)
+        layer._stand_alone(**options)
+        return layer
+
+    @classmethod
+    def _sharing(cls, linear: nn.Linear) -> LinearSite:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update(
+            {name: value for name, value in linear.__dict__.items() if name not in ("_modules", "forward")}
+        )
+        layer.__dict__["_modules"] = {}
+        parametrize_alike(linear, layer)
+        return layer
+
+    def _get_name(self) -> str:
+        return KasminaLayer.__name__
+
+    # -- what it computes ------------------------------------------------------------------------------------------
+
+    forward = site_forward
+
+    def _host_path(self) -> SitePath:
+        return dormant_path(self)
+
+    def _forward_traced(self, input: torch.Tensor) -> torch.Tensor:
+        """For Dynamo, where the layer is more than one marker, or none."""
+        marks = marked_by_esper()
+        if self._backward_hooks or self._backward_pre_hooks or (marks and kernels_have_hooks()):
+            uncompiled: torch.Tensor = site_marker.call_uncompiled(self._outside_graphs, input)
+            return uncompiled
+        if self._stands_alone:
+            self._begin_traced(marks)
+        if marks:
+            marked: torch.Tensor = TAGGED_SITE(input, self.weight, self.bias, self._site_tag)
+            return marked
+        return self._blended(input, torch.nn.functional.linear(input, self.weight, self.bias))
+
+    def _callbacks(self) -> tuple[Mapping[int, Any], ...]:
+        return self._backward_hooks, self._backward_pre_hooks
+
+    def _get_backward_hooks(self) -> tuple[list[Any], list[Any]]:
+        """What torch calls around the layer: with kernels in force, not the layer's own, which see its linear layer.
+
+        So per-sample gradients and Kronecker factors, which hooks on linear layers compute of inputs and of gradients
+        of outputs, are those of the weight. Forward hooks see what the layer returns.
+        """
+        full, others = super()._get_backward_hooks()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        own = len(self._backward_hooks) if self._is_full_backward_hook else 0
+        return full[: len(full) - own] if self._sees_to_hooks() else full, others
+
+    def _get_backward_pre_hooks(self) -> list[Any]:
+        """As :meth:`_get_backward_hooks`."""
+        every: list[Any] = super()._get_backward_pre_hooks()  # type: ignore[no-untyped-call]  # as above
+        return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
+
+    def _sees_to_hooks(self) -> bool:
+        return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
+
+    def _outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
+        if self._has_entry_hook:
+            self._begin()
+        return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    def as_host(self) -> nn.Linear:
+        return plain_linear(self)
+
+    def _packing(self) -> tuple[type[KasminaLayer], dict[str, Any]]:
+        return LinearSite, {}
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        return self.weight.device, self.weight.dtype
+
+    @property
+    def linear_map(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.weight, self.bias
+
+    def take_in(self, linear: nn.Linear) -> None:
+        """Stand in the place of `linear` from now on, with its parameters, features, hooks and training flag."""
+        kept = ("_modules", "forward")
+        self.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in kept})
+        self.absence = None
+        for seed in self._seeds:
+            seed.kernel.module.to(linear.weight.device, linear.weight.dtype)
+        self._current = self._host_path()  # which reads the parameters from where they are now
+        self.follow(self.runtime.following)
+        self._run = self._untimed()
 
 
 class _LayerMeter:
@@ -547,7 +646,8 @@ class _LayerMeter:
 class _PackedLayer:
     """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
 
-    linear: nn.Linear
+    kind: type[KasminaLayer]
+    host: nn.Module
     options: dict[str, Any]
     seeds: LayerSeeds
 
@@ -562,11 +662,12 @@ class _PackedLayer:
             "telemetry_enabled": layer.runtime.telemetry is not None,
             "commit": layer.runtime.commit_mode,
         }
-        return cls(layer.as_linear(), options, LayerSeeds.of(layer))
+        kind, more = layer._packing()
+        return cls(kind, layer.as_host(), {**options, **more}, LayerSeeds.of(layer))
 
     def unpack(self, **outside: Any) -> KasminaLayer:
         """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
-        layer = KasminaLayer.alone(self.linear, **self.options, **outside)
+        layer = self.kind.alone(self.host, **self.options, **outside)
         restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
         return layer
 

@@ -38,9 +38,11 @@ OWN_ATTRIBUTES = frozenset(
         "_alphas",
         "_current",
         "_run",
+        "_told_features",
+        "_is_seen",
     }
 )
-"""What a `KasminaLayer` has besides what a linear layer has."""
+"""What a `KasminaLayer` has besides what its host has."""
 
 
 def plain_linear(layer: nn.Linear, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:

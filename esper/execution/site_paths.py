@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from torch.utils.hooks import BackwardHook
 
 from esper.execution.plans.plan import SeedPlan
 
-__all__ = ["SitePath", "active_path", "blended", "dormant_path", "with_backward_hooks"]
+__all__ = ["SitePath", "active_path", "alive", "blended", "dormant_path", "with_backward_hooks"]
 
 SitePath = Callable[[Tensor], Tensor]
 
 
-def alive(reference: weakref.ref[nn.Linear]) -> nn.Linear:
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def alive(reference: weakref.ref[_Layer]) -> _Layer:
     """The layer, whose path this is."""
     layer = reference()
     assert layer is not None
@@ -37,14 +41,23 @@ def dormant_path(layer: nn.Linear) -> SitePath:
     return dormant
 
 
-def active_path(layer: nn.Linear, layer_name: str, seeds: Iterable[SeedPlan], alphas: Callable[[], Tensor]) -> SitePath:
-    """The host's layer and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call."""
-    host_path, called_back = dormant_path(layer), (layer._backward_hooks, layer._backward_pre_hooks)
+def active_path(
+    layer: nn.Module,
+    host_path: SitePath,
+    callbacks: Sequence[Mapping[int, Any]],
+    layer_name: str,
+    seeds: Iterable[SeedPlan],
+    alphas: Callable[[], Tensor],
+) -> SitePath:
+    """`host_path` and the kernels of `seeds`; `alphas()` returns their shares, `[len(seeds)]`, at each call.
+
+    `callbacks` are the layer's dictionaries of backward hooks that see `host_path` alone.
+    """
     this = weakref.ref(layer)
     executors = [(seed, seed.kernel.executor) for seed in seeds]
 
     def active(x: Tensor) -> Tensor:
-        y = with_backward_hooks(alive(this), host_path, x) if any(called_back) else host_path(x)
+        y = with_backward_hooks(alive(this), host_path, x) if any(callbacks) else host_path(x)
         try:
             for (seed, kernel), alpha in zip(executors, alphas().unbind(), strict=True):
                 y = blended(y, seed, kernel, alpha, x)
@@ -60,7 +73,7 @@ def active_path(layer: nn.Linear, layer_name: str, seeds: Iterable[SeedPlan], al
     return active
 
 
-def with_backward_hooks(layer: nn.Linear, host_path: SitePath, x: Tensor) -> Tensor:
+def with_backward_hooks(layer: nn.Module, host_path: SitePath, x: Tensor) -> Tensor:
     """`host_path(x)`, whose gradients the layer's own backward hooks see: `KasminaLayer._get_backward_hooks`."""
     full = layer._backward_hooks.values() if layer._is_full_backward_hook else ()
     hook = BackwardHook(layer, list(full), list(layer._backward_pre_hooks.values()))

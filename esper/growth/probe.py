@@ -88,9 +88,9 @@ class Probe(Mapping[str, SiteStatistics]):
         layer = self._layers.get(name)
         if layer is None:
             raise UnknownLayerError(f"the probe is not for {name!r}; {near_misses(name, list(self._layers))}")
-        running = self._running.get(name) or self._new(name, layer, layer.weight.device)
-        learns = layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad
-        return running.finish(learns)
+        running = self._running.get(name) or self._new(name, layer, layer.placement[0])
+        weight, bias = layer.linear_map or (None, None)  # what another module can follow is not known
+        return running.finish((weight is not None and weight.requires_grad, bias is not None and bias.requires_grad))
 
     @property
     def reached(self) -> frozenset[str]:
@@ -112,7 +112,9 @@ class Probe(Mapping[str, SiteStatistics]):
         x, y = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
         keys = torch.rand(len(x), device=x.device, generator=self._generator(x.device))
         chosen = keys.topk(min(self._rows, len(x))).indices
-        if not layer.weight.requires_grad:  # then autograd does not see to it that nobody writes to the input
+        if (
+            layer.linear_map is None or not layer.weight.requires_grad
+        ):  # then autograd does not see to it that nobody writes to the input
             x = x.clone()
         output.register_hook(partial(self._add, name, layer, x, chosen, keys[chosen], y[chosen]))  # type: ignore[no-untyped-call]  # torch's own
 

@@ -1,6 +1,6 @@
 """The arithmetic of a site with active seeds, as nodes. Shared by the passes that place kernels.
 
-    y = linear(x, weight, bias)
+    y = linear(x, weight, bias), or what another module has made of x
     for each seed s, in order:  y = a_s * K_s(x[, y]) + (1 - a_s) * y        as  torch.lerp(y, K_s, a_s)
 
 A kernel that reads the site's output, which its graph calls `host`, is given what the seeds before it have made of it.
@@ -8,7 +8,7 @@ A kernel that reads the site's output, which its graph calls `host`, is given wh
 `isolate` detaches what the kernel is given. The kernel's output and the alpha take the dtype of `y`: in an autocast
 region the linear's output is in the lower precision, and `lerp` wants one dtype.
 
-Every node that a seed adds says which in `meta[SEED]`: the name of the linear's node, which is another one for each
+Every node that a seed adds says which in `meta[SEED]`: the name of the site's node, which is another one for each
 call of a site, and the seed's position there. The passes that come later know kernels and blends by it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import fx
 
-from esper_passes.site_op import make_linear, site_call
+from esper_passes.site_op import host_of, is_module_site, make_dormant, site_input
 
 __all__ = [
     "ALPHAS",
@@ -39,7 +39,7 @@ ALPHAS = "esper_alphas"
 """Target of the placeholder whose entries are the alphas, and the name of it unless that was taken."""
 
 SEED = "esper_seed"
-"""Key in `node.meta`: `(name of the linear's node, position)` of the seed that the node was added for."""
+"""Key in `node.meta`: `(name of the site's node, position)` of the seed that the node was added for."""
 
 PARAMETER = "esper_parameter"
 """Key in `node.meta`, true for the placeholders of kernels' parameters."""
@@ -76,15 +76,15 @@ def first_indices(seeds: Mapping[int, Sequence[_Seed]]) -> dict[int, int]:
 
 
 def blend(node: fx.Node, seeds: Sequence[Seed], alphas: fx.Node, first: int, emit: Emit) -> None:
-    """Turn the site `node` into its linear call followed by its kernels, and have its users use the blend.
+    """Put what the host computes at the site `node`, followed by its kernels, in the place of the site.
 
-    `alphas` is a 1-D tensor whose entries from `first` on belong to `seeds`. The linear stays the same node.
+    `alphas` is a 1-D tensor whose entries from `first` on belong to `seeds`. A linear call stays the same node.
     """
     graph, end = node.graph, node.next
-    x = site_call(node).x
-    make_linear(node)
-    y = node
-    meta = carried(node)
+    x, host, name = site_input(node), host_of(node), node.name
+    if not is_module_site(node):
+        make_dormant(node)
+    y, meta = host, carried(node)
     added: set[fx.Node] = set()
     with graph.inserting_before(end):
         for position, seed in enumerate(seeds):
@@ -92,15 +92,17 @@ def blend(node: fx.Node, seeds: Sequence[Seed], alphas: fx.Node, first: int, emi
             given: tuple[fx.Node, ...] = (x, y) if seed.uses_host else (x,)
             if seed.isolate:
                 given = tuple(graph.call_function(torch.detach, (value,)) for value in given)
-            kernel = graph.call_function(TYPE_AS, (emit(position, given), node))
+            kernel = graph.call_function(TYPE_AS, (emit(position, given), host))
             alpha = graph.call_function(torch.select, (alphas, 0, first + position))
-            y = graph.call_function(torch.lerp, (y, kernel, graph.call_function(TYPE_AS, (alpha, node))))
+            y = graph.call_function(torch.lerp, (y, kernel, graph.call_function(TYPE_AS, (alpha, host))))
             new = last.next
             while new is not end:
-                new.meta = {**meta, SEED: (node.name, position)}
+                new.meta = {**meta, SEED: (name, position)}
                 added.add(new)
                 new = new.next
     node.replace_all_uses_with(y, delete_user_cb=lambda user: user not in added)
+    if node is not host:
+        graph.erase_node(node)
 
 
 def carried(node: fx.Node) -> dict[str, Any]:

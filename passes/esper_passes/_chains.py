@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from esper_passes._blend import ALPHAS, SEED, TYPE_AS
+from esper_passes._torch_internals import nn_functions
 
 __all__ = [
     "TO_DTYPE",
@@ -187,14 +188,18 @@ def erase_dead(graph: fx.Graph, call: str) -> None:
 
 
 def release(host: fx.Node) -> None:
-    """Erase the site's linear call if nothing uses it, or nothing but its dtype."""
+    """Let go of what the host computes at a site if nothing uses it, or nothing but its dtype.
+
+    A linear call is erased then. Anything else may be an input, or write to one.
+    """
     users, value = list(host.users), recorded(host)
     if users and (value is None or not all(SEED in user.meta and _is_cast_to(user, host) for user in users)):
         return
     for user in users:
         assert value is not None
         user.target, user.args = TO_DTYPE, (user.args[0], value.dtype)
-    host.graph.erase_node(host)
+    if host.target is nn_functions.linear:
+        host.graph.erase_node(host)
 
 
 def _is_cast_to(node: fx.Node, host: fx.Node) -> bool:

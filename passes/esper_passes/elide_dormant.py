@@ -1,4 +1,4 @@
-"""`ElideDormant`: sites without an active seed become the plain linear call that stood there."""
+"""`ElideDormant`: sites without an active seed become what stood there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import fx
 
 from esper_passes._subgraphs import rewrite_bodies
 from esper_passes.base import PassResult
-from esper_passes.site_op import is_enter, is_site, make_linear, site_call
+from esper_passes.site_op import is_enter, is_site, make_dormant, site_id
 
 __all__ = ["ElideDormant"]
 
@@ -19,7 +19,8 @@ class ElideDormant:
     """Turn every site that is not in `active` into `torch._C._nn.linear(x, weight, bias)`, and remove every `enter`.
 
     That is the call that Dynamo records for an `nn.Linear`, so what is left of a marked model whose seeds all sleep is
-    the graph of the plain model. A site's node stays the same node and keeps its name and its metadata.
+    the graph of the plain model. A site's node stays the same node and keeps its name and its metadata. The marker
+    behind another module is removed.
     """
 
     name: ClassVar[str] = "elide_dormant"
@@ -34,11 +35,9 @@ class ElideDormant:
             if is_enter(node):
                 module.graph.erase_node(node)
                 modified = True
-            elif is_site(node):
-                call = site_call(node)
-                if call.site not in self.active:
-                    make_linear(node)
-                    modified = True
+            elif is_site(node) and site_id(node) not in self.active:
+                make_dormant(node)
+                modified = True
         if modified:
             module.recompile()
         return modified

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch._dynamo.utils import counters
 
 import esper
 from esper.logs import SayOnce
-from tests.models import mlp, small_transformer
+from tests.models import TransformerBlock, mlp, small_transformer
+
+TARGETS: list[Any] = [None, TransformerBlock, [TransformerBlock, nn.LayerNorm, nn.Linear]]
+"""Linear layers, blocks, and sites inside of sites."""
 
 
 @pytest.fixture
@@ -34,8 +38,12 @@ def _train_once(model: nn.Module, backend: str, x: torch.Tensor) -> tuple[torch.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mlp", "transformer"])
-def test_the_wrapped_model_hits_the_cache_entries_of_the_plain_one(kind: str, empty_inductor_cache: None) -> None:
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("mlp", None), ("transformer", None), ("transformer", [TransformerBlock, nn.Linear])]
+)
+def test_the_wrapped_model_hits_the_cache_entries_of_the_plain_one(
+    kind: str, targets: Any, empty_inductor_cache: None
+) -> None:
     host, shape = {"mlp": (mlp(8, 16, 4), (6, 8)), "transformer": (small_transformer(blocks=1), (2, 5, 16))}[kind]
     x = torch.randn(shape)
     plain_output, plain_gradients = _train_once(host, "inductor", x)
@@ -43,7 +51,7 @@ def test_the_wrapped_model_hits_the_cache_entries_of_the_plain_one(kind: str, em
     assert written == 2  # forward and backward
     counters.clear()
 
-    output, gradients = _train_once(esper.wrap(host), "esper", x)
+    output, gradients = _train_once(esper.wrap(host, targets), "esper", x)
 
     assert counters["inductor"]["fxgraph_cache_hit"] == written
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
@@ -62,12 +70,16 @@ class Recorder:
         return module.forward
 
 
+@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("mode", ["fx", "module"])
-def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(mode: str, fresh_dynamo: None) -> None:
+def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(
+    mode: str, targets: Any, fresh_dynamo: None
+) -> None:
     host, x = small_transformer(), torch.randn(2, 5, 16)
     plain, ours = Recorder(), Recorder()
     torch.compile(host, backend=plain, fullgraph=True)(x)
-    torch.compile(esper.wrap(host, mode=mode), backend="esper", options={"inner": ours}, fullgraph=True)(x)  # type: ignore[arg-type]  # a text among the parameters
+    model = esper.wrap(host, targets, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
+    torch.compile(model, backend="esper", options={"inner": ours}, fullgraph=True)(x)
 
     def shape_of(module: fx.GraphModule) -> list[tuple[str, str, int]]:
         return [
@@ -83,10 +95,11 @@ def test_the_inner_compiler_sees_the_operations_of_the_host_in_their_order(mode:
 
 
 @pytest.mark.parametrize("mode", ["fx", "module"])
+@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("grad", [True, False])
-def test_eager_outputs_and_gradients_are_bit_identical(mode: str, grad: bool) -> None:
+def test_eager_outputs_and_gradients_are_bit_identical(mode: str, targets: Any, grad: bool) -> None:
     host, x = small_transformer(), torch.randn(2, 5, 16)
-    wrapped = esper.wrap(host, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
+    wrapped = esper.wrap(host, targets, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
     with torch.set_grad_enabled(grad):
         expected, output = host(x), wrapped(x)
         assert torch.equal(output, expected)

@@ -18,6 +18,7 @@ class Conv1D(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
+        self.nf = outputs
         self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,12 +42,19 @@ def told(caplog: pytest.LogCaptureFixture) -> str:
 @pytest.mark.parametrize("vocabulary", [10, 1000])
 def test_gpt_2_is_told_that_only_its_head_grows(vocabulary: int) -> None:
     with pytest.warns(
-        UserWarning, match=r"1 site holds \d+ % of the .*passed over 4 Conv1D.*nn.Linear before"
+        UserWarning, match=r"1 site holds \d+ % of the .*passed over 4 Conv1D.*Name their types"
     ) as found:
         model = esper.wrap(gpt(vocabulary))
     assert list(model.kasmina_layers) == ["6"]
     assert len(found) == 1
     assert found[0].filename == __file__
+
+
+def test_gpt_2_grows_everywhere_if_its_layers_are_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = esper.wrap(gpt(), [nn.Linear, Conv1D])
+    assert [layer.features for layer in model.kasmina_layers.values()] == [*[(8, 8)] * 4, (8, 10)]
 
 
 def test_the_share_of_the_sites_is_logged_with_the_classes_of_the_others(caplog: pytest.LogCaptureFixture) -> None:

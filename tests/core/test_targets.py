@@ -1,4 +1,4 @@
-"""Which linear layers become sites, and what is said about the others."""
+"""Which layers and modules become sites, and what is said about the others."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def model() -> nn.Module:
         (nn.Linear, ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
         (Renamed, ["decoder.1.0"]),
         ("encoder.2", ["encoder.2"]),
-        ("encoder", ["encoder.0", "encoder.2"]),
+        ("encoder.*", ["encoder.0", "encoder.2"]),
         ("*.0", ["encoder.0", "decoder.0", "decoder.1.0"]),
         ("decoder.?", ["decoder.0", "decoder.1.0"]),
         (["decoder.0", Renamed], ["decoder.0", "decoder.1.0"]),
-        ([nn.Sequential], ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
+        ("", ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
+        ({nn.Linear: None}, ["encoder.0", "encoder.2", "decoder.0", "decoder.1.0"]),
         (("encoder.2", "encoder.0"), ["encoder.0", "encoder.2"]),
     ],
 )
@@ -53,8 +54,82 @@ def test_selection(wanted: Any, expected: list[str]) -> None:
     selection = select_targets(host, wanted)
     assert list(selection.targets) == expected
     assert all(host.get_submodule(name) is linear for name, linear in selection.targets.items())
+    assert not selection.features
     linear = {name for name, module in host.named_modules() if isinstance(module, nn.Linear)}
     assert selection.targets.keys() | selection.refused.keys() == linear
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x))
+
+
+class NoTensor(nn.Module):
+    def forward(self, *, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Staged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = "warm"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("encoder", {"encoder": (4, 4)}),
+        (["encoder", "decoder.0"], {"encoder": (4, 4)}),
+        (nn.Sequential, {"encoder": (4, 4), "decoder": (4, 4), "decoder.1": (4, 4)}),
+        ("own", {"own": (4, 4)}),
+        (Own, {"own": (4, 4)}),
+        ("encoder.1", {"encoder.1": None}),
+        ({"encoder.1": (4, 4)}, {"encoder.1": (4, 4)}),
+        ("encod?r", {"encoder": (4, 4)}),
+        (Mixing, {"mixing": None}),
+        ({"mix*g": (4, 4), nn.Linear: None}, {"mixing": (4, 4)}),
+        ("normed", {"normed": (4, 3)}),
+        ("norm", {"norm": (6, 6)}),
+    ],
+)
+def test_what_is_no_linear_layer_becomes_a_site_if_it_is_named(wanted: Any, expected: dict[str, Any]) -> None:
+    host = model()
+    host["mixing"] = Mixing()
+    host["normed"] = parametrizations.weight_norm(nn.Linear(4, 3))
+    host["norm"] = nn.LayerNorm(6)
+    assert dict(select_targets(host, wanted).features) == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (nn.Bilinear, "its forward takes input1, input2, and a site takes one tensor"),
+        ("none", "its forward takes no tensor"),
+        ("staged", "it has an attribute 'state'"),
+        ("lazy", "run the model once"),
+        ("replaced", "its forward was replaced"),
+    ],
+)
+def test_modules_that_cannot_be_sites_are_refused(wanted: Any, message: str) -> None:
+    host = nn.ModuleDict(
+        {
+            "two": nn.Bilinear(2, 2, 2),
+            "none": NoTensor(),
+            "staged": Staged(),
+            "lazy": nn.LazyLinear(4),
+            "replaced": nn.Sequential(nn.ReLU()),
+        }
+    )
+    host["replaced"].forward = lambda x: x  # type: ignore[method-assign]  # as users do
+    with pytest.raises(TargetError, match=message):
+        select_targets(host, wanted)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +137,13 @@ def test_selection(wanted: Any, expected: list[str]) -> None:
     [
         ("encoder.1x", r"matches nothing.*did you mean.*'encoder\.\d'"),
         ("head", r"matches nothing in the model; the model has 'encoder.0', 'encoder.2'"),
-        ("encoder.1", "has no nn.Linear in it"),
         (nn.Conv2d, "type Conv2d matches nothing"),
-        ("attention.out_proj", "cannot carry seeds.*reads its weight without calling it"),
-        ("attention", "no layer that 'attention' selects can carry seeds"),
-        ("own", "Own has a forward of its own"),
-        (Own, "no layer that type Own selects can carry seeds"),
+        ("attention.out_proj", "can carry seeds: .*reads its weight without calling it"),
+        ("attention", "nothing that 'attention' selects can carry seeds: .* takes query, key, value"),
+        ({"encoder": (4, 0)}, r"'encoder' the features \(4, 0\), which are no two whole numbers"),
+        ({"encoder": 4}, "the features 4, which are no two"),
+        ({"encoder.0": (4, 4)}, "stands for linear layers, which have their sizes"),
+        ({}, "empty"),
         ([], "empty"),
         (3, "iterable|not 3"),
         ([3], "not 3"),

@@ -39,7 +39,7 @@ class GraphModule(torch.nn.Module):
         _2 = getattr(self, "2")(_1);  _1 = None
         return _2""",
         )
-        assert type(model.graph_module.get_submodule("0")) is KasminaLayer
+        assert isinstance(model.graph_module.get_submodule("0"), KasminaLayer)
 
     def test_a_dormant_model_runs_plain_calls(self) -> None:
         model = fx_wrapped(mlp(8, 6, 4))

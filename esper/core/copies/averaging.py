@@ -99,7 +99,7 @@ def _kernels(model: WrappedModel) -> dict[tuple[str, int], LoadedKernel]:
 
 def _copied(kernel: LoadedKernel, layer: KasminaLayer) -> LoadedKernel:
     kernel = copy.deepcopy(kernel)
-    kernel.module.to(layer.weight.device, layer.weight.dtype)
+    kernel.module.to(*layer.placement)
     return kernel
 
 
@@ -110,14 +110,17 @@ def _follow_fossils(layer: KasminaLayer, own: KasminaLayer, name: str) -> None:
         kernel = next((each.kernel for each in own._seeds if each.seed == seed), None)
         if seed in in_force or (kernel is None and own.state.lifecycle(seed) is SeedLifecycleState.FOSSILIZED):
             continue
-        if kernel is not None and is_affine(kernel.graph, constant=own.bias is not None):
+        theirs, mine = layer.linear_map, own.linear_map
+        if theirs is None or mine is None:  # no linear layer: fossils stay kernels
+            continue
+        if kernel is not None and is_affine(kernel.graph, constant=mine[1] is not None):
             with torch.no_grad():
-                fold(own.weight, own.bias, kernel, layer.state.alpha(seed))
+                fold(*mine, kernel, layer.state.alpha(seed))
         else:
             with torch.no_grad():
-                own.weight.copy_(layer.weight)
-                if own.bias is not None and layer.bias is not None:
-                    own.bias.copy_(layer.bias)
+                for average, value in zip(mine, theirs, strict=True):
+                    if average is not None and value is not None:
+                        average.copy_(value)
             _LOG.warning(
                 "the average of layer %s begins anew with the model's own weights: a kernel became part of them that "
                 "the average never had",

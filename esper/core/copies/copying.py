@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -19,8 +19,11 @@ from torch.nn.utils import parametrize
 from esper.core.copies.averaging import Average, made_for_an_average
 from esper.core.replica.replace_modules import replace_modules
 from esper.core.replica.subclassing import undisguised
+from esper.core.sites.features import Features
+from esper.core.sites.module_site import ModuleSite
 from esper.core.sites.targets import Selection
 from esper.core.wrapping import WrapOptions, WrappedModel
+from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 from esper.execution.plain_linear import OWN_ATTRIBUTES, plain_linear
 from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
 
@@ -63,9 +66,12 @@ def as_host(model: WrappedModel) -> nn.Module:
     layers = model.kasmina_layers
     names = {id(layer): name for name, layer in layers.items()}
 
-    def plain(_: str, layer: nn.Linear) -> nn.Linear:
+    def plain(_: str, layer: KasminaLayer) -> nn.Module:
+        if isinstance(layer, ModuleSite):
+            return layer.bare_host()
         host = hosts[names[id(layer)]]
-        linear = plain_linear(layer, parametrize.type_before_parametrizations(host))
+        kind: Any = parametrize.type_before_parametrizations(host)
+        linear = plain_linear(cast("LinearSite", layer), kind)
         linear.__dict__.update({key: value for key, value in host.__dict__.items() if key in OWN_ATTRIBUTES})
         linear._modules.clear()  # it has a replica of what these are
         return linear
@@ -96,6 +102,8 @@ class PackedModel:
     targets: dict[str, str]
     """The layers with seeds: where each stands now, by the name that it was given when the model was wrapped."""
     refused: dict[str, str]
+    features: dict[str, Features | None]
+    """Of those that are no linear layers, as far as they are known."""
     options: WrapOptions
     """Without the platform, which belongs to a process."""
     seeds: dict[str, LayerSeeds]
@@ -103,7 +111,8 @@ class PackedModel:
     """What wraps the host."""
 
     def __reduce__(self) -> Any:
-        return PackedModel, (self.host, self.targets, self.refused, self.options, self.seeds, self.again)
+        parts = self.host, self.targets, self.refused, self.features, self.options, self.seeds, self.again
+        return PackedModel, parts
 
     @classmethod
     def of(cls, model: WrappedModel) -> PackedModel:
@@ -114,6 +123,7 @@ class PackedModel:
             as_host(model),
             targets,
             dict(model._wrapping.selection.refused),
+            {name: model.kasmina_layers[name].features for name in model._wrapping.selection.features},
             replace(model._wrapping.options, platform=None),
             {name: LayerSeeds.of(model.kasmina_layers[name]) for name in targets},
             model._wrapping.again,
@@ -123,7 +133,8 @@ class PackedModel:
         """The wrapped model of these parts: `into`, which has not been initialised, or a new one."""
         modules = dict(self.host.named_modules())
         targets: Mapping[str, Any] = {name: modules[place] for name, place in self.targets.items()}
-        selection = Selection(MappingProxyType(targets), MappingProxyType(self.refused))
+        parts: tuple[dict[str, Any], ...] = (dict(targets), self.refused, self.features)
+        selection = Selection(*map(MappingProxyType, parts))
         model: WrappedModel = self.again(self.host, selection, options or self.options, into)
         restore_seeds(model.kasmina_layers, self.seeds, tell=options is None)
         return model

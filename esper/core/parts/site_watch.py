@@ -27,13 +27,13 @@ from torch.utils.hooks import RemovableHandle
 from esper.core.sites.targets import unfit_reason
 from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
-from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 
 __all__ = ["SiteWatch"]
 
 _LOG = logging.getLogger("esper.core")
 _watched: WeakKeyDictionary[nn.Module, weakref.ref[SiteWatch]] = WeakKeyDictionary()
-_awaited: WeakKeyDictionary[nn.Module, tuple[weakref.ref[KasminaLayer], RemovableHandle]] = WeakKeyDictionary()
+_awaited: WeakKeyDictionary[nn.Module, tuple[weakref.ref[LinearSite], RemovableHandle]] = WeakKeyDictionary()
 """Layers that stand where one with seeds stood, and which; since the last look."""
 
 
@@ -78,7 +78,7 @@ def _of_the_site(new: nn.Module, args: Any, kwargs: Any) -> Any:
     return None
 
 
-def _known(new: nn.Module) -> KasminaLayer | None:
+def _known(new: nn.Module) -> LinearSite | None:
     """The layer that `new` was put in the place of, if nobody has asked yet."""
     reference, hook = _awaited.pop(new, (None, None))
     if hook is not None:
@@ -101,7 +101,7 @@ class SiteWatch:
     def note(self, old: nn.Module | None, new: nn.Module | None) -> None:
         """A module is registered somewhere in the model, where `old` stood."""
         self._changed()
-        if not isinstance(old, KasminaLayer):
+        if not isinstance(old, LinearSite):
             return
         if new is old and old in self._moved:
             warnings.warn(
@@ -128,7 +128,8 @@ class SiteWatch:
         new = dict(model.named_modules(remove_duplicate=False)).get(name)
         if new is not None:
             _known(new)
-        if isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer) and unfit_reason(new) is None:
+        fits = isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer) and unfit_reason(new) is None
+        if isinstance(layer, LinearSite) and isinstance(new, nn.Linear) and fits:
             same = (new.in_features, new.out_features) == (layer.in_features, layer.out_features)
             if not same:
                 self._give_up(layer, name, f"it was replaced by a layer of {new.in_features} to {new.out_features}")
@@ -139,7 +140,7 @@ class SiteWatch:
         layer.absence = f"layer {name!r} was {what} after wrapping: nothing computes with its seeds"
         self._give_up(layer, name, f"it was {what}")
 
-    def _adopt(self, model: WrappedModel, layer: KasminaLayer, new: nn.Linear) -> None:
+    def _adopt(self, model: WrappedModel, layer: LinearSite, new: nn.Linear) -> None:
         for module in list(model.modules()):
             for key, child in module._modules.items():
                 if child is new:

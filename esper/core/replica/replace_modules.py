@@ -20,6 +20,7 @@ from esper.core.replica.mutation_watch import HOOK_KINDS, ChangeSignal, WatchedD
 from esper.core.replica.references import References
 from esper.core.replica.subclassing import own_slots
 from esper.core.replica.transformer_fast_path import adapted_class
+from esper.execution.plain_linear import OWN_ATTRIBUTES
 
 __all__ = ["opaque_reason", "replace_modules"]
 
@@ -44,22 +45,23 @@ def opaque_reason(module: nn.Module) -> str | None:
 
 def replace_modules(
     model: nn.Module,
-    targets: Mapping[str, nn.Linear],
-    replace: Callable[[str, nn.Linear], nn.Module],
+    targets: Mapping[str, Any],
+    replace: Callable[[str, Any], nn.Module],
     class_of: Callable[[type], type] = adapted_class,
     root: nn.Module | None = None,
     without: frozenset[str] = frozenset(),
     watched: bool = True,
     stand_in: Callable[[nn.Module], nn.Module | None] = lambda _: None,
 ) -> nn.Module:
-    """The replica of `model` in which `replace(name, linear)` stands in the place of each of `targets`.
+    """The replica of `model` in which `replace(name, module)` stands in the place of each of `targets`.
 
-    `replace` is called once for each of them, in order; what it returns must share the linear layer's
-    `_parameters`. It is given hooks and a training flag like any replica. A module used under several names has one
-    replica. `class_of` says of which class the replica of a module is, by the module's class; `root`, a bare instance
-    with an empty `__dict__`, is to be the replica of `model` itself, also where that is selected. Attributes of `model`
-    that are named in `without` are left out. Unless `watched`, the replicas' dictionaries are plain ones. `stand_in`
-    may give a module that is to become the replica of another, whatever it was; all of them do so at the end.
+    `replace` is called once for each of them, in order; what it returns must share the module's `_parameters`. It is
+    given children, hooks and a training flag like any replica, and attributes that it has not if it is of the module's
+    class. A module used under several names has one replica. `class_of` says of which class the replica of a module is,
+    by the module's class; `root`, a bare instance with an empty `__dict__`, is to be the replica of `model` itself,
+    also where that is selected. Attributes of `model` that are named in `without` are left out. Unless `watched`, the
+    replicas' dictionaries are plain ones. `stand_in` may give a module that is to become the replica of another,
+    whatever it was; all of them do so at the end.
     """
     return _Replication(targets, replace, class_of, watched, stand_in).carry_out(model, root, without)
 
@@ -67,8 +69,8 @@ def replace_modules(
 class _Replication:
     def __init__(
         self,
-        targets: Mapping[str, nn.Linear],
-        replace: Callable[[str, nn.Linear], nn.Module],
+        targets: Mapping[str, Any],
+        replace: Callable[[str, Any], nn.Module],
         class_of: Callable[[type], type],
         watched: bool,
         stand_in: Callable[[nn.Module], nn.Module | None],
@@ -84,8 +86,9 @@ class _Replication:
 
     def carry_out(self, model: nn.Module, root: nn.Module | None, without: frozenset[str]) -> nn.Module:
         modules = list(_replicated(model, without))
-        for name, linear in self._targets.values():
-            self._replicas[id(linear)] = self._replace(name, linear)
+        for name, target in self._targets.values():
+            self._replicas[id(target)] = replica = self._replace(name, target)
+            _copy_slots(target, replica)
         if root is not None:
             _copy_slots(model, root)
             self._replicas[id(model)] = root
@@ -106,13 +109,14 @@ class _Replication:
             if self._stand_in(module) is replica:
                 object.__setattr__(replica, "__class__", self._class_of(type(module)))
         for module, replica, _ in made:
-            is_site = id(module) in self._targets
-            if parametrize.is_parametrized(module) and not is_site and not _computes_parametrizations(replica):
+            alike = id(module) not in self._targets or _takes_after(replica, module)
+            if parametrize.is_parametrized(module) and alike and not _computes_parametrizations(replica):
                 torch_internals.inject_parametrizations(replica)
         return self._replicas.get(id(model), model)
 
     def _content(self, module: nn.Module, replica: nn.Module, is_site: bool, without: frozenset[str]) -> dict[str, Any]:
         own: dict[str, Any] = {}
+        takes_after = _takes_after(replica, module)
         for name, value in module.__dict__.items():
             if name in without:
                 continue
@@ -126,10 +130,15 @@ class _Replication:
             elif name.endswith(_HOOKS) and isinstance(value, dict):
                 copy = OrderedDict((key, self._references.redirected_hook(hook)) for key, hook in value.items())
                 own[name] = WatchedHooks(copy, self._signal) if self._watched and name in _CALLED_HOOKS else copy
-            elif not is_site:
+            elif not is_site or (takes_after and name not in replica.__dict__ and name not in OWN_ATTRIBUTES):
                 own[name] = self._references.redirected(value)
         own["training"] = module.training
         return own
+
+
+def _takes_after(replica: nn.Module, module: nn.Module) -> bool:
+    """Whether one is of the other's class: a site of its host's, or a host of the site's that it takes the place of."""
+    return isinstance(replica, type(module)) or isinstance(module, type(replica))
 
 
 def _keep_hook_dictionaries(module: nn.Module, content: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def report_share(model: nn.Module, selection: Selection, *, chosen: bool) -> Non
     Warns where linear maps that are no `nn.Linear`, as GPT-2's `Conv1D`, hold most of a model or number more than its
     sites; not if the layers were `chosen`, by the caller's `target_layers`.
     """
-    at_sites = {id(each) for linear in selection.targets.values() for each in linear.parameters()}
+    at_sites = {id(each) for target in selection.targets.values() for each in target.parameters()}
     sizes = {id(each): each.numel() for each in model.parameters() if not nn.parameter.is_lazy(each)}
     passed_over, linear_maps = Counter[str](), Counter[str]()
     seen: set[int] = set(at_sites)
@@ -55,8 +55,8 @@ def report_share(model: nn.Module, selection: Selection, *, chosen: bool) -> Non
         return
     classes = _listed(f"{count} {name}" for name, count in linear_maps.most_common(_SHOWN))
     warnings.warn(
-        f"{told}: passed over {classes}, since only nn.Linear carries seeds. Replace them by nn.Linear before wrapping "
-        "(its weight is [out, in], that of a Conv1D the transposed one), or name target_layers if you want it so",
+        f"{told}: passed over {classes}, since without target_layers only nn.Linear carries seeds. Name their types, "
+        "names or patterns too, as in target_layers=[nn.Linear, Conv1D], or those layers alone that are to have seeds",
         UserWarning,
         stacklevel=3,
     )

@@ -1,4 +1,4 @@
-"""The selection of the linear layers of a model that become sites."""
+"""The selection of the layers and modules of a model that become sites."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
 from esper.core.errors import TargetError
 from esper.core.replica.replace_modules import opaque_reason
+from esper.core.sites.features import Features, told_features
+from esper.core.sites.module_site import taken_name, unfit_call
 
 __all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
 
@@ -23,51 +26,76 @@ Target = str | type[nn.Module]
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome of a selection, by dotted name; every `nn.Linear` of the model is in one of the two mappings.
+    """The outcome of a selection, by dotted name; every `nn.Linear` of the model is in one of the first two mappings.
 
-    - `targets`: the layers to become sites, in the order of `model.named_modules()`.
-    - `refused`: the others, and why.
+    - `targets`: what is to become a site, in the order of `model.named_modules()`.
+    - `refused`: the other linear layers, and why.
+    - `features`: those of the targets that are sites as modules, not as linear layers, with the sizes of their input
+      and output where these are known.
     """
 
-    targets: Mapping[str, nn.Linear] = field(default_factory=lambda: MappingProxyType({}))
+    targets: Mapping[str, nn.Module] = field(default_factory=lambda: MappingProxyType({}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    features: Mapping[str, Features | None] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def select_targets(model: nn.Module, target_layers: Target | Iterable[Target] | None = None) -> Selection:
-    """Select the linear layers of `model` that `target_layers` names.
+def select_targets(
+    model: nn.Module, target_layers: Target | Iterable[Target] | Mapping[Target, Features | None] | None = None
+) -> Selection:
+    """Select the layers of `model` that `target_layers` names.
 
     None selects every `nn.Linear`. Otherwise one or several of: a module type, an exact dotted name, or a glob pattern,
-    whose `*` matches dots too; what stands for a container selects the layers inside. A layer that cannot be a site
-    (see `Selection.refused`) is passed over, unless it is named exactly.
+    whose `*` matches dots too. What stands for linear layers that can be sites selects these, and those in other
+    modules that it stands for. What stands for other modules alone selects these, as they are; of a list of modules,
+    and of the model itself, the linear layers inside. What cannot be a site is passed over, unless nothing else is
+    selected. A mapping gives the sizes of the last dimension of input and output, for modules that do not tell them.
 
-    Raises :class:`TargetError` for a type, name or pattern that selects nothing. Warns if `model` has no layer that
-    could be a site.
+    Raises :class:`TargetError` for a type, name or pattern that selects nothing, and for sizes that are none. Warns if
+    `model` has no layer that could be a site.
     """
-    linears, reasons = _survey(model)
+    linears, reasons, inside = _survey(model)
     possible = {name: linear for name, linear in linears.items() if name not in reasons}
+    chosen: dict[str, Features | None]
     if target_layers is None:
-        chosen = set(possible)
+        chosen = dict.fromkeys(possible)
         if not possible:
             warnings.warn(f"no layer can carry seeds: {_candidates(linears, reasons)}", UserWarning, stacklevel=3)
     else:
-        several = isinstance(target_layers, Iterable) and not isinstance(target_layers, (str, type, nn.Module))
-        wanted: list[Target] = list(target_layers) if several else [target_layers]  # type: ignore[arg-type,list-item]  # mypy does not follow `several`
-        if not wanted:
-            raise TargetError("target_layers is empty: name a type, a dotted name or a pattern, or pass None for all")
-        aliases = _aliases(model)
-        chosen = set().union(*(_matches(model, target, possible, reasons, aliases) for target in wanted))
+        matching = _Matching(model, possible, reasons, inside)
+        chosen = {
+            name: given for target, given in _wanted(target_layers).items() for name in matching.of(target, given)
+        }
+    modules = {name: module for name, module in model.named_modules() if name in chosen}
     refused = {name: reasons.get(name, "not selected") for name in linears if name not in chosen}
     for alias, name in _aliases(model).items():
         if name in linears:
             refused[alias] = f"the same module as {name!r}"
-    return Selection(
-        MappingProxyType({name: linear for name, linear in possible.items() if name in chosen}),
-        MappingProxyType(refused),
-    )
+    features = {name: chosen[name] or told_features(each) for name, each in modules.items() if name not in possible}
+    return Selection(MappingProxyType(modules), MappingProxyType(refused), MappingProxyType(features))
 
 
-def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """Every `nn.Linear` by its first name, and for those that cannot be sites the reason."""
+def _wanted(target_layers: Any) -> dict[Target, Features | None]:
+    """What is asked for, and the sizes that are given."""
+    if isinstance(target_layers, Mapping):
+        wanted = dict(target_layers)
+    else:
+        several = isinstance(target_layers, Iterable) and not isinstance(target_layers, (str, type, nn.Module))
+        wanted = dict.fromkeys(target_layers if several else [target_layers])
+    if not wanted:
+        raise TargetError("target_layers is empty: name a type, a dotted name or a pattern, or pass None for all")
+    for target, sizes in wanted.items():
+        pair = list(sizes) if isinstance(sizes, (tuple, list)) else []
+        counted = [each for each in pair if isinstance(each, int) and not isinstance(each, bool) and each > 0]
+        if sizes is not None and (len(pair), len(counted)) != (2, 2):
+            raise TargetError(
+                f"target_layers gives {target!r} the features {sizes!r:.80}, which are no two whole numbers above 0: "
+                "the sizes of the last dimension of its input and output, or None"
+            )
+    return {target: None if sizes is None else (sizes[0], sizes[1]) for target, sizes in wanted.items()}
+
+
+def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str], dict[str, str]]:
+    """Every `nn.Linear` by its first name; of those that cannot be sites, and of what keeps its layers, the reason."""
     modules = dict(model.named_modules())
     inside: dict[str, str] = {}  # for names below a module that keeps its linear layers to itself
     linears: dict[str, nn.Linear] = {}
@@ -82,7 +110,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
             reason = above or unfit_reason(module)
             if reason is not None:
                 reasons[name] = reason
-    return linears, reasons
+    return linears, reasons, inside
 
 
 def _keeps_layers(name: str, module: nn.Module) -> str | None:
@@ -123,51 +151,94 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _matches(
-    model: nn.Module,
-    target: Target,
-    possible: Mapping[str, nn.Linear],
-    reasons: Mapping[str, str],
-    aliases: Mapping[str, str],
-) -> set[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(target, type):
-        roots = [name for name, module in modules.items() if isinstance(module, target)]
-    elif isinstance(target, str):
-        if aliases.get(target, target) in reasons:
-            raise TargetError(f"layer {target!r} cannot carry seeds: {reasons[aliases.get(target, target)]}")
-        roots = [name for name in modules if name == target or fnmatch.fnmatchcase(name, target)]
-    else:
+class _Matching:
+    """What targets stand for in one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        possible: Mapping[str, nn.Linear],
+        reasons: Mapping[str, str],
+        inside: Mapping[str, str],
+    ) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._aliases = _aliases(model)
+        self._possible = possible
+        self._reasons = reasons
+        self._inside = inside
+
+    def of(self, target: Target, sizes: Features | None) -> set[str]:
+        """The names of the layers and modules that `target` selects."""
+        roots = [self._aliases.get(root, root) for root in self._roots(target)]
+        if sizes is not None and any(root in self._possible for root in roots):
+            raise TargetError(f"{target!r} stands for linear layers, which have their sizes: give None, not {sizes}")
+        found = set() if any(root in self._possible for root in roots) else {
+            root for root in roots if not _only_holds_others(root, self._modules[root]) and self._unfit(root) is None
+        }  # fmt: skip
+        found = found or self._linears_in(roots)
+        if not found:
+            raise TargetError(self._nothing_found(target, roots))
+        return found
+
+    def _roots(self, target: Target) -> list[str]:
+        if isinstance(target, type):
+            return [name for name, module in self._modules.items() if isinstance(module, target)]
+        if isinstance(target, str):
+            return [name for name in self._modules if name == target or fnmatch.fnmatchcase(name, target)]
         hint = "; pass it as platform=..." if hasattr(target, "kernel_source") else ""
         raise TargetError(f"target_layers takes module types, names and patterns, not {target!r:.80}{hint}")
-    inside = {name for root in roots for name in modules if name == root or not root or name.startswith(f"{root}.")}
-    found = {aliases.get(name, name) for name in inside}
-    if not found & possible.keys():
-        raise TargetError(_nothing_found(target, roots, found, modules, possible, reasons))
-    return found & possible.keys()
+
+    def _linears_in(self, roots: Iterable[str]) -> set[str]:
+        """Of linear layers and of what only holds others, those that can be sites."""
+        held = {
+            name for root in roots for name in self._modules
+            if name == root or not root or name.startswith(f"{root}.")
+        }  # fmt: skip
+        return {self._aliases.get(name, name) for name in held} & self._possible.keys()
+
+    def _unfit(self, name: str) -> str | None:
+        """Why a module cannot be a site as it is, or None."""
+        above = self._inside.get(name.rpartition(".")[0])
+        return above or unfit_module_reason(self._modules[name])
+
+    def _nothing_found(self, target: Target, roots: list[str]) -> str:
+        what = f"type {target.__name__}" if isinstance(target, type) else repr(target)
+        refused = [f"{root!r}: {reason}" for root in roots if (reason := self._unfit(root)) is not None]
+        if refused:
+            return f"target_layers: nothing that {what} selects can carry seeds: {'; '.join(refused[:3])}"
+        if roots:
+            return f"target_layers: {what} has no nn.Linear in it; {_candidates(self._possible, {})}"
+        wish = target.__name__ if isinstance(target, type) else target
+        near = difflib.get_close_matches(wish, [name for name in self._modules if name], n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else _candidates(self._possible, {})
+        return f"target_layers: {what} matches nothing in the model; {hint}"
 
 
-def _nothing_found(
-    target: Target,
-    roots: list[str],
-    found: set[str],
-    modules: Mapping[str, nn.Module],
-    possible: Mapping[str, nn.Linear],
-    reasons: Mapping[str, str],
-) -> str:
-    what = f"type {target.__name__}" if isinstance(target, type) else repr(target)
-    refused = [f"{name!r}: {reason}" for name, reason in reasons.items() if name in found]
-    if refused:
-        return f"target_layers: no layer that {what} selects can carry seeds: {'; '.join(refused[:3])}"
-    if roots:
-        return f"target_layers: {what} has no nn.Linear in it; {_candidates(possible, {})}"
-    wish = target.__name__ if isinstance(target, type) else target
-    near = difflib.get_close_matches(wish, [name for name in modules if name], n=4, cutoff=0.5)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else _candidates(possible, {})
-    return f"target_layers: {what} matches nothing in the model; {hint}"
+def _only_holds_others(name: str, module: nn.Module) -> bool:
+    """Whether nobody calls it: the model itself, whose own call is no site, and lists of modules."""
+    return not name or type(module).forward is nn.Module.forward
 
 
-def _candidates(linears: Mapping[str, nn.Linear], reasons: Mapping[str, str]) -> str:
+def unfit_module_reason(module: nn.Module) -> str | None:
+    """Why a module cannot be a site as it is, whatever it computes, or None."""
+    opaque = opaque_reason(module)
+    if opaque is not None:
+        return opaque
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its weight is read without calling it (NonDynamicallyQuantizableLinear)"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "not initialised yet: run the model once before it is wrapped"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{type(module).__name__} has a __call__ of its own"
+    name = taken_name(module)
+    if name is not None:
+        return (
+            f"it has an attribute {name!r}, as layers with seeds have: rename it, or name a module inside or around it"
+        )
+    return unfit_call(module)
+
+
+def _candidates(linears: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
     if not linears:
         return "the model has no nn.Linear"
     shown = [f"{name!r}" + (f" ({reasons[name]})" if name in reasons else "") for name in list(linears)[:8]]

@@ -111,6 +111,8 @@ class Runtime:
         """Makes the parameters of a kernel ones that all ranks share, where those of the model are."""
         self.called: set[int] = set()
         """Sites that a forward has called, or that were compiled."""
+        self.features_seen: dict[int, tuple[int, int]] = {}
+        """Sizes of input and output of sites at modules of which only a call can tell them."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
         self._plan = DORMANT
         self._handovers: deque[weakref.ref[PlanHandover]] = deque()  # that are not known to have settled, by age

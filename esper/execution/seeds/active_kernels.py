@@ -253,10 +253,10 @@ class ActiveKernels(nn.Module):
                 f"the checkpoint has a kernel for seed {saved.seed} of layer {saved.stands_at!r}, which has "
                 f"{len(layer.seeds)} seeds; wrap the model with seeds_per_layer={saved.seed + 1} or more"
             )
-        if (graph.in_features, graph.out_features) != (layer.in_features, layer.out_features):
+        if layer.features not in (None, (graph.in_features, graph.out_features)):
             raise CheckpointError(
                 f"the checkpoint's kernel for layer {saved.stands_at!r} maps {graph.in_features} to "
-                f"{graph.out_features} features, but the layer maps {layer.in_features} to {layer.out_features}"
+                f"{graph.out_features} features, but the layer maps {layer.input_dim} to {layer.output_dim}"
             )
 
     def said_dormant(self, said: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str) -> bool:
@@ -313,13 +313,14 @@ class ActiveKernels(nn.Module):
 
     def _with_values(self, kernel: SavedKernel, layer: SeedLayer) -> LoadedKernel:
         """The kernel with the saved parameters: the one in force, so that optimizers keep theirs, if it is the same."""
-        template, trainable, weight = kernel.template, kernel.saved.trainable, layer.weight
+        template, trainable = kernel.template, kernel.saved.trainable
+        device, dtype = layer.placement
         current = self._plan.seed(layer.site, kernel.saved.seed)
         loaded = current.kernel if current is not None else None
         if loaded is None or (loaded.artifact_id, loaded.trainable) != (template.artifact_id, trainable):
-            loaded = template.place(weight.device, trainable=trainable)
-            if DTYPES[template.graph.dtype] != weight.dtype:  # the model was cast
-                loaded.module.to(weight.dtype)
+            loaded = template.place(device, trainable=trainable)
+            if DTYPES[template.graph.dtype] != dtype:  # the model was cast
+                loaded.module.to(dtype)
         if self._runtime.share is not None:
             self._runtime.share(loaded)
         with torch.no_grad():
@@ -336,8 +337,9 @@ class ActiveKernels(nn.Module):
     def follow_model(self) -> None:
         """Have the state where the model is, which `load_state_dict(assign=True)` may have moved."""
         for layer in self._layers.values():
-            if layer.weight.device != self._runtime.state.device:
-                self._runtime.state.to(layer.weight.device)
+            device, _ = layer.placement
+            if device != self._runtime.state.device:
+                self._runtime.state.to(device)
                 self._runtime.refresh()
             return
 

@@ -75,8 +75,8 @@ def restore_seeds(layers: Mapping[str, ControlledLayer], seeds: Mapping[str, Lay
     for name, given in seeds.items():
         layer = layers[name]
         for index, kernel, isolate in given.kernels:
-            if kernel.device != layer.weight.device:
-                kernel.module.to(layer.weight.device)
+            if kernel.device != layer.placement[0]:
+                kernel.module.to(layer.placement[0])
             planned = SeedPlan(index, kernel, isolate, kernel.uses_host, layer.seeds[index].alpha_index)
             state = {field: values[index : index + 1] for field, values in given.state.items()}
             lost = tell and index in given.ramps

@@ -45,18 +45,20 @@ class Fold:
     def is_exact(self, plan: Plan) -> bool:
         """Whether the layer computes the same with the fossil in its weights, whatever becomes of the other kernels.
 
-        The fossil is affine, and cheap to fold; it gets its input undetached; the weights stand nowhere else. Where
-        kernels of `plan` stand before it at the site, it adds to the output, and so do they.
+        The layer is linear; the fossil is affine, and cheap to fold; it gets its input undetached; the weights stand
+        nowhere else. Where kernels of `plan` stand before it at the site, it adds to the output, and so do they.
         """
         graph, layer = self.seed.kernel.graph, self.layer
+        weights = self._weights()
         before = [each for each in plan.sites.get(layer.site, ()) if each.seed < self.seed.seed]
         return (
-            not self.seed.isolate
-            and is_affine(graph, constant=layer.bias is not None)
+            bool(weights)
+            and not self.seed.isolate
+            and is_affine(graph, constant=len(weights) > 1)
             and is_cheap(graph)
             and (not before or is_added(graph))
             and all(is_added(each.kernel.graph) and not each.isolate for each in before)
-            and all(type(each) is nn.Parameter and self.runtime.model.uses_of(each) == 1 for each in self._weights())
+            and all(type(each) is nn.Parameter and self.runtime.model.uses_of(each) == 1 for each in weights)
         )
 
     def is_safe(self) -> bool:
@@ -67,8 +69,9 @@ class Fold:
         :meth:`__call__` refuses.
         """
         self._asked += 1
-        before, self._seen = self._seen, write_count(self.layer.weight)
-        if before not in (None, self._seen) or not any(map(held_elsewhere, self._weights())):
+        weights = self._weights()
+        before, self._seen = self._seen, write_count(weights[0])
+        if before not in (None, self._seen) or not any(map(held_elsewhere, weights)):
             self._asked = 0
             return True
         return self._asked > _PATIENCE
@@ -93,4 +96,5 @@ class Fold:
                 weight.copy_(folded)
 
     def _weights(self) -> list[Tensor]:
-        return [each for each in (self.layer.weight, self.layer.bias) if each is not None]
+        """Weight and perhaps bias of the layer; none of a module that is no linear layer."""
+        return [each for each in self.layer.linear_map or () if each is not None]

@@ -80,10 +80,10 @@ class Load(Operation):
         try:
             if layer.absence is not None:
                 raise KernelMismatchError(layer.absence)
-            weight = layer.weight
-            cached.check_fits(layer.in_features, layer.out_features, weight.dtype, layer.layer_name)
-            kernel = cached.place(weight.device, trainable=self._options.trainable)
-            load_reading(weight.device)
+            device, dtype = layer.placement
+            cached.check_fits(layer.input_dim, layer.output_dim, dtype, layer.layer_name)
+            kernel = cached.place(device, trainable=self._options.trainable)
+            load_reading(device)
             if self._runtime.share is not None:
                 self._runtime.share(kernel)
             rest()
@@ -118,9 +118,9 @@ class Load(Operation):
         self.seed.published = self
         if not self.is_held:
             self.note(Stage.STAGED)
-        weight = self.layer.weight  # the model may have been moved or cast meanwhile
-        if any((each.device, each.dtype) != (weight.device, weight.dtype) for each in self._loaded.parameters):
-            self._loaded.module.to(weight.device, weight.dtype)
+        placement = self.layer.placement  # the model may have been moved or cast meanwhile
+        if any((each.device, each.dtype) != placement for each in self._loaded.parameters):
+            self._loaded.module.to(*placement)
 
     def speaks_for_its_change(self) -> bool:
         """Whether other ranks are to be told why it comes to nothing; asked once, when it does."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from esper.execution.kernel_cache import KernelCache
@@ -36,15 +37,22 @@ class SeedLayer(Protocol):
     seed_errors: dict[int, str]
     absence: str | None
     """Why nothing computes with the layer, if it was taken out of the model."""
-    in_features: int
-    out_features: int
     _parameters: dict[str, nn.Parameter | None]
 
     @property
-    def weight(self) -> Tensor: ...
+    def features(self) -> tuple[int, int] | None: ...
 
     @property
-    def bias(self) -> Tensor | None: ...
+    def input_dim(self) -> int: ...
+
+    @property
+    def output_dim(self) -> int: ...
+
+    @property
+    def placement(self) -> tuple[torch.device, torch.dtype]: ...
+
+    @property
+    def linear_map(self) -> tuple[Tensor, Tensor | None] | None: ...
 
 
 class Ticket:
