@@ -28,6 +28,7 @@ from esper.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig, load_config
+    from esper.growth.grower import Grower
     from esper.platform import Platform
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "CosineRamp",
     "EsperConfig",
     "EsperError",
+    "Grower",
     "KasminaLayer",
     "KasminaStateLayout",
     "KernelCache",
@@ -50,11 +52,16 @@ __all__ = [
     "wrap",
 ]
 
-_LATER = {"Platform": "esper.platform", "EsperConfig": "esper.configs", "load_config": "esper.configs"}
+_LATER = {
+    "EsperConfig": "esper.configs",
+    "Grower": "esper.growth.grower",
+    "Platform": "esper.platform",
+    "load_config": "esper.configs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """The platform brings a database along, which a process that only compiles does not need."""
+    """The platform brings a database along, which a process that only compiles does not need, nor what decides."""
     if name in _LATER:
         import importlib
 

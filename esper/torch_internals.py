@@ -36,6 +36,7 @@ from torch.utils._device import DeviceContext
 __all__ = [
     "Ambient",
     "Assumption",
+    "Flops",
     "NotSendableError",
     "OpOverload",
     "StaleVariantError",
@@ -53,6 +54,7 @@ __all__ = [
     "constant_while_tracing",
     "copy_for_recompile",
     "copy_of_capture",
+    "counting_flops",
     "describe_graph",
     "deserialise_compiled",
     "dimensions_of_fsdp",
@@ -1154,6 +1156,32 @@ def _open_library(path: str) -> None:
     """Have the system load a library without holding the interpreter's lock, as Python's import does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).dlopen(path.encode(), os.RTLD_NOW)
+
+
+class Flops:
+    """Floating-point operations so far, of matrix products, convolutions and attention, two for a product and a sum."""
+
+    total = 0
+
+
+@contextlib.contextmanager
+def counting_flops() -> Iterator[Flops]:
+    """Count what this thread computes within, forward and backward, by the formulas of `torch.utils.flop_counter`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    flops = Flops()
+
+    class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            formula = flop_registry.get(func._overloadpacket)
+            if formula is not None:
+                flops.total += formula(*args, **(kwargs or {}), out_val=out)
+            return out
+
+    with Counting():  # type: ignore[no-untyped-call]  # as above
+        yield flops
 
 
 def boxed(compiled: Callable[..., Any]) -> Callable[[list[Any]], Any]:

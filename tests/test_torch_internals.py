@@ -579,6 +579,15 @@ def test_functions_are_named_in_graphs_as_torch_nn_functional_has_them() -> None
     assert isinstance(torch.ops.aten.add.Tensor, torch_internals.OpOverload)
 
 
+def test_floating_point_operations_are_counted() -> None:
+    layer, x = nn.Linear(4, 3), torch.ones(5, 4, requires_grad=True)
+    with torch_internals.counting_flops() as flops:
+        layer(x).sum().backward()
+    assert flops.total == 3 * 2 * 5 * 4 * 3  # the product, and those for the gradients of weight and input
+    layer(x)
+    assert flops.total == 3 * 2 * 5 * 4 * 3
+
+
 @pytest.mark.slow
 def test_inductors_options_have_names() -> None:
     assert "max_autotune" in torch_internals.inductor_option_names()

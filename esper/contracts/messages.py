@@ -15,6 +15,7 @@ from esper.contracts.validation import ValidationReport
 
 __all__ = [
     "BlueprintSubmitted",
+    "GrowthReport",
     "HealthSignal",
     "KernelCharacterized",
     "KernelReady",
@@ -86,6 +87,25 @@ class SeedReport(_Message):
     state: str
     """Name of the seed's lifecycle state after the event."""
     error_count: int = Field(default=0, ge=0)
+    reason: str = ""
+
+
+class GrowthReport(_Message):
+    """`system.events.epoch`: a decision of an `esper.Grower`, with its numbers; see its `GrowthRecord`."""
+
+    step: int = Field(ge=0)
+    event: str
+    layer: str = ""
+    seed: int | None = None
+    width: int | None = None
+    parameters: int = Field(default=0, ge=0)
+    gain: float | None = None
+    host_gain: float | None = None
+    loss: float | None = None
+    loss_with: float | None = None
+    loss_without: float | None = None
+    seconds: float = Field(default=0.0, ge=0)
+    compute_share: float | None = None
     reason: str = ""
 
 

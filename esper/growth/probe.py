@@ -92,6 +92,11 @@ class Probe(Mapping[str, SiteStatistics]):
         learns = layer.weight.requires_grad, layer.bias is not None and layer.bias.requires_grad
         return running.finish(learns)
 
+    @property
+    def reached(self) -> frozenset[str]:
+        """The layers that a gradient has reached."""
+        return frozenset(self._running)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 

@@ -48,6 +48,10 @@ class LearningModel(WrappedModel):
             **group_options,
         )  # fmt: skip
 
+    def has_optimizer(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` is attached."""
+        return self._wrapping.bank.optimizers.has(optimizer)
+
     def detach_optimizer(self, optimizer: Optimizer) -> None:
         """Have `optimizer` follow the model no more; the groups that it has stay, as any others.
 

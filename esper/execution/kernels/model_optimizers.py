@@ -105,10 +105,17 @@ class ModelOptimizers:
             raise
         _attached[inner] = weakref.ref(attached)  # which the optimizer's hooks keep
 
+    def has(self, optimizer: Any) -> bool:
+        """See `MorphableModel.has_optimizer`."""
+        return bool(self._found(optimizer))
+
+    def _found(self, optimizer: Any) -> list[AttachedOptimizer]:
+        wrapped = getattr(optimizer, "optimizer", None)
+        return [each for each in self._alive() if each.optimizer is optimizer or each.optimizer is wrapped]
+
     def detach(self, optimizer: Any) -> None:
         """See `MorphableModel.detach_optimizer`."""
-        wrapped = getattr(optimizer, "optimizer", None)
-        found = [each for each in self._alive() if each.optimizer is optimizer or each.optimizer is wrapped]
+        found = self._found(optimizer)
         if not found:
             raise OptimizerError(f"this {type(optimizer).__name__} is not attached to the model")
         self._forget(found[0])

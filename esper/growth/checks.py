@@ -1,0 +1,80 @@
+"""What a `Grower` refuses before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any
+
+from torch.optim import Optimizer
+
+from esper.core.morphable_model import MorphableModel
+from esper.growth.errors import GrowthError
+
+__all__ = ["attach", "checked_batches", "checked_model", "refuse_ranks", "tied"]
+
+
+def checked_model(model: Any) -> MorphableModel:
+    """`model`, if a grower can grow it. Raises :class:`GrowthError`."""
+    if not isinstance(model, MorphableModel):
+        raise GrowthError(f"a grower is for what esper.wrap() returned, not for a {type(model).__name__}")
+    platform = model._wrapping.options.platform
+    if platform is not None and not hasattr(platform, "request"):
+        raise GrowthError(f"kernels are compiled by what esper.Platform makes, not by {platform!r:.80}")
+    refuse_ranks(model)
+    return model
+
+
+def refuse_ranks(model: MorphableModel) -> None:
+    """Raise :class:`GrowthError` for a model that changes together with those of other ranks."""
+    if model.ranks is not None:
+        raise GrowthError(
+            "the model changes together with those of other ranks, whose growers would see other batches and decide "
+            "otherwise: grow where one process trains, or ask for kernels by request_kernels() on all ranks alike"
+        )
+
+
+def checked_batches(name: str, batches: Any) -> Iterable[Any]:
+    """`batches`, if they can be gone through again and again. Raises :class:`GrowthError`."""
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
+        raise GrowthError(f"{name} must be batches, such as a list of (input, target), not {batches!r:.80}")
+    if isinstance(batches, Iterator):
+        raise GrowthError(f"{name} is an iterator, which is empty after the first probe: pass list(...) of it")
+    if isinstance(batches, Sized) and not len(batches):
+        raise GrowthError(f"{name} is empty: pass at least one batch")
+    return batches
+
+
+def tied(model: MorphableModel, names: Sequence[str]) -> dict[str, str]:
+    """The layers among `names` that share parameters with others that are not inside of them, and why they are no good.
+
+    What one of them does with its parameters, another undoes, so that what their own parameters promise is not known.
+    """
+    owners: dict[int, list[str]] = {}
+    for name in names:
+        for each in model.kasmina_layers[name].parameters():
+            owners.setdefault(id(each), []).append(name)
+    found = {}
+    for those in owners.values():
+        for name in those:
+            others = [each for each in those if not _is_nested(each, name)]
+            if others:
+                found[name] = f"layer {name!r} shares parameters with {', '.join(map(repr, others))}"
+    return found
+
+
+def _is_nested(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.") or not one or not other
+
+
+def attach(
+    model: MorphableModel, optimizer: Optimizer, scheduler: Any, lr_factor: float, warmup: int, peak: float | None
+) -> None:
+    """Attach `optimizer`, unless it is. Raises what that raises, and :class:`GrowthError`."""
+    if not model.has_optimizer(optimizer):
+        options = {} if peak is None else {"peak": peak}
+        model.attach_optimizer(optimizer, scheduler, lr_factor=lr_factor, warmup=warmup, **options)
+    elif (scheduler, lr_factor, warmup, peak) != (None, 1.0, 0, None):
+        raise GrowthError(
+            "the optimizer is attached to the model already: pass scheduler, lr_factor, warmup and peak there, and not "
+            "to the grower"
+        )

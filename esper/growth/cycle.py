@@ -1,0 +1,277 @@
+"""The cycle of a `Grower`: wait, probe, score, stage, try, judge, rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from esper.artifacts import Blueprint
+from esper.contracts.messages import TopicNames
+from esper.core.morphable_model import MorphableModel
+from esper.core.remote_control import default_platform
+from esper.errors import EsperError
+from esper.execution.background import BackgroundThreads
+from esper.execution.lifecycle import SeedLifecycleState
+from esper.execution.plans.alpha import LinearRamp
+from esper.growth.checks import refuse_ranks
+from esper.growth.choosing import Place, candidates, choose
+from esper.growth.costs import Costs, Losses
+from esper.growth.errors import GrowthError
+from esper.growth.history import GrowthEvent, GrowthRecord, LossCurve
+from esper.growth.measuring import LossFunction, judged, probed
+from esper.growth.policy import GrowthPolicy
+from esper.growth.stages import Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
+from esper.growth.statistics import SiteStatistics
+from esper.torch_internals import counting_flops
+
+__all__ = ["GrowthCycle"]
+
+_LOG = logging.getLogger("esper.growth")
+_SCORING = BackgroundThreads("esper-growth", 1)
+_FREE = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
+
+
+class GrowthCycle:
+    """What a grower does from step to step, on the thread that trains; candidates are scored on another one."""
+
+    def __init__(
+        self,
+        model: MorphableModel,
+        loss_function: LossFunction,
+        layers: Sequence[str],
+        policy: GrowthPolicy,
+        probe_batches: Iterable[Any],
+        judge_batches: Iterable[Any],
+        costs: Costs,
+    ) -> None:
+        self._model, self._loss, self._layers, self._policy = model, loss_function, layers, policy
+        self._probe_batches, self._judge_batches = probe_batches, judge_batches
+        self._stage: Stage = Waiting(policy.first)
+        self._steps = self._spent = self._misses = self._round = 0
+        self._history: list[GrowthRecord] = []
+        self._curve, self._costs, self._losses = LossCurve(), costs, Losses()
+        self._bad_loss: float | None = None
+        self._unseen: set[str] = set()
+        self._warned = False
+        self._probe_seconds = 0.0
+
+    def _next(self, stage: Stage) -> Stage:
+        if isinstance(stage, Waiting):
+            return self._wait(stage)
+        if isinstance(stage, Scoring):
+            return self._score(stage)
+        if isinstance(stage, Staging):
+            return self._await_kernel(stage)
+        if isinstance(stage, Trying):
+            return self._try(stage)
+        return stage
+
+    def _note_losses(self, losses: Iterable[tuple[int, float]]) -> None:
+        for step, loss in losses:
+            if math.isfinite(loss):
+                self._curve.add(step, loss)
+                self._bad_loss = None
+            elif self._bad_loss is None:
+                self._bad_loss = loss
+                self._tell(f"the loss is {loss}: nothing grows meanwhile", step)
+
+    def _wait(self, stage: Waiting) -> Stage:
+        policy = self._policy
+        if policy.until is not None and self._steps > policy.until:
+            return self._stop(f"step {policy.until} is over")
+        if self._steps < stage.due:
+            return stage
+        if self._bad_loss is not None:
+            return Waiting(self._steps + policy.cooldown)
+        return self._probe()
+
+    def _probe(self) -> Stage:
+        began, policy = time.perf_counter(), self._policy
+        refuse_ranks(self._model)
+        self._round += 1
+        draw = policy.draw(self._round)
+        places = self._places(draw)
+        if not places:
+            left = policy.budget - self._spent
+            return self._stop(f"no layer has a free seed and a candidate of at most {left:,} parameters")
+        names = [each.layer for each in places]
+        found = probed(self._model, names, self._loss, self._probe_batches, policy.rows, draw)
+        self._costs.extra += found.flops
+        self._costs.step = self._costs.step or found.batch_flops
+        for name in names:
+            if name not in found.statistics and name not in self._unseen:
+                self._unseen.add(name)
+                self._record("left out", layer=name, reason="the probe's batches do not reach it")
+        seen = [each for each in places if each.layer in found.statistics]
+        scores = _SCORING.submit(partial(self._scores, found.statistics, seen, draw))
+        self._probe_seconds = time.perf_counter() - began
+        return self._score(Scoring(self._steps, scores))
+
+    def _places(self, draw: int) -> list[Place]:
+        places = []
+        for name in self._layers:
+            layer = self._model.kasmina_layers[name]
+            seed = next((each.index for each in layer.seeds if each.lifecycle in _FREE), None)
+            if seed is not None and layer.absence is None:
+                blueprints = candidates(layer, self._policy, draw, self._policy.budget - self._spent)
+                places += [Place(name, seed, blueprints)] if blueprints else []
+        return places
+
+    def _scores(self, statistics: Mapping[str, SiteStatistics], places: Sequence[Place], draw: int) -> Scores:
+        """On a thread of its own."""
+        with counting_flops() as flops:
+            choice, best = choose(statistics, places, self._policy, draw)
+        compiling = None if choice is None else self._compile(choice.blueprint)
+        return Scores(choice, {} if best is None else best.numbers(), flops.total, compiling)
+
+    def _compile(self, blueprint: Blueprint) -> Future[Any]:
+        platform: Any = self._model._wrapping.options.platform or default_platform()
+        compiling: Future[Any] = platform.request(blueprint, timeout=self._policy.timeout)
+        return compiling
+
+    def _score(self, stage: Scoring) -> Stage:
+        if not self._is_ready(stage.since, stage.scores):
+            return stage
+        began, scores = time.perf_counter(), stage.scores.result()
+        self._costs.extra += scores.flops
+        seconds, self._probe_seconds = self._probe_seconds, 0.0
+        if scores.choice is None or scores.compiling is None:
+            self._record("nothing", at=stage.since, seconds=seconds, reason="no candidate is worth it", **scores.best)
+            return self._missed()
+        seconds += time.perf_counter() - began
+        self._record("chosen", seconds=seconds, at=stage.since, **scores.choice.numbers())
+        return self._await_kernel(Staging(stage.since, scores.choice, scores.compiling))
+
+    def _is_ready(self, since: int, future: Future[Any]) -> bool:
+        """Whether to go on with what `future` has; where the lead says so, whether it has that or not."""
+        return future.done() if self._policy.lead is None else self._steps >= since + self._policy.lead
+
+    def _await_kernel(self, stage: Staging) -> Stage:
+        if not stage.kernel:
+            if not self._is_ready(stage.since, stage.compiling):
+                return stage
+            stage = self._request(stage)
+        choice = stage.choice
+        layer = self._model.kasmina_layers[choice.layer]
+        if layer.kernel_in_force(choice.seed) == stage.kernel:
+            self._spent += choice.parameters
+            self._record("in force", **choice.numbers())
+            return Trying(self._steps, choice, stage.kernel)
+        if stage.request is not None and stage.request.done() and not stage.request.result():
+            reason = layer.seed_errors.get(choice.seed, "it was asked for something else meanwhile")
+            raise GrowthError(f"seed {choice.seed} of layer {choice.layer!r} has not got its kernel: {reason}")
+        return stage
+
+    def _request(self, stage: Staging) -> Staging:
+        choice, kernel = stage.choice, stage.compiling.result().id
+        if self._model.kasmina_layers[choice.layer].kernel_in_force(choice.seed) == kernel:
+            return Staging(stage.since, choice, stage.compiling, kernel)  # of a checkpoint
+        request = self._model.request_kernel(
+            choice.layer, choice.seed, kernel, alpha=LinearRamp(0.0, 1.0, self._policy.ramp), trainable=True
+        )
+        if self._policy.lead is not None:
+            request.result(self._policy.timeout)
+        return Staging(stage.since, choice, stage.compiling, kernel, request)
+
+    def _try(self, stage: Trying) -> Stage:
+        choice, policy = stage.choice, self._policy
+        layer = self._model.kasmina_layers[choice.layer]
+        lifecycle = layer.seeds[choice.seed].lifecycle
+        if layer.kernel_in_force(choice.seed) != stage.kernel or lifecycle is not SeedLifecycleState.ACTIVE:
+            is_fossil = lifecycle is SeedLifecycleState.FOSSILIZED
+            self._spent -= 0 if is_fossil else choice.parameters
+            what = "it was fossilized" if is_fossil else "it was unloaded or replaced"
+            self._record("removed", **choice.numbers(), reason=f"{what} by others before it was judged")
+            return self._rest()
+        if self._bad_loss is not None:
+            return self._unload(stage, f"the loss became {self._bad_loss}")
+        is_moving = self._model.runtime.schedule(layer.seeds[choice.seed].alpha_index) is not None
+        if self._steps < stage.since + policy.ramp + policy.trial or is_moving:
+            return stage
+        return self._judge(stage)
+
+    def _judge(self, stage: Trying) -> Stage:
+        began, choice = time.perf_counter(), stage.choice
+        result = judged(self._model, choice.layer, choice.seed, self._loss, self._judge_batches)
+        self._costs.extra += result.flops
+        lowered = result.loss_without - result.loss_with
+        numbers: dict[str, Any] = {"loss_with": result.loss_with, "loss_without": result.loss_without}
+        if not lowered > self._policy.margin * abs(result.loss_without):  # nor is NaN
+            return self._unload(stage, "the loss is no lower with it", **numbers, began=began)
+        if self._policy.keep == "fossilized":
+            self._model.fossilize(choice.layer, choice.seed)
+        self._misses = 0
+        self._record("kept", **choice.numbers(), **numbers, seconds=time.perf_counter() - began)
+        return self._rest()
+
+    def _unload(self, stage: Trying, reason: str, *, began: float | None = None, **numbers: Any) -> Stage:
+        choice = stage.choice
+        self._model.unload_kernel(choice.layer, choice.seed)
+        self._spent -= choice.parameters
+        seconds = 0.0 if began is None else time.perf_counter() - began
+        self._record("unloaded", **choice.numbers(), **numbers, seconds=seconds, reason=reason)
+        return self._missed()
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    def _rest(self) -> Stage:
+        return Waiting(self._steps + max(self._policy.cooldown, 1))
+
+    def _missed(self) -> Stage:
+        self._misses += 1
+        if self._misses >= self._policy.patience:
+            return self._stop(f"nothing was worth keeping {self._misses} times in a row")
+        return self._rest()
+
+    def _stop(self, reason: str) -> Stage:
+        self._stage = Stopped(reason)
+        self._record("stopped", reason=reason)
+        return self._stage
+
+    def _withdraw(self) -> None:
+        """Take back a kernel that was asked for and is not in force."""
+        stage = self._stage
+        if isinstance(stage, Staging) and stage.request is not None:
+            self._model.unload_kernel(stage.choice.layer, stage.choice.seed)
+
+    def _fail(self, reason: str, error: Exception) -> None:
+        """What was begun is undone; training goes on as it was."""
+        if not isinstance(error, EsperError):
+            _LOG.error("a grower's part of a step failed", exc_info=error)
+        stage, numbers = self._stage, {}
+        try:
+            if isinstance(stage, (Staging, Trying)):
+                numbers = stage.choice.numbers()
+                self._spent -= stage.choice.parameters if isinstance(stage, Trying) else 0
+                self._model.unload_kernel(stage.choice.layer, stage.choice.seed)
+        except Exception as second:  # noqa: BLE001  # as above
+            reason = f"{reason}; and unloading: {type(second).__name__}: {second}"
+        self._tell(reason, self._steps, **numbers)
+        self._stage = self._missed()
+
+    def _tell(self, reason: str, step: int, **numbers: Any) -> None:
+        self._record("failed", reason=reason, at=step, **numbers)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a grower could not do its part at step {step}, and training goes on: {reason}. Further failures are "
+                "in its history",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _record(self, event: GrowthEvent, *, at: int | None = None, **numbers: Any) -> None:
+        step = self._steps if at is None else at
+        share = self._costs.share(step)
+        record = GrowthRecord(step, event, loss=self._curve.mean, compute_share=share, **numbers)
+        self._history.append(record)
+        _LOG.info("step %d: %s %s %s", step, event, record.layer, record.reason)
+        sink = next(iter(self._model.kasmina_layers.values())).control.sink
+        if sink is not None:
+            sink.publish(TopicNames.SYSTEM_EVENTS_EPOCH, record.report())

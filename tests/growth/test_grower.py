@@ -1,0 +1,198 @@
+"""`esper.Grower`: a model grows where it pays, keeps what pays, and trains on as if nothing had been looked at."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import esper
+from esper.contracts.messages import GrowthReport, TopicNames
+from tests.growth.growing import BATCHES, Run, X, Y, begin, decisions, fitted, loss_of, mean_loss
+from tests.kernel_shelf import KernelShelf
+
+pytestmark = pytest.mark.xdist_group("growth")
+
+
+def test_a_model_grows_the_unit_that_it_lacks(shelf: KernelShelf) -> None:
+    run = begin(shelf)
+    before = mean_loss(run.model)
+    run.until("kept")
+    assert [each.event for each in run.grower.history] == ["chosen", "in force", "kept"]
+    chosen, in_force, kept = run.grower.history
+    assert (chosen.step, in_force.step, kept.step) == (
+        5,
+        9,
+        34,
+    )  # first; lead, and the forward after it; ramp and trial
+    assert (kept.layer, kept.seed, kept.width, kept.parameters) == ("0", 0, 2, 23)
+    assert chosen.ratio is not None
+    assert chosen.ratio > 1
+    assert chosen.score == pytest.approx(chosen.gain / 23)  # type: ignore[operator]  # it has a gain
+    assert kept.loss_with < kept.loss_without  # type: ignore[operator]  # it was judged
+    assert mean_loss(run.model) < 0.7 * before
+    assert run.grower.spent == 23
+    assert run.model.kasmina_layers["0"].state.lifecycle(0).name == "FOSSILIZED"
+    assert len(list(run.model.seed_parameters())) == 4
+
+
+def test_a_judgement_is_an_exact_counterfactual(shelf: KernelShelf) -> None:
+    run = begin(shelf, keep="active")
+    kept = run.until("kept")
+    assert run.model.kasmina_layers["0"].state.alpha(0) == 1.0
+    with_it = sum(float(loss_of(run.model, each).detach()) for each in BATCHES) / 2
+    run.model.set_alpha("0", 0, 0.0)
+    without = sum(float(loss_of(run.model, each).detach()) for each in BATCHES) / 2
+    assert (kept.loss_with, kept.loss_without) == (pytest.approx(with_it), pytest.approx(without))
+    assert run.model.unload_kernel("0", 0)  # it is no fossil
+
+
+def test_what_lowers_the_loss_too_little_goes(shelf: KernelShelf) -> None:
+    run = begin(shelf, margin=0.9999)
+    record = run.until("unloaded")
+    assert record.reason == "the loss is no lower with it"
+    assert run.grower.spent == 0
+    assert run.model.kasmina_layers["0"].state.lifecycle(0).name == "DORMANT"
+    assert not list(run.model.seed_parameters())
+    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == 2
+
+
+class Host(nn.Module):
+    """With all that a look at it could disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = fitted()
+        self.norm, self.dropout = nn.BatchNorm1d(3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + 0.01 * self.dropout(self.norm(y))
+
+
+def test_probing_and_judging_leave_training_as_it_was(shelf: KernelShelf) -> None:
+    """A grower whose kernels go, and whose choices are none, beside no grower: the same numbers to the last bit."""
+    outcomes = []
+    for grows in (False, True):
+        torch.manual_seed(3)
+        options: dict[str, Any] = {"threshold": 1e9, "patience": 100, "first": 2, "cooldown": 1, "lead": 0}
+        run = begin(shelf, Host(), **(options if grows else {**options, "first": 10**6}))
+        run.model.norm.eval()
+        run.model.norm.train()
+        run.model.dropout.eval()  # one whose mode is not that of the model
+        for _ in range(8):
+            run.step()
+            assert run.model.training
+            assert not run.model.dropout.training
+        assert all(each.grad is not None for each in run.model.parameters())
+        if grows:
+            assert [each.event for each in run.grower.history] == ["nothing"] * len(run.grower.history) != []
+        outcomes.append([each.clone() for each in (*run.model.state_dict().values(), torch.rand(2))])
+        outcomes[-1] += [each.grad.clone() for each in run.model.parameters()]
+    for plain, grown in zip(*outcomes, strict=True):
+        assert torch.equal(plain, grown)
+
+
+@pytest.mark.parametrize("lead", [0, 3, None])
+def test_equal_seeds_give_equal_decisions(lead: int | None, shelf: KernelShelf) -> None:
+    histories = []
+    for _ in range(2):
+        rate = 0.0 if lead is None else 0.02  # without a lead what is learnt meanwhile depends on the compiler
+        run = begin(shelf, lead=lead, rate=rate)
+        run.until("kept", "unloaded", most=100_000)
+        histories.append(decisions(run.grower))
+    first, second = histories
+    if lead is None:
+        assert [each.event for each in first] == [each.event for each in second]
+        assert first[0] == second[0]
+        assert first[-1].step - first[-2].step == second[-1].step - second[-2].step == 25  # counted from the commit
+    else:
+        assert first == second
+
+
+def saved(run: Run) -> Any:
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "grower": run.grower.state_dict(),
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("at", [3, 6, 8, 9, 12, 20, 40, 50])
+def test_a_run_goes_on_from_any_step(at: int, shelf: KernelShelf) -> None:
+    """Before the probe, while it is scored, staged, ramping, tried; after that, and in the second growth."""
+    whole = begin(shelf)
+    whole.steps(at)
+    state = saved(whole)
+    whole.steps(90 - at)
+    resumed = begin(shelf)
+    resumed.model.load_state_dict(state["model"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    resumed.grower.load_state_dict(state["grower"])
+    assert resumed.grower.steps == at
+    resumed.steps(90 - at)
+    assert decisions(resumed.grower) == decisions(whole.grower)
+    assert mean_loss(resumed.model) == mean_loss(whole.model)
+
+
+def test_decisions_are_published(shelf: KernelShelf) -> None:
+    run = begin(shelf)
+    reports: list[Any] = []
+    with shelf.platform.oona.subscribe(TopicNames.SYSTEM_EVENTS_EPOCH, reports.append):
+        run.until("kept")
+        shelf.platform.oona.flush()
+    found = [GrowthReport.model_validate(each.payload) for each in reports]
+    assert found[-3:] == [each.report() for each in run.grower.history]
+
+
+def test_the_history_is_a_table_and_a_picture(shelf: KernelShelf, tmp_path: Any) -> None:
+    run = begin(shelf)
+    run.until("kept")
+    text = str(run.grower)
+    assert text.startswith("34 steps, 1 growths kept, 23 of 200 parameters added\n")
+    assert [line.split()[1] for line in text.splitlines()[2:]] == ["chosen", "in", "kept"]
+    picture = run.grower.plot(tmp_path / "growth.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels_enter_the_optimizer_with_a_rate_of_their_own(shelf: KernelShelf) -> None:
+    run = begin(shelf, lr_factor=0.5, warmup=4, peak=2.0)
+    run.until("kept")
+    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.02, 0.02])
+    scheduled = begin(shelf)
+    assert scheduled.model.has_optimizer(scheduled.optimizer)
+
+
+def test_a_frozen_model_grows(shelf: KernelShelf) -> None:
+    model = esper.wrap(nn.Sequential(fitted().requires_grad_(False)), platform=shelf.platform)
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.05)
+    grower = esper.Grower(
+        model, optimizer, loss_of, budget=23, probe_batches=BATCHES, first=1, ramp=2, trial=20, lead=0, widths=(2,)
+    )
+    before = mean_loss(model)
+    for _ in range(30):
+        loss = loss_of(model, (X, Y))
+        if loss.requires_grad:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        grower.step(loss)
+    assert grower.history[-1].event == "kept"
+    assert mean_loss(model) < before
+    assert grower.history[0].host_gain == 0
+
+
+def test_a_copied_model_has_no_grower(shelf: KernelShelf) -> None:
+    run = begin(shelf)
+    twin = copy.deepcopy(run.model)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    esper.Grower(twin, optimizer, loss_of, budget=5, probe_batches=BATCHES)
+    assert (Y.shape[0], run.grower.steps) == (300, 0)
