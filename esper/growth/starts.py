@@ -9,13 +9,13 @@ the gradient of their inputs is largest (Evci et al. 2022, arXiv:2201.05125).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esper.artifacts import Blueprint, KernelGraph
+from esper.artifacts import Blueprint
 from esper.artifacts.families import ACTIVATIONS
 from esper.growth.errors import GrowthError
 from esper.growth.statistics import SiteStatistics
@@ -157,21 +157,29 @@ def _candidates(statistics: SiteStatistics, blueprint: Blueprint, count: int) ->
     if family == "gated_mlp" and "up.bias" in first:
         first["up.bias"] = torch.zeros_like(first["up.bias"])  # the gate alone chooses where a unit is at work
     first = {name: _as(tensor, blueprint) for name, tensor in first.items()}
-    hidden = wide.graph.nodes[:-1]  # without the last linear map
-    specs = tuple(spec for spec in wide.graph.tensors if spec.name in first)
-    units = replace(wide.graph, nodes=hidden, output=hidden[-1].name, tensors=specs)
-    features = _run(units, first, statistics.rows, None)
-    return first, features
+    return first, _units(blueprint, first, _wide(statistics.rows))
+
+
+@torch.no_grad()
+def _units(blueprint: Blueprint, first: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    """What hidden units with these first linear maps make of `rows`, `[n, units]`."""
+    maps = {name: _wide(tensor.to(rows.device)) for name, tensor in first.items()}
+    gate, *others = (
+        torch.nn.functional.linear(rows, maps[f"{name}.weight"], maps.get(f"{name}.bias"))
+        for name in _FIRST[blueprint.family]
+    )
+    units: Tensor = _activation(str(blueprint.options["activation"]))(gate)
+    return units * others[0] if others else units
 
 
 def _evaluated(blueprint: Blueprint, rows: Tensor, outputs: Tensor) -> Tensor:
     graph, weights = blueprint.build()
-    return _run(graph, weights, rows, outputs if graph.uses_host else None)
+    return _run(blueprint, weights, rows, outputs if graph.uses_host else None)
 
 
-def _run(graph: KernelGraph, weights: Mapping[str, Tensor], rows: Tensor, outputs: Tensor | None) -> Tensor:
-    """What a kernel of `graph` with these weights makes of `rows`, in float64."""
-    kernel = graph.to_module({name: _wide(tensor.to(rows.device)) for name, tensor in weights.items()})
+def _run(blueprint: Blueprint, weights: Mapping[str, Tensor], rows: Tensor, outputs: Tensor | None) -> Tensor:
+    """What a kernel of the blueprint's graph with these weights makes of `rows`, in float64."""
+    kernel = blueprint.graph.to_module({name: _wide(tensor.to(rows.device)) for name, tensor in weights.items()})
     given = [_wide(rows), *([] if outputs is None else [_wide(outputs)])]
     with torch.no_grad():
         result: Tensor = kernel(*given)

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth_relora_model as characters
+from benchmarks import growth_size as size
+from benchmarks import growth_size_tasks as size_tasks
 from benchmarks import growth_teacher as teacher
 from benchmarks.growing import Arm, Pair, comparison_section, decayed, goal_section, interval, shown, steps_of
 from benchmarks.growth_skill_data import BATCH
 from benchmarks.growth_skill_network import Shape, network
+from esper.growth import GrowthRecord
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -140,6 +143,37 @@ def test_flops_of_a_frozen_character_model_are_those_of_its_kernels_and_what_lea
 
     assert counted(loss) == characters.step_flops(layers, ranks)
     assert characters.low_rank_parameters(layers, ranks) == 2 * 10 + 7
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("name", ["wine", "teacher 8"])
+def test_flops_of_a_size_are_those_of_its_products(name: str, hidden: int) -> None:
+    task = size_tasks.TASKS[name](0)
+    model, batch = size.Model(task, hidden, 0), next(task.batches(0))
+    assert counted(lambda: task.loss(model, batch)) == size.step_flops(task, hidden)
+
+
+def test_flops_of_a_grower_are_those_of_every_size_that_it_had() -> None:
+    task = size_tasks.TASKS["wine"](0)
+    none, eight, sixteen = (size.step_flops(task, hidden) for hidden in (0, 8, 16))
+    history = [
+        GrowthRecord(100, "in force", width=8, compute_share=0.0),
+        GrowthRecord(200, "kept", width=8, compute_share=0.5),
+        GrowthRecord(300, "in force", width=8),
+        GrowthRecord(400, "unloaded", width=8),
+    ]
+    flops, hidden = size.flops_of(task, history)
+    trained = 100 * none + 200 * eight + 100 * sixteen + (size.STEPS - 400) * eight
+    assert (flops, hidden) == (trained + 100 * (none + eight), 8)
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "moons", "teacher 64"])
+def test_what_is_judged_and_tested_on_is_not_trained_on(name: str) -> None:
+    task = size_tasks.TASKS[name](1)
+    rows = [{tuple(row) for row in part[0].tolist()} for part in (task.train, task.judged, task.test)]
+    assert not rows[0] & rows[1]
+    assert not (rows[0] | rows[1]) & rows[2]
+    assert task.points(nn.Linear(task.features, task.outputs)) < 100.0
 
 
 @pytest.mark.slow
