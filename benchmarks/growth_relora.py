@@ -23,7 +23,7 @@ from torch import nn
 
 import esper
 from benchmarks.growing import Arm, Pair, comparison_section, constant, interval, load, shown
-from benchmarks.growth_relora_model import CharacterModel, Text, linear_layers, low_rank_parameters, step_flops
+from benchmarks.growth_characters import CharacterModel, Text, linear_layers, low_rank_parameters, step_flops
 from benchmarks.harness import arguments, report, stoppable
 
 WARM, STEPS, CYCLES, REWARM = 600, 2400, 4, 20

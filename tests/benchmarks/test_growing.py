@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import growth_relora_model as characters
+from benchmarks import growth_characters as characters
 from benchmarks import growth_size as size
 from benchmarks import growth_size_tasks as size_tasks
 from benchmarks import growth_teacher as teacher

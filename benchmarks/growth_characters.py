@@ -1,4 +1,4 @@
-"""The character model of `growth_relora`, its text, and what a step of it computes."""
+"""The character model of `growth_relora` and `growth_depth`, its text, and what a step of it computes."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Block(nn.Module):
 class CharacterModel(nn.Module):
     """Embeddings at random that never learn, a projection of a context's, blocks, and a head."""
 
-    def __init__(self, characters: int, seed: int) -> None:
+    def __init__(self, characters: int, seed: int, blocks: int = BLOCKS) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(characters, EMBEDDING).requires_grad_(False)
         self.project = nn.Linear(CONTEXT * EMBEDDING, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block() for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, characters)
 
     def forward(self, contexts: Tensor) -> Tensor:
