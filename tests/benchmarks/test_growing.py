@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import esper
 from benchmarks import growth_characters as characters
+from benchmarks import growth_depth as depth
 from benchmarks import growth_size as size
 from benchmarks import growth_size_tasks as size_tasks
 from benchmarks import growth_teacher as teacher
@@ -24,6 +26,7 @@ from benchmarks.growing import Arm, Pair, comparison_section, decayed, goal_sect
 from benchmarks.growth_skill_data import BATCH
 from benchmarks.growth_skill_network import Shape, network
 from esper.growth import GrowthRecord
+from tests.kernel_shelf import KernelShelf
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -123,6 +126,37 @@ def test_flops_of_a_character_model_are_those_of_its_products() -> None:
     contexts, following = next(text.batches(0))
     layers = characters.linear_layers(model)
     assert counted(lambda: F.cross_entropy(model(contexts), following)) == characters.step_flops(layers)
+
+
+def test_a_model_that_grew_computes_as_much_as_one_that_had_its_depth_from_the_beginning(shelf: KernelShelf) -> None:
+    experiment = depth.Experiment(0, 4, shelf.platform)
+    model = esper.wrap(
+        characters.CharacterModel(experiment.text.characters, 0, depth.SMALL), list(depth.ANYWHERE),
+        seeds_per_layer=depth.BIG - depth.SMALL, platform=shelf.platform, commit="manual",
+    )  # fmt: skip
+    contexts, following = next(experiment.text.batches(0))
+    before = model(contexts)
+    kernels = experiment._kernels(depth.BEHIND)
+    for place, blueprint in kernels.items():
+        assert model.request_kernel(*place, shelf.put(blueprint).id, trainable=True).result()
+    model.commit()
+    assert len(kernels) == depth.BIG - depth.SMALL
+    assert torch.equal(model(contexts), before)
+    assert counted(lambda: F.cross_entropy(model(contexts), following)) == experiment.costs[depth.BIG]
+
+
+@pytest.mark.slow
+def test_a_model_that_grows_in_depth_is_measured_beside_its_controls(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.growth_depth", "--seeds", "2", "--budgets", "10", "20"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'passes'}"}
+    subprocess.run([*command, "--results", str(tmp_path)], cwd=ROOT, env=environment, check=True, timeout=250)
+    document = json.loads((tmp_path / "growth_depth.json").read_text(encoding="utf-8"))
+    rows = [row[:2] for row in document["rows"]]
+    assert all([steps, name] in rows for steps in (10, 20) for name in (depth.NEVER, depth.SCRATCH, depth.EQUAL))
+    assert all([20, name] in rows for name in (depth.RANDOM_PLACE, depth.RANDOM_START))
+    moved = {tuple(row[:2]): row[-1] for row in document["rows"]}
+    assert moved[10, depth.GROWN] == moved[20, depth.GROWN] == "0.0e+00"
+    assert (tmp_path / "growth_depth.png").exists()
 
 
 def test_flops_of_a_frozen_character_model_are_those_of_its_kernels_and_what_leads_to_them() -> None:
