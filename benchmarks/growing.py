@@ -140,14 +140,14 @@ def load(
 
 
 def probe_flops(rows: int, inputs: int, outputs: int, chosen: int, proposals: int = PROPOSALS) -> float:
-    """Of the statistics of one site, and of a selection of `chosen` hidden units (0: of none) from a sample of them."""
+    """Of the statistics of a frozen layer, and of a selection of `chosen` hidden units (0: of none) from a sample."""
     sample = min(rows, 4096)
     moments = 2.0 * rows * ((inputs + 1) ** 2 + outputs**2 + outputs * (inputs + 1))
     if not chosen:
         return moments
-    candidates = 2.0 * sample * (inputs * proposals + outputs * (inputs + outputs))
+    candidates = 2.0 * sample * (inputs * proposals + outputs**2)
     each = 2.0 * sample * proposals * (outputs + 3)
-    solved = 20.0 * (inputs**3 + outputs**3)
+    solved = 20.0 * outputs**3
     return moments + candidates + chosen * each + solved
 
 

@@ -29,10 +29,10 @@ from benchmarks.harness import Section, arguments, report, stoppable
 
 STEPS, DECAY, RATE = 1000, 0.8, 3e-3
 SIZES = (2, 8, 32, 64, 128)
-WIDTH, PROBED = 8, 4
+WIDTH, PROBED = 8, 16
 CONSTANTS = {
     "budget": 10**6, "first": 50, "cooldown": 20, "ramp": 20, "trial": 40, "lead": 0, "patience": 3,
-    "widths": (WIDTH,), "until": int(STEPS * DECAY) - 100,
+    "proposals": 64, "margin": 0.05, "widths": (WIDTH,), "until": int(STEPS * DECAY) - 100,
 }  # fmt: skip
 """Of the grower, for every task; the others are its own defaults."""
 POINTS, SHARE, FOLLOWS = 1.0, 1 / 3, 0.8
@@ -111,7 +111,8 @@ def grown(task: Task, seed: int, platform: esper.Platform, start: Literal["selec
     probing = task.batches(seed + 5000)
     grower = esper.Grower(
         model, optimizer, task.loss, scheduler=scheduler, probe_batches=[next(probing) for _ in range(PROBED)],
-        judge_batches=[task.judged], start=start, family=_units, seed=seed, **CONSTANTS,
+        judge_batches=[task.judged], start=start, family=_units, seed=seed, step_flops=step_flops(task, 0),
+        **CONSTANTS,
     )  # fmt: skip
     train(task, model, optimizer, scheduler, STEPS, seed, grower.step)
     seconds = time.perf_counter() - began
@@ -131,9 +132,9 @@ def flops_of(task: Task, history: Sequence[Any]) -> tuple[float, int]:
         if record.event in ("in force", "unloaded"):
             spent += (record.step - since) * step_flops(task, hidden)
             since, hidden = record.step, hidden + (record.width if record.event == "in force" else -record.width)
-        if record.compute_share is not None:
-            trained = spent + (record.step - since) * step_flops(task, hidden)
-            extra = max(extra, record.compute_share / (1 - record.compute_share) * trained)
+        if record.compute_share is not None:  # of a run whose steps cost what the grower was told
+            share, told = record.compute_share, record.step * step_flops(task, 0)
+            extra = max(extra, share / (1 - share) * told)
     return spent + (STEPS - since) * step_flops(task, hidden) + extra, hidden
 
 

@@ -8,13 +8,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.growth_skill_data import SETS, Digits
 
 __all__ = ["BATCH", "TASKS", "TEACHERS", "Task"]
 
 BATCH = 64
+NOISE = 0.1
+"""Of a teacher's outputs, beside their unit spread: what no student can learn."""
 TEACHERS = {"teacher 8": 8, "teacher 24": 24, "teacher 64": 64}
 
 
@@ -91,8 +93,9 @@ def _teacher(width: int, seed: int) -> Task:
     generator = torch.Generator().manual_seed(1000 + seed)
     first, last = (torch.rand(shape, generator=generator) * 2 - 1 for shape in ((width, 10), (5, width)))
     x = torch.randn(4000, 10, generator=generator)
-    y = nn.functional.relu(x @ first.T) @ last.T
-    return _split(x, (y - y.mean(0)) / y.std(0), 5, seed)
+    y = F.relu(x @ first.T) @ last.T
+    y = (y - y.mean(0)) / y.std(0)
+    return _split(x, y + NOISE * torch.randn(y.shape, generator=generator), 5, seed)
 
 
 TASKS: Mapping[str, Callable[[int], Task]] = {

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
 from esper.growth.errors import GrowthError
+from esper.growth.probe import MOST_FEATURES
 
-__all__ = ["attach", "checked_batches", "checked_model", "refuse_ranks", "tied"]
+__all__ = ["attach", "checked_batches", "checked_model", "refuse_ranks", "unfit_layers"]
 
 
 def checked_model(model: Any) -> MorphableModel:
@@ -44,10 +45,11 @@ def checked_batches(name: str, batches: Any) -> Iterable[Any]:
     return batches
 
 
-def tied(model: MorphableModel, names: Sequence[str]) -> dict[str, str]:
-    """The layers among `names` that share parameters with others that are not inside of them, and why they are no good.
+def unfit_layers(model: MorphableModel, names: Sequence[str]) -> dict[str, str]:
+    """The layers among `names` that cannot be scored, and why.
 
-    What one of them does with its parameters, another undoes, so that what their own parameters promise is not known.
+    Those that share parameters with others that are not inside of them: what one of them does with its parameters,
+    another undoes, so that what their own parameters promise is not known. And those that are too wide for a probe.
     """
     owners: dict[int, list[str]] = {}
     for name in names:
@@ -59,6 +61,11 @@ def tied(model: MorphableModel, names: Sequence[str]) -> dict[str, str]:
             others = [each for each in those if not _is_nested(each, name)]
             if others:
                 found[name] = f"layer {name!r} shares parameters with {', '.join(map(repr, others))}"
+    for name in names:
+        layer = model.kasmina_layers[name]
+        if max(layer.input_dim, layer.output_dim) > MOST_FEATURES:
+            sizes = f"{layer.input_dim} inputs and {layer.output_dim} outputs"
+            found[name] = f"layer {name!r} has {sizes}, and at most {MOST_FEATURES} can be probed"
     return found
 
 

@@ -67,10 +67,12 @@ class Choice:
     host_gain: float
     parameters: int
     blueprint: Blueprint
+    rows: int
+    """That a batch brings to the layer."""
 
     def numbers(self) -> dict[str, Any]:
         """For a record."""
-        return {name: value for name, value in vars(self).items() if name != "blueprint"}
+        return {name: value for name, value in vars(self).items() if name not in ("blueprint", "rows")}
 
     def state(self) -> dict[str, Any]:
         """As data."""
@@ -129,16 +131,14 @@ def choose(
     if policy.place == "random":
         best = _elsewhere(best, scored, draw)
     blueprint = best.place.blueprints[best.width]
+    found = statistics[best.place.layer]
     if policy.start == "selected":
-        whole = best.width == max(best.place.blueprints)
-        proposals = max(policy.proposals, best.width)
-        chosen = selections[best.place.layer] if whole else None
-        chosen = chosen or selected(statistics[best.place.layer], blueprint, proposals=proposals)
-        blueprint = chosen.blueprint
-    place = best.place
-    return Choice(
-        place.layer, place.seed, best.width, best.gain, best.host_gain, best.parameters, blueprint
-    ), best  # fmt: skip
+        selection = selections[best.place.layer]
+        if best.width != max(best.place.blueprints):
+            selection = selected(found, blueprint, proposals=max(policy.proposals, best.width))
+        blueprint = selection.blueprint
+    rows = -(-found.count // found.batches)
+    return Choice(**best.numbers(), blueprint=blueprint, rows=rows), best
 
 
 def _best_width(place: Place, selection: Selection, statistics: SiteStatistics, policy: GrowthPolicy) -> Scored:

@@ -48,16 +48,29 @@ class Losses:
 
 @dataclass
 class Costs:
-    """FLOPs: of probes, scores and trials so far, and of one step of training."""
+    """FLOPs: of probes, scores and trials in vain so far, and of training.
+
+    A step of training is taken to cost what forward and backward of a probe's first batch did last, or what was said.
+    """
 
     extra: int = 0
     step: float | None = None
+    is_said: bool = False
+    before: float = 0.0
+    """Those of the steps until `since`."""
+    since: int = 0
 
-    def share(self, steps: int) -> float | None:
-        """Those of probes, scores and trials as a share of all, after so many steps of training."""
+    def note_step(self, flops: float, at: int) -> None:
+        """From the step `at` on, one takes so many."""
+        if not self.is_said:
+            self.before += (at - self.since) * (flops if self.step is None else self.step)
+            self.step, self.since = flops, at
+
+    def share(self, at: int) -> float | None:
+        """Those of probes, scores and trials in vain as a share of all until the step `at`."""
         if self.step is None:
             return None
-        whole = self.extra + steps * self.step
+        whole = self.extra + self.before + max(at - self.since, 0) * self.step
         return self.extra / whole if whole else 0.0
 
     def state(self) -> dict[str, Any]:

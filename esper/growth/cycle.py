@@ -103,7 +103,7 @@ class GrowthCycle:
         names = [each.layer for each in places]
         found = probed(self._model, names, self._loss, self._probe_batches, policy.rows, draw)
         self._costs.extra += found.flops
-        self._costs.step = self._costs.step or found.batch_flops
+        self._costs.note_step(found.batch_flops, self._steps)
         for name in names:
             if name not in found.statistics and name not in self._unseen:
                 self._unseen.add(name)
@@ -163,9 +163,11 @@ class GrowthCycle:
             self._spent += choice.parameters
             self._record("in force", **choice.numbers())
             return Trying(self._steps, choice, stage.kernel)
-        if stage.request is not None and stage.request.done() and not stage.request.result():
-            reason = layer.seed_errors.get(choice.seed, "it was asked for something else meanwhile")
-            raise GrowthError(f"seed {choice.seed} of layer {choice.layer!r} has not got its kernel: {reason}")
+        if stage.request is not None and stage.request.done():
+            is_coming = layer.seeds[choice.seed].lifecycle is SeedLifecycleState.LOADING
+            if not stage.request.result() or not is_coming:  # the second if the commit failed
+                reason = layer.seed_errors.get(choice.seed, "something else was asked of it meanwhile")
+                raise GrowthError(f"seed {choice.seed} of layer {choice.layer!r} has not got its kernel: {reason}")
         return stage
 
     def _request(self, stage: Staging) -> Staging:
@@ -184,17 +186,21 @@ class GrowthCycle:
         layer = self._model.kasmina_layers[choice.layer]
         lifecycle = layer.seeds[choice.seed].lifecycle
         if layer.kernel_in_force(choice.seed) != stage.kernel or lifecycle is not SeedLifecycleState.ACTIVE:
-            is_fossil = lifecycle is SeedLifecycleState.FOSSILIZED
-            self._spent -= 0 if is_fossil else choice.parameters
-            what = "it was fossilized" if is_fossil else "it was unloaded or replaced"
-            self._record("removed", **choice.numbers(), reason=f"{what} by others before it was judged")
-            return self._rest()
+            what = "fossilized" if lifecycle is SeedLifecycleState.FOSSILIZED else "unloaded or replaced"
+            return self._let_be(stage, f"others have {what} it before it was judged")
         if self._bad_loss is not None:
             return self._unload(stage, f"the loss became {self._bad_loss}")
-        is_moving = self._model.runtime.schedule(layer.seeds[choice.seed].alpha_index) is not None
-        if self._steps < stage.since + policy.ramp + policy.trial or is_moving:
-            return stage
-        return self._judge(stage)
+        taken, whole = self._steps - stage.since, policy.ramp + policy.trial
+        if self._model.runtime.schedule(layer.seeds[choice.seed].alpha_index) is not None:
+            return stage if taken < 2 * whole else self._let_be(stage, "its alpha is on a schedule of others")
+        return stage if taken < whole else self._judge(stage)
+
+    def _let_be(self, stage: Trying, reason: str) -> Stage:
+        """Others have taken the kernel over: what they do with it stays."""
+        layer, choice = self._model.kasmina_layers[stage.choice.layer], stage.choice
+        self._spent -= 0 if layer.kernel_in_force(choice.seed) == stage.kernel else choice.parameters
+        self._record("removed", **choice.numbers(), reason=reason)
+        return self._rest()
 
     def _judge(self, stage: Trying) -> Stage:
         began, choice = time.perf_counter(), stage.choice
@@ -203,7 +209,9 @@ class GrowthCycle:
         lowered = result.loss_without - result.loss_with
         numbers: dict[str, Any] = {"loss_with": result.loss_with, "loss_without": result.loss_without}
         if not lowered > self._policy.margin * abs(result.loss_without):  # nor is NaN
-            return self._unload(stage, "the loss is no lower with it", **numbers, began=began)
+            is_bad = not math.isfinite(result.loss_with)
+            reason = f"the loss is {result.loss_with} with it" if is_bad else "the loss is not lower enough with it"
+            return self._unload(stage, reason, **numbers, began=began)
         if self._policy.keep == "fossilized":
             self._model.fossilize(choice.layer, choice.seed)
         self._misses = 0
@@ -214,6 +222,7 @@ class GrowthCycle:
         choice = stage.choice
         self._model.unload_kernel(choice.layer, choice.seed)
         self._spent -= choice.parameters
+        self._costs.extra += 6 * choice.parameters * choice.rows * (self._steps - stage.since)  # forward and backward
         seconds = 0.0 if began is None else time.perf_counter() - began
         self._record("unloaded", **choice.numbers(), **numbers, seconds=seconds, reason=reason)
         return self._missed()

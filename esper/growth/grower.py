@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
-from esper.growth.checks import attach, checked_batches, checked_model, tied
+from esper.growth.checks import attach, checked_batches, checked_model, unfit_layers
 from esper.growth.costs import Costs, Losses
 from esper.growth.cycle import GrowthCycle
 from esper.growth.errors import GrowthError
@@ -138,14 +138,15 @@ class Grower(GrowthCycle):
         if (other := _growers.get(model)) is not None and other() is not None:
             raise GrowthError("another grower grows this model: close() that one first")
         names = list(model.select_layers(layers))
-        shared = tied(model, names)
-        if len(shared) == len(names):
-            raise GrowthError(f"all layers share parameters with others: {'; '.join(shared.values())}")
+        unfit = unfit_layers(model, names)
+        if len(unfit) == len(names):
+            raise GrowthError(f"no layer can grow: {'; '.join(unfit.values())}")
         attach(model, optimizer, scheduler, lr_factor, warmup, peak)
         _growers[model] = weakref.ref(self)
-        kept = [name for name in names if name not in shared]
-        super().__init__(model, loss_fn, kept, policy, probed_by, judged_by, Costs(step=step_flops))
-        for name, reason in shared.items():
+        fit = [name for name in names if name not in unfit]
+        costs = Costs(step=step_flops, is_said=step_flops is not None)
+        super().__init__(model, loss_fn, fit, policy, probed_by, judged_by, costs)
+        for name, reason in unfit.items():
             self._record("left out", layer=name, reason=reason)
 
     # -- while training goes on ------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ class Grower(GrowthCycle):
         self._withdraw()
         self._steps, self._spent, self._misses, self._round = loaded.numbers.values()
         self._history, self._curve, self._unseen = loaded.history, loaded.curve, loaded.unseen
-        self._costs, self._losses = Costs(loaded.extra, loaded.step), Losses()
+        self._costs, self._losses = loaded.costs, Losses()
         self._bad_loss, self._warned, self._probe_seconds = loaded.bad_loss, loaded.warned, loaded.seconds
         self._stage = loaded.stage
         if isinstance(self._stage, Staging):  # as far as it was, so that the kernel comes at the same forward

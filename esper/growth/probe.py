@@ -19,9 +19,9 @@ from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.statistics import RunningStatistics, SiteStatistics
 
-__all__ = ["Probe"]
+__all__ = ["MOST_FEATURES", "Probe"]
 
-_MOST_FEATURES = 8192
+MOST_FEATURES = 8192
 """Of a site: its second moments are three matrices of that size, 256 MiB each at the most."""
 
 
@@ -56,10 +56,10 @@ class Probe(Mapping[str, SiteStatistics]):
         self._rows = rows
         self._layers = model.select_layers(layers)
         for name, layer in self._layers.items():
-            if max(layer.input_dim, layer.output_dim) > _MOST_FEATURES:
+            if max(layer.input_dim, layer.output_dim) > MOST_FEATURES:
                 raise GrowthError(
                     f"layer {name!r} has {layer.input_dim} inputs and {layer.output_dim} outputs, and a probe holds "
-                    f"square matrices of up to {_MOST_FEATURES}: leave it out"
+                    f"square matrices of up to {MOST_FEATURES}: leave it out"
                 )
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}

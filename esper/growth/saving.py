@@ -9,6 +9,7 @@ from typing import Any
 from esper.artifacts import Blueprint
 from esper.futures import InterruptSafeFuture
 from esper.growth.choosing import Choice
+from esper.growth.costs import Costs
 from esper.growth.errors import GrowthError
 from esper.growth.history import GrowthRecord, LossCurve
 from esper.growth.stages import Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
@@ -77,7 +78,7 @@ class LoadedState:
             self.numbers = {name: int(state[name]) for name in ("steps", "spent", "misses", "round")}
             self.history = [GrowthRecord(**each) for each in state["history"]]
             self.curve = LossCurve(**state["curve"])
-            self.extra, self.step = int(state["costs"]["extra"]), state["costs"]["step"]
+            self.costs = Costs(**state["costs"])
             self.unseen, self.warned = set(state["unseen"]), bool(state["warned"])
             self.bad_loss: float | None = state["bad_loss"]
             self.seconds = float(state["probe_seconds"])

@@ -198,7 +198,7 @@ def test_flops_of_a_grower_are_those_of_every_size_that_it_had() -> None:
     ]
     flops, hidden = size.flops_of(task, history)
     trained = 100 * none + 200 * eight + 100 * sixteen + (size.STEPS - 400) * eight
-    assert (flops, hidden) == (trained + 100 * (none + eight), 8)
+    assert (flops, hidden) == (trained + 200 * none, 8)
 
 
 @pytest.mark.parametrize("name", ["breast_cancer", "moons", "teacher 64"])

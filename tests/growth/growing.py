@@ -82,9 +82,17 @@ class Run:
         raise AssertionError(f"none of {events} in {most} steps:\n{self.grower}")
 
 
-def begin(shelf: KernelShelf, host: nn.Module | None = None, *, rate: float = 0.02, **options: Any) -> Run:
+def begin(
+    shelf: KernelShelf,
+    host: nn.Module | None = None,
+    *,
+    rate: float = 0.02,
+    mode: Any = "module",
+    seeds: int = 4,
+    **options: Any,
+) -> Run:
     """A run whose model has a fitted layer `"0"`, by default and no more."""
-    model = esper.wrap(host or nn.Sequential(fitted()), platform=shelf.platform)
+    model = esper.wrap(host or nn.Sequential(fitted()), platform=shelf.platform, mode=mode, seeds_per_layer=seeds)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     return Run(model, optimizer, esper.Grower(model, optimizer, loss_of, **{**OPTIONS, **options}))
 
