@@ -56,7 +56,8 @@ def _extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8, help="of the adapters")
     parser.add_argument("--adapters", type=int, default=10, help="how many")
     parser.add_argument("--steps", type=int, default=100, help="steps between two swaps")
-    parser.add_argument("--quick", action="store_true", help="one block and three adapters, to try it")
+    parser.add_argument("--quick", action="store_true", help="one block and three adapters, to try it in some minutes")
+    parser.add_argument("--cache", type=Path, help="compiled code is kept there and found again; by default it is not")
 
 
 def measured(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -68,10 +69,15 @@ def measured(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     platform = str(folder / "platform")
     swapping = {**what, "steps": options.steps, "adapters": str(folder / "adapters")}
     idle = {**what, "rounds": options.rounds, "rank": options.rank, "platform": platform}
+    kept = options.cache or (folder / "cache" if options.quick else None)  # most of the time is the C++ compiler's
+
+    def measured(side: str, **arguments: Any) -> Any:
+        return apart(f"{_MODULE}:{side}_side", kept or folder / f"{side}-{kind}", **arguments)
+
     return {
-        "esper": apart(f"{_MODULE}:esper_side", folder / f"esper-{kind}", **swapping, platform=platform),
-        "peft": apart(f"{_MODULE}:peft_side", folder / f"peft-{kind}", **swapping),
-        "idle": apart(f"{_MODULE}:idle_side", folder / f"idle-{kind}", **idle),
+        "esper": measured("esper", **swapping, platform=platform),
+        "peft": measured("peft", **swapping),
+        "idle": measured("idle", **idle),
     }
 
 
