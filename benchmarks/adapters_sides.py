@@ -19,7 +19,7 @@ from benchmarks.harness import paired
 from benchmarks.hot_swap_sides import Recorder
 from benchmarks.workloads import WORKLOADS, Workload, training_step
 
-__all__ = ["TARGETS", "esper_side", "idle_side", "peft_side", "write_adapters"]
+__all__ = ["TARGETS", "esper_side", "idle_side", "peft_side", "steady_side", "write_adapters"]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LR = 1e-4
@@ -137,6 +137,33 @@ def peft_side(workload: str, device: str, depth: int, training: bool, steps: int
         swaps.append((asked, recorder.count - 1))
     recorder.run(steps)
     return _figures(recorder, swaps, latencies)
+
+
+def steady_side(
+    workload: str, device: str, depth: int, training: bool, rounds: int, adapters: str, platform: str
+) -> dict[str, list[float]]:
+    """Steps of both with one adapter in force, in turn, so that whatever else the machine does is in both."""
+    import peft
+
+    from esper.integrations import peft as bridge
+
+    what, folder = WORKLOADS[workload], Path(adapters) / "0"
+    with esper.Platform.embedded(Path(platform)) as shelf:
+        grown: Any = esper.wrap(_host(what, device, depth), platform=shelf)
+        kernels = {name: shelf.compile_sync(each).id for name, each in bridge.load(grown, folder).items()}
+        adapted = peft.PeftModel.from_pretrained(_host(what, device, depth), str(folder), is_trainable=training)
+        sides = {"esper": (torch.compile(grown, backend="esper"), grown), "peft": (torch.compile(adapted), adapted)}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, (run, model) in sides.items():
+            model.train(training)
+            recorder, optimizer = _recorder(what, run, model, device, training)
+            if name == "esper":
+                if training:
+                    grown.attach_optimizer(optimizer)
+                assert grown.request_kernels(list(kernels), kernels, trainable=training).result()
+            recorder.run(1)
+            calls[name] = lambda recorder=recorder: recorder.run(1)
+        return paired(calls, rounds)
 
 
 def idle_side(

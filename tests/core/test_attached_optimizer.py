@@ -733,6 +733,44 @@ def test_a_kernel_whose_optimizer_refuses_it_does_not_come_into_force(shelf: Ker
     assert len(optimizer.param_groups) == 2
 
 
+class ByGroup(schedulers.LRScheduler):
+    """A schedule of somebody's own: rates by group in a list that only it knows of, or made from what torch keeps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, adapts: bool) -> None:
+        self.adapts, self.factors = adapts, [0.5] * len(optimizer.param_groups)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        factors = [0.5] * len(self.base_lrs) if self.adapts else self.factors
+        return [base * factor**self.last_epoch for base, factor in zip(self.base_lrs, factors, strict=True)]
+
+
+@pytest.mark.parametrize("adapts", [True, False])
+def test_a_scheduler_that_cannot_take_a_group_keeps_the_kernel_out(
+    shelf: KernelShelf, x: torch.Tensor, adapts: bool
+) -> None:
+    model = wrapped(shelf)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = ByGroup(optimizer, adapts)
+    model.attach_optimizer(optimizer, scheduler)
+    groups, rates, held = len(optimizer.param_groups), list(scheduler.base_lrs), set(ids(held_by(optimizer)))
+    assert asyncio.run(model.load_kernel("0", 0, shelf.put(blueprint()).id, trainable=True))  # staged
+    step(model, optimizer, x)
+    layer = model.kasmina_layers["0"]
+    if adapts:
+        assert (layer.state.lifecycle(0).name, len(optimizer.param_groups)) == ("ACTIVE", groups + 1)
+    else:
+        assert layer.state.lifecycle(0).name == "ERROR_RECOVERY"
+        assert "the scheduler ByGroup cannot take the kernels' group: ValueError" in layer.seed_errors[0]
+        assert (len(optimizer.param_groups), scheduler.base_lrs, set(ids(held_by(optimizer)))) == (groups, rates, held)
+    scheduler.step()  # and training goes on
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-2)
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
 def test_muon_takes_no_vectors(shelf: KernelShelf, x: torch.Tensor) -> None:
     model = esper.wrap(nn.Sequential(nn.Linear(8, 6, bias=False)), platform=shelf.platform)
     optimizer = torch.optim.Muon(model.parameters(), lr=1e-2)

@@ -394,7 +394,7 @@ def a_paused_rank(here: Rank) -> Any:
     future = model.request_kernel("0", 0, here.shelf.put(blueprint()).id)
     if here.rank == 1:
         pid = os.getpid()
-        subprocess.Popen(["/bin/sh", "-c", f"kill -STOP {pid}; sleep 3; kill -CONT {pid}"])
+        subprocess.Popen(["/bin/sh", "-c", f"kill -STOP {pid}; sleep 5; kill -CONT {pid}"])
     _train_until(model, [future])
     _settle(here, model)
     return {"result": future.result(), "flips": flips.at}
@@ -423,6 +423,36 @@ def models_of_other_sites(here: Rank) -> Any:
     future = model.request_kernel("0", 0, here.shelf.put(blueprint()).id)
     _train_until(model, [future])
     return {"told": told, "afterwards": future.result()}
+
+
+def a_store_that_is_down_on_one_rank(here: Rank) -> Any:
+    """Rank 1 asks a store that nobody serves; what was in force stays, and is what comes next too."""
+    kernels = [here.shelf.put(blueprint(seed=seed)).id for seed in range(2)]
+    urza = {"url": "http://127.0.0.1:1", "client": {"retries": 1, "cache_folder": here.folder / "downloads"}}
+    config = esper.EsperConfig.model_validate({"urza": urza, "platform": {"root": here.folder / "elsewhere"}})
+    with esper.Platform.connect(config) as away:
+        model = _wrapped(here, away if here.rank == 1 else None)
+        model.load_state_dict(_grown(here, kernels[0]).state_dict())
+        here.meet("all have grown")
+        flips = _Flips(model)
+        request = model.request_kernel("0", 0, kernels[1])
+        _train_until(model, [request])
+        _settle(here, model)
+        layer, told = model.kasmina_layers["0"], request.progress()
+        return {
+            "result": request.result(),
+            "kernel": layer.kernel_in_force(0) == kernels[0],
+            "flips": flips.at,
+            "errors": layer.state.errors(0),
+            "reason": told.reason,
+        }
+
+
+def _grown(here: Rank, kernel: str) -> esper.MorphableModel:
+    plain = esper.wrap(mlp(8, 6, 4), platform=here.shelf.platform)
+    assert plain.request_kernel("0", 0, kernel).result(30)
+    plain(torch.ones(1, 8))
+    return plain
 
 
 class _Dies:

@@ -33,6 +33,7 @@ SCENARIOS = [
     "a_checkpoint_brings_all_to_one_plan",
     "a_paused_rank",
     "models_of_other_sites",
+    "a_store_that_is_down_on_one_rank",
 ]
 
 
@@ -90,6 +91,16 @@ def test_what_one_rank_cannot_have_comes_into_force_nowhere(ranks: Launched, fou
         assert each["errors"] == 1
         assert "5d5d5d" in each["reason"]
     assert all("rank 1" in each["reason"] for rank, each in enumerate(ranks.of("one_rank_cannot_stage")) if rank != 1)
+
+
+def test_a_store_that_one_rank_cannot_reach_keeps_the_kernel_from_all(ranks: Launched) -> None:
+    for rank, each in enumerate(ranks.of("a_store_that_is_down_on_one_rank")):
+        assert each["result"] is False
+        assert each["kernel"] is True
+        assert each["flips"] == {}
+        assert each["errors"] == 1
+        assert "127.0.0.1:1" in each["reason"]
+        assert ("rank 1: " in each["reason"]) == (rank != 1)
 
 
 def test_different_kernels_are_an_error_that_names_both(ranks: Launched) -> None:

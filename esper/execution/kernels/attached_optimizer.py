@@ -34,7 +34,7 @@ from esper.execution.kernels.param_groups import (
     scaled,
     with_parameters,
 )
-from esper.execution.kernels.rate_schedulers import kept_lists, rearrange, schedulers_of
+from esper.execution.kernels.rate_schedulers import kept_lists, own_ones, rearrange, refuse_unable, schedulers_of
 from esper.execution.kernels.saved_groups import SavedGroups
 
 __all__ = ["AttachedOptimizer", "GrowingModel", "refuse_optimizer"]
@@ -176,13 +176,19 @@ class AttachedOptimizer:
                 f"Muon takes matrices alone, and {flat.name!r} of the kernel of {flat.owner} is none: attach an AdamW"
             )
         self._look_for_schedulers()
-        before = list(self._groups)
+        before, put_back = list(self._groups), kept_lists(self._schedulers)
+        kept = [{**group, "params": list(group["params"])} for group in before]
+        others = own_ones(self._schedulers)
         try:
             self._enter(new)
+            rearrange(self._schedulers, before, self._groups)
+            refuse_unable(others)
         except BaseException:
+            for group, values in zip(before, kept, strict=True):
+                group.update(values)
             self._set(before)
+            put_back()
             raise
-        rearrange(self._schedulers, before, self._groups)
 
     def _enter(self, new: Sequence[KernelParameter]) -> None:
         hosts = self._hosts()

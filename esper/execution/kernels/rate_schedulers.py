@@ -6,6 +6,7 @@ rearranged here. `LRScheduler` and its lists are documented attributes, or as ol
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
 
-__all__ = ["checked_schedulers", "kept_lists", "rearrange", "schedulers_of"]
+__all__ = ["checked_schedulers", "kept_lists", "own_ones", "rearrange", "refuse_unable", "schedulers_of"]
 
 _RATES = frozenset({"base_lrs", "max_lrs"})
 _ALIKE = frozenset({"lr_lambdas", "min_lrs", "base_momentums", "max_momentums"})
@@ -79,6 +80,36 @@ def rearrange(schedulers: Iterable[LRScheduler], before: Sequence[Group], groups
             setattr(scheduler, name, _entries(hosts, groups, name in _RATES))
         if hasattr(scheduler, "_last_lr"):  # what get_last_lr() returns
             scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def own_ones(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:
+    """Those that are none of torch's, and whose step can be tried; one that steps in its own way may follow there."""
+    others = (each for each in schedulers if type(each).__module__ != LRScheduler.__module__)
+    return [each for each in others if type(each).step is LRScheduler.step and _unable(each) is None]
+
+
+def refuse_unable(schedulers: Iterable[LRScheduler]) -> None:
+    """Raise :class:`OptimizerError` for one whose next step would raise, with the optimizer's groups as they are."""
+    for scheduler in schedulers:
+        if (reason := _unable(scheduler)) is not None:
+            raise OptimizerError(
+                f"the scheduler {type(scheduler).__name__} cannot take the kernels' group: {reason}; have its get_lr() "
+                "return a rate for each of optimizer.param_groups (self.base_lrs is kept as long), or "
+                "detach_optimizer(), and give the kernels an optimizer of their own"
+            )
+
+
+def _unable(scheduler: LRScheduler) -> str | None:
+    """Why `scheduler` has no rate for each group, asked as its step does; None if it has."""
+    twin = copy.copy(scheduler)
+    vars(twin).update({name: copy.copy(value) for name, value in vars(twin).items() if isinstance(value, (list, dict))})
+    twin.last_epoch += 1
+    twin._get_lr_called_within_step = True
+    try:
+        rates, groups = len(twin.get_lr()), len(scheduler.optimizer.param_groups)
+    except Exception as error:  # noqa: BLE001  # of code that is not ours: it is the answer
+        return f"{type(error).__name__}: {error}"
+    return None if rates == groups else f"it has rates for {rates} groups, and there are {groups}"
 
 
 def kept_lists(schedulers: Iterable[LRScheduler]) -> Callable[[], None]:
