@@ -105,6 +105,10 @@ KINDS = {
         lambda seed, dtype: Blueprint.gated_mlp(IN, OUT, 3, start="identity", seed=seed, dtype=dtype),
         lambda p, x, y: y + _gated(p, x),
     ),
+    "widen, added": Kind(
+        lambda seed, dtype: Blueprint.widen(IN, OUT, 3, activation="tanh", seed=seed, dtype=dtype),
+        lambda p, x, y: y + _linear(p, "fan_out", _linear(p, "fan_in", x).tanh()),
+    ),
     "two maps, added": Kind(
         _graph(
             Node("a", "linear", ("x", "v"), {}),

@@ -218,6 +218,22 @@ class Blueprint:
         return cls("deepen", {name: value for name, value in locals().items() if name != "cls"})
 
     @classmethod
+    def widen(
+        cls,
+        in_features: int,
+        out_features: int,
+        hidden: int,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        start: Start = "identity",
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> Blueprint:
+        """``fan_out(activation(fan_in(x)))``: `hidden` neurons beside a feed-forward block, of its own activation."""
+        return cls("widen", {name: value for name, value in locals().items() if name != "cls"})
+
+    @classmethod
     def from_module(
         cls, module: nn.Module, in_features: int, *, dtype: str | None = None, limits: Limits | None = None
     ) -> Blueprint:

@@ -190,6 +190,22 @@ def _deepen(builder: GraphBuilder, options: Options, inner: Init, last: Init) ->
     return builder.linear(_activate(builder, up, options), "down", hidden, features, last, bias=bias)
 
 
+def _read_widen(reader: JsonReader, limits: Limits) -> dict[str, Json]:
+    return {
+        "hidden": reader.integer("hidden", 1, limits.max_dimension),
+        "activation": reader.choice("activation", ACTIVATIONS, "gelu"),
+        "bias": reader.boolean("bias", True),
+    }
+
+
+def _widen(builder: GraphBuilder, options: Options, inner: Init, last: Init) -> str:
+    """fan_out(activation(fan_in(x))): what more hidden features of a feed-forward block add to its output."""
+    hidden, bias = _size(options, "hidden"), bool(options["bias"])
+    fan_in = builder.linear(INPUT, "fan_in", builder.in_features, hidden, inner, bias=bias)
+    activated = _activate(builder, fan_in, options)
+    return builder.linear(activated, "fan_out", hidden, builder.out_features, last, bias=False)
+
+
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.name: family
@@ -200,6 +216,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family("residual_mlp", _read_residual_mlp, _residual_mlp),
             Family("affine", _read_affine, _affine),
             Family("deepen", _read_deepen, _deepen),
+            Family("widen", _read_widen, _widen),
         )
     }
 )

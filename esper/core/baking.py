@@ -16,8 +16,10 @@ from esper.core.copies.copying import as_host, layer_places
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.replica.replace_modules import replace_modules
+from esper.core.widening import feed_forward
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
+from esper.execution.kernels.hidden_neurons import neurons_of
 from esper.execution.plans.plan import SeedPlan
 
 __all__ = ["bake"]
@@ -29,14 +31,16 @@ def bake(morphable: MorphableModel) -> nn.Module:
     It has copies of all parameters, under the host's names, and of the kernels in force, fossilized ones included; what
     is only staged is left out. Affine kernels that come first in their layer become part of its weight and bias, at
     their present alphas, unless that changes more than the layer: the weight is tied, or the kernel's input detached.
-    (Code of the host's that reads such a weight itself, past the layer, reads it with the kernels.)
+    (Code of the host's that reads such a weight itself, past the layer, reads it with the kernels.) Hidden neurons that
+    come first beside a feed-forward block of their activation, a sequence of linear layer, activation and linear layer,
+    become part of its two linear layers, which are wider then.
     In the place of a layer with other kernels stands a `torch.fx.GraphModule`, with `weight` and `bias` as before, one
     submodule `seed_<index>` for each such kernel's parameters, and alphas as constants. It can be pickled, exported and
     loaded where Esper is not installed. The wrapped model stays as it is.
 
     Warns where the host has a `save_pretrained` and such modules remain: what that saves, the host's class loads
-    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model, and for kernels behind modules that
-    are no linear layers.
+    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model, and for other kernels behind
+    modules that are no linear layers.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.bake takes what esper.wrap returned, not {described(morphable)}")
@@ -47,15 +51,16 @@ def bake(morphable: MorphableModel) -> nn.Module:
     layers = {place: morphable.kasmina_layers[name] for name, place in layer_places(morphable).items()}
     grown = {place: layer for place, layer in layers.items() if plan.sites.get(layer.site)}
 
-    behind = [layer.layer_name for layer in grown.values() if layer.linear_map is None]
-    if behind:
-        raise WrapError(
-            f"kernels stand behind {', '.join(map(repr, behind))}, which are no linear layers: esper.bake builds "
-            "kernels in at linear layers alone. Keep the wrapped model, whose checkpoints and pickles have them"
-        )
-
     modules: dict[str, Any] = dict(host.named_modules())
-    left = {name: _fold_first(grown[name], modules[name], plan.sites[grown[name].site], host) for name in grown}
+    left: dict[str, Sequence[SeedPlan]] = {}
+    for name, layer in grown.items():
+        inner = any(other.startswith(f"{name}.") for other in grown)
+        seeds = plan.sites[layer.site]
+        if layer.linear_map is not None:
+            left[name] = _fold_first(layer, modules[name], seeds, host)
+        else:
+            left[name] = seeds if inner else _widened(layer, modules[name], seeds, host)
+    _check_built_in([grown[name] for name, seeds in left.items() if seeds])
     targets = {name: modules[name] for name, seeds in left.items() if seeds}
     if targets and hasattr(host, "save_pretrained"):
         warnings.warn(
@@ -71,6 +76,28 @@ def bake(morphable: MorphableModel) -> nn.Module:
     if "" in targets:
         return built_in("", cast("nn.Linear", host))
     return replace_modules(host, targets, built_in, lambda kind: kind, watched=False) if targets else host
+
+
+def _check_built_in(layers: Sequence[KasminaLayer]) -> None:
+    behind = [layer.layer_name for layer in layers if layer.linear_map is None]
+    if behind:
+        raise WrapError(
+            f"kernels stand behind {', '.join(map(repr, behind))}, which are no linear layers, and are no hidden "
+            "neurons that a feed-forward block can take in: esper.bake cannot build them in. Keep the wrapped model, "
+            "whose checkpoints and pickles have them"
+        )
+
+
+def _widened(layer: KasminaLayer, block: nn.Module, seeds: Sequence[SeedPlan], host: nn.Module) -> Sequence[SeedPlan]:
+    """Make the first of `seeds` part of the two linear layers of `block`, as many as can be; those that are left."""
+    taken = 0
+    for each in seeds:
+        whole, neurons = feed_forward(block, host), neurons_of(each.kernel)
+        if each.isolate or whole is None or neurons is None or not whole.fits(neurons):
+            break
+        whole.take_in(neurons, _alpha(layer, each))
+        taken += 1
+    return seeds[taken:]
 
 
 def _fold_first(

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -311,13 +311,8 @@ class KasminaLayer(nn.Module):
         """A module of the host's class with this one's parameters, hooks and training flag, and nothing of Esper."""
         raise NotImplementedError
 
-    @classmethod
-    def alone(cls, host: Any, **options: Any) -> KasminaLayer:
-        """A layer that stands alone and shares the parameters of `host`; `options` are those of the constructor."""
-        raise NotImplementedError
-
-    def _packing(self) -> tuple[type[KasminaLayer], dict[str, Any]]:
-        """The class, and further options, by which :meth:`alone` makes a layer like this one."""
+    def _packing(self) -> tuple[Callable[..., KasminaLayer], dict[str, Any]]:
+        """What makes a layer like this one, which stands alone, of its host, and options that it takes for that."""
         raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
@@ -531,6 +526,7 @@ class LinearSite(KasminaLayer, nn.Linear):
 
     @classmethod
     def alone(cls, host: nn.Linear, **options: Any) -> LinearSite:
+        """A layer that stands alone and shares the parameters of `host`; `options` are those of the constructor."""
         layer = cls._sharing(host)
         layer._stand_alone(**options)
         return layer
@@ -601,8 +597,8 @@ class LinearSite(KasminaLayer, nn.Linear):
     def as_host(self) -> nn.Linear:
         return plain_linear(self)
 
-    def _packing(self) -> tuple[type[KasminaLayer], dict[str, Any]]:
-        return LinearSite, {}
+    def _packing(self) -> tuple[Callable[..., KasminaLayer], dict[str, Any]]:
+        return LinearSite.alone, {}
 
     @property
     def features(self) -> tuple[int, int]:
@@ -646,7 +642,8 @@ class _LayerMeter:
 class _PackedLayer:
     """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
 
-    kind: type[KasminaLayer]
+    alone: Callable[..., KasminaLayer]
+    """Makes the layer again, of its host."""
     host: nn.Module
     options: dict[str, Any]
     seeds: LayerSeeds
@@ -662,12 +659,12 @@ class _PackedLayer:
             "telemetry_enabled": layer.runtime.telemetry is not None,
             "commit": layer.runtime.commit_mode,
         }
-        kind, more = layer._packing()
-        return cls(kind, layer.as_host(), {**options, **more}, LayerSeeds.of(layer))
+        alone, more = layer._packing()
+        return cls(alone, layer.as_host(), {**options, **more}, LayerSeeds.of(layer))
 
     def unpack(self, **outside: Any) -> KasminaLayer:
         """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
-        layer = self.kind.alone(self.host, **self.options, **outside)
+        layer = self.alone(self.host, **self.options, **outside)
         restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
         return layer
 

@@ -22,9 +22,9 @@ from esper.growth.statistics import SiteStatistics
 
 __all__ = ["Selection", "alpha_gradient", "gradmax", "selected"]
 
-_WIDTH = {"bottleneck": "rank", "gated_mlp": "hidden"}
-_FIRST = {"bottleneck": ("down",), "gated_mlp": ("gate", "up")}
-_LAST = {"bottleneck": "up", "gated_mlp": "down"}
+_WIDTH = {"bottleneck": "rank", "gated_mlp": "hidden", "widen": "hidden"}
+_FIRST = {"bottleneck": ("down",), "gated_mlp": ("gate", "up"), "widen": ("fan_in",)}
+_LAST = {"bottleneck": "up", "gated_mlp": "down", "widen": "fan_out"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Selection:
 def selected(
     statistics: SiteStatistics, blueprint: Blueprint, *, proposals: int = 512, damping: float = 1e-3
 ) -> Selection:
-    """`blueprint`, a bottleneck or a gated MLP, with hidden units chosen among `proposals` random ones.
+    """`blueprint`, a bottleneck, a gated MLP or a `widen`, with hidden units chosen among `proposals` random ones.
 
     Their inputs have unit variance over the sample, biases (where the blueprint has them) are quantiles of it. The
     kernel adds zero to what the site returns, so that loading it changes nothing, and its last linear map has the
@@ -116,7 +116,7 @@ def _checked(statistics: SiteStatistics, blueprint: Blueprint) -> tuple[str, int
     """The family and the number of hidden units."""
     _check_sizes(statistics, blueprint)
     if blueprint.family not in _WIDTH:
-        raise GrowthError(f"hidden units are chosen for {' and '.join(_WIDTH)} blueprints, not for {blueprint.family}")
+        raise GrowthError(f"hidden units are chosen for {', '.join(_WIDTH)} blueprints, not for {blueprint.family}")
     width = blueprint.options[_WIDTH[blueprint.family]]
     assert isinstance(width, int)
     return blueprint.family, width

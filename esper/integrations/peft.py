@@ -27,6 +27,7 @@ from esper.artifacts.document import near_misses
 from esper.artifacts.graph import KernelGraph
 from esper.core.errors import described
 from esper.core.morphable_model import MorphableModel
+from esper.core.sites.features import told_features
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 
@@ -241,7 +242,7 @@ def _blueprint(config: _Config, name: str, tensors: Mapping[str, Tensor], layer:
             f"{features[1]} to {features[0]} features and the rank {rank} that {CONFIG} says, they would be "
             f"{(rank, features[1])} and {(features[0], rank)}"
         )
-    dtype, scale = layer.weight.dtype, config.scale_of(name)
+    dtype, scale = layer.placement[1], config.scale_of(name)
     weights = {"down.weight": down.to(dtype), "up.weight": (up.float() * scale).to(dtype)}
     if bias is not None:
         weights["up.bias"] = (bias.float() * scale).to(dtype)
@@ -278,6 +279,12 @@ def _low_rank_kernels(model: MorphableModel) -> Iterator[tuple[str, list[_LowRan
             raise AdapterError(
                 f"seed {folded[0]} of layer {name!r} is a fossil that is part of the layer's own weight, which no "
                 "adapter holds; save the host as it is now, with `esper.bake`, or save the adapter before you fossilize"
+            )
+        if seeds and told_features(layer) is None:  # neither a kind of nn.Linear nor Conv1D
+            kind = model.layer_mappings[name]
+            raise AdapterError(
+                f"layer {name!r} is a {kind}, and adapters are for linear layers alone: unload its kernels, or save "
+                "the model instead"
             )
         yield name, [_read_kernel(name, layer, each) for each in seeds]
 

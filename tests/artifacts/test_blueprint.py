@@ -27,6 +27,7 @@ FAMILIES: dict[str, Make] = {
     "residual_mlp": lambda **options: Blueprint.residual_mlp(8, 6, 5, depth=2, **options),
     "affine": lambda **options: Blueprint.affine(8, 6, **options),
     "deepen": lambda **options: Blueprint.deepen(8, 6, 5, **options),
+    "widen": lambda **options: Blueprint.widen(8, 6, 5, **options),
 }
 DTYPES = {
     "float32": torch.float32,
@@ -98,6 +99,8 @@ def reference(family: str, p: Mapping[str, Tensor], x: Tensor, host: Tensor) -> 
         return x @ p["down.weight"].T @ p["up.weight"].T
     if family == "bottleneck":
         return F.linear(F.gelu(F.linear(x, p["down.weight"], p["down.bias"])), p["up.weight"], p["up.bias"])
+    if family == "widen":
+        return F.linear(F.gelu(F.linear(x, p["fan_in.weight"], p["fan_in.bias"])), p["fan_out.weight"])
     if family == "gated_mlp":
         return F.linear(F.silu(F.linear(x, p["gate.weight"])) * F.linear(x, p["up.weight"]), p["down.weight"])
     if family == "affine":

@@ -165,6 +165,10 @@ def test_a_kernel_that_was_just_loaded_changes_nothing(
 def test_sites_stand_inside_of_sites(shelf: KernelShelf, mode: Any, run: str, fresh_dynamo: None) -> None:
     plain, model = wrapped(shelf, [Block, "0.fc?", nn.Linear], mode=mode)
     assert list(model.kasmina_layers) == ["0", "0.fc1", "0.fc2", "2", "2.fc1", "2.fc2", "3"]
+    assert list(model.select_layers("0")) == ["0"]
+    assert list(model.select_layers("0.*")) == ["0.fc1", "0.fc2"]
+    assert list(model.select_layers(Block)) == ["0", "2"]
+    assert list(model.select_layers(model[2])) == ["2"]
     call, x = RUNS[run](model), torch.randn(4, W)
     inner = shelf.put(Blueprint.bottleneck(2 * W, W, 3, start="kaiming", seed=3))
     outer = deepen(shelf)

@@ -94,7 +94,7 @@ def test_a_layer_that_stands_alone_is_copied(shelf: KernelShelf, x: torch.Tensor
         layer.unload_kernel(0)
         layer(x)
         assert torch.equal(layer.default_transform(x), layer(x))
-        assert torch.equal(layer.as_linear().eval()(x), layer(x))
+        assert torch.equal(layer.as_host().eval()(x), layer(x))
 
 
 def test_a_layer_without_its_parametrization_again(shelf: KernelShelf, x: torch.Tensor) -> None:
@@ -106,7 +106,9 @@ def test_a_layer_without_its_parametrization_again(shelf: KernelShelf, x: torch.
 
 def test_what_a_layer_has_of_its_own_is_known() -> None:
     layer = esper.KasminaLayer(0, 1, 8, 6)
-    assert set(vars(layer)) - set(vars(nn.Linear(8, 6))) == OWN_ATTRIBUTES
+    behind = esper.wrap(nn.Sequential(nn.GELU()), "0").kasmina_layers["0"]
+    own = [set(vars(site)) - set(vars(host)) for site, host in ((layer, nn.Linear(8, 6)), (behind, nn.GELU()))]
+    assert own[0] < own[1] == OWN_ATTRIBUTES
 
 
 class Scaled(nn.Module):

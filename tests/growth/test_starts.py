@@ -55,6 +55,7 @@ def model(shelf: KernelShelf) -> esper.MorphableModel:
 BLUEPRINTS = [
     Blueprint.bottleneck(6, 3, rank=2, activation="relu"),
     Blueprint.bottleneck(6, 3, rank=3, activation="gelu", bias=False),
+    Blueprint.widen(6, 3, hidden=2, activation="relu"),
     Blueprint.gated_mlp(6, 3, hidden=2),
     Blueprint.gated_mlp(6, 3, hidden=2, bias=True, start="kaiming"),
 ]
@@ -172,7 +173,7 @@ def test_bad_input_is_named(model: esper.MorphableModel) -> None:
     statistics = probed(model)
     for call, told in (
         (lambda: selected(statistics, Blueprint.bottleneck(6, 4, rank=2)), "6 to 4 features, and layer '0' has 6 to 3"),
-        (lambda: selected(statistics, Blueprint.affine(6, 3)), "bottleneck and gated_mlp blueprints, not for affine"),
+        (lambda: selected(statistics, Blueprint.affine(6, 3)), "gated_mlp, widen blueprints, not for affine"),
         (lambda: selected(statistics, BLUEPRINTS[0], proposals=1), "proposals is 1, and 2 units"),
         (lambda: selected(statistics, BLUEPRINTS[0], damping=0.0), "damping must be more than 0"),
         (lambda: gradmax(statistics, BLUEPRINTS[0]), "a bottleneck with relu has no gradient"),

@@ -18,6 +18,7 @@ from esper_passes import SITE, SeedGraph
 
 __all__ = [
     "MLP",
+    "MarkedBlock",
     "MarkedLinear",
     "ReferenceSeed",
     "Shown",
@@ -65,6 +66,19 @@ class MLP(nn.Module):
         if self.marked:
             torch.ops.esper.enter(7)
         return self.down(self.up(x).relu())
+
+
+class MarkedBlock(nn.Module):
+    """A linear layer and what an `operation` makes of its output, a block with the marker of a module behind it."""
+
+    def __init__(self, site: int, operation: Callable[[Tensor], Tensor] = torch.relu, marked: bool = True) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.site, self.operation, self.marked = site, operation, marked
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.operation(self.inner(x))
+        return torch.ops.esper.module_site(x, y, self.site) if self.marked else y
 
 
 @torch.compiler.nested_compile_region

@@ -41,7 +41,8 @@ class ManyLayers(WrappedModel):
         """The layers with seeds that `layers` names, in the model's order; None for all of them.
 
         As with `target_layers`, it is one or several of: a dotted name, a glob pattern whose `*` matches dots too, a
-        type; or a module of the model or its host. What stands for a container selects the layers inside.
+        type; or a module of the model or its host. What stands for a container selects the layers inside, unless that
+        carries seeds itself.
 
         Raises :class:`TargetError` for anything that selects none.
         """
@@ -66,7 +67,12 @@ class ManyLayers(WrappedModel):
         else:
             raise TargetError(f"layers are named by names, patterns, types and modules, not by {target!r:.80}")
         known = {name: (name, place) for name, place in places.items()}
-        found = {name for name, both in known.items() if any(_is_inside(own, hit) for own in both for hit in hits)}
+        around = hits - known.keys() - set(places.values())
+        found = {
+            name
+            for name, both in known.items()
+            if not hits.isdisjoint(both) or any(_is_inside(own, hit) for own in both for hit in around)
+        }
         if not found:
             raise TargetError(f"no layer with seeds is selected by {_described(target)}; {self._near(target)}")
         return found

@@ -59,7 +59,7 @@ class ModuleSite(KasminaLayer):
 
     @classmethod
     def alone(cls, host: nn.Module, **options: Any) -> ModuleSite:
-        """As :meth:`KasminaLayer.alone`; among `options` are the `features`, as far as they are known."""
+        """As :meth:`LinearSite.alone`; among `options` are the `features`, as far as they are known."""
         layer = cls._sharing(host, options.pop("features"))
         own = layer.__dict__
         own.update({name: value for name, value in host.__dict__.items() if name != "_modules"})
@@ -166,8 +166,8 @@ class ModuleSite(KasminaLayer):
         host.__dict__["_modules"] = {}
         return host
 
-    def _packing(self) -> tuple[type[KasminaLayer], dict[str, Any]]:
-        return ModuleSite, {"features": self.features}
+    def _packing(self) -> tuple[Callable[..., KasminaLayer], dict[str, Any]]:
+        return ModuleSite.alone, {"features": self.features}
 
 
 class _Hosts(NamedTuple):
