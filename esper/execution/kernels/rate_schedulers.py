@@ -6,8 +6,10 @@ rearranged here. `LRScheduler` and its lists are documented attributes, or as ol
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -15,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
 
-__all__ = ["checked_schedulers", "kept_lists", "rearrange", "schedulers_of"]
+__all__ = ["checked_schedulers", "kept_lists", "rearrange", "refuse_fixed_groups", "schedulers_of"]
 
 _RATES = frozenset({"base_lrs", "max_lrs"})
 _ALIKE = frozenset({"lr_lambdas", "min_lrs", "base_momentums", "max_momentums"})
@@ -61,6 +63,42 @@ def _is_for(scheduler: LRScheduler, optimizer: Optimizer) -> bool:
 def _with_parts(scheduler: LRScheduler) -> list[LRScheduler]:
     parts = getattr(scheduler, "_schedulers", ())  # of SequentialLR and ChainedScheduler
     return [scheduler, *(inner for part in parts for inner in _with_parts(part))]
+
+
+def refuse_fixed_groups(schedulers: Iterable[LRScheduler]) -> None:
+    """Raise :class:`OptimizerError` for a scheduler of somebody's own whose rates are none for one more group.
+
+    That is tried with a copy of it, beside copies of the groups.
+    """
+    for scheduler in (each for one in schedulers for each in _with_parts(one)):
+        if type(scheduler).__module__ == LRScheduler.__module__ or type(scheduler).get_lr is LRScheduler.get_lr:
+            continue
+        groups: list[Group] = [{**group, "params": []} for group in scheduler.optimizer.param_groups]
+        more = [*groups, {**groups[0], LABELS: [], BESIDE: 0, FACTOR: 1.0}]
+        try:
+            as_it_is = len(_rates(scheduler, groups, groups))
+        except Exception:  # noqa: BLE001  # it cannot be asked in this way
+            continue
+        reason = ""
+        try:
+            count = len(_rates(scheduler, groups, more))
+        except Exception as error:  # noqa: BLE001  # whatever it raises is the reason
+            count, reason = -1, f": {type(error).__name__}: {error}"
+        if as_it_is == len(groups) and count != len(more):
+            raise OptimizerError(
+                f"the {type(scheduler).__name__} cannot take another group{reason}. Have it go by the groups' own "
+                "options, or keep its lists under torch's names, such as base_lrs, which follow"
+            )
+
+
+def _rates(scheduler: LRScheduler, before: Sequence[Group], groups: Sequence[Group]) -> Sequence[Any]:
+    """What a copy of `scheduler` would make of `groups`."""
+    twin: Any = copy.copy(scheduler)
+    twin.optimizer = SimpleNamespace(param_groups=[dict(group) for group in groups])
+    rearrange([twin], before, groups)
+    twin._get_lr_called_within_step = True  # as torch has it around this call
+    rates: Sequence[Any] = twin.get_lr()
+    return rates
 
 
 def rearrange(schedulers: Iterable[LRScheduler], before: Sequence[Group], groups: Sequence[Group]) -> None:
