@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
+from esper.execution.kernels.rate_schedulers import checked_schedulers, refuse_fixed_groups, schedulers_of
 from esper.growth.errors import GrowthError
 from esper.growth.probe import MOST_FEATURES
 
@@ -77,6 +78,8 @@ def attach(
     model: MorphableModel, optimizer: Optimizer, scheduler: Any, lr_factor: float, warmup: int, peak: float | None
 ) -> None:
     """Attach `optimizer`, unless it is. Raises what that raises, and :class:`GrowthError`."""
+    if isinstance(optimizer, Optimizer):  # else what follows says what it is
+        refuse_fixed_groups(checked_schedulers(scheduler, optimizer) if scheduler else schedulers_of(optimizer))
     if not model.has_optimizer(optimizer):
         options = {} if peak is None else {"peak": peak}
         model.attach_optimizer(optimizer, scheduler, lr_factor=lr_factor, warmup=warmup, **options)

@@ -78,8 +78,9 @@ class GrowthCycle:
                 self._curve.add(step, loss)
                 self._bad_loss = None
             elif self._bad_loss is None:
-                self._bad_loss = loss
-                self._tell(f"the loss is {loss}: nothing grows meanwhile", step)
+                self._bad_loss, reason = loss, f"the loss is {loss}: nothing grows meanwhile"
+                if not self._history or self._history[-1].reason != reason:  # else one that comes and goes fills it
+                    self._tell(reason, step)
 
     def _wait(self, stage: Waiting) -> Stage:
         policy = self._policy

@@ -96,6 +96,20 @@ def test_probing_leaves_training_as_it_was(mode: Any, shelf: KernelShelf) -> Non
         assert torch.equal(plain, grown)
 
 
+def test_judging_leaves_training_as_it_was(shelf: KernelShelf) -> None:
+    """A growth that is judged beside one that is not yet: the same numbers to the last bit."""
+    outcomes = []
+    for trial in (10, 10**6):
+        torch.manual_seed(3)
+        run = begin(shelf, Host(), trial=trial, keep="active", cooldown=10**6)
+        run.steps(30)
+        assert [each.event for each in run.grower.history] == ["chosen", "in force", "kept"][: 3 if trial == 10 else 2]
+        outcomes.append([each.clone() for each in (*run.model.state_dict().values(), torch.rand(2))])
+        outcomes[-1] += [each.grad.clone() for each in run.model.parameters()]
+    for judged, other in zip(*outcomes, strict=True):
+        assert torch.equal(judged, other)
+
+
 @pytest.mark.parametrize("lead", [0, 3, None])
 def test_equal_seeds_give_equal_decisions(lead: int | None, shelf: KernelShelf) -> None:
     histories = []
@@ -167,6 +181,45 @@ def test_kernels_enter_the_optimizer_with_a_rate_of_their_own(shelf: KernelShelf
     run.until("kept")
     assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.02, 0.03])
     assert run.model.has_optimizer(run.optimizer)
+
+
+def test_schedulers_that_know_their_groups_go_on(shelf: KernelShelf) -> None:
+    model = esper.wrap(nn.Sequential(fitted()), platform=shelf.platform)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.99**step])
+    grower = esper.Grower(
+        model, optimizer, loss_of, scheduler=scheduler, budget=23, probe_batches=BATCHES, first=2, ramp=2, trial=20,
+        lead=0, widths=(2,),
+    )  # fmt: skip
+    run = Run(model, optimizer, grower)
+    for _ in range(30):
+        run.step()
+        scheduler.step()
+    assert grower.history[2].event == "kept"
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.02 * 0.99**30] * 2)
+
+
+@pytest.mark.gpu
+def test_losses_on_a_device_are_read_many_together(shelf: KernelShelf) -> None:
+    host = nn.Sequential(fitted()).cuda()
+    batches = [(x.cuda(), y.cuda()) for x, y in BATCHES]
+    model = esper.wrap(host, platform=shelf.platform)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    grower = esper.Grower(
+        model, optimizer, loss_of, budget=23, probe_batches=batches, first=5, ramp=5, trial=20, lead=3, widths=(2,)
+    )
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = loss_of(model, (X.cuda(), Y.cuda()))
+        loss.backward()
+        optimizer.step()
+        grower.step(loss)
+    assert [each.event for each in grower.history] == ["chosen", "in force", "kept", "stopped"]
+    for _ in range(62):
+        grower.step(loss.detach() * float("nan"))
+    assert grower.history[-1].event == "stopped"
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        grower.state_dict()
 
 
 def test_a_frozen_model_grows(shelf: KernelShelf) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import esper
 from esper.core.errors import TargetError
@@ -63,10 +65,48 @@ def test_what_it_is_not_for(shelf: KernelShelf) -> None:
         esper.Grower(model, optimizer, loss_of, layers="fc", **wanted)
     with pytest.raises(OptimizerError, match="holds none of the model's parameters"):
         esper.Grower(model, torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), loss_of, **wanted)
+    other = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(OptimizerError, match="the ConstantLR is one of another optimizer"):
+        esper.Grower(model, optimizer, loss_of, scheduler=other, **wanted)
     with pytest.raises(TypeError, match="scheduler"):
         esper.Grower(model, optimizer, loss_of, scheduler="cosine", **wanted)
     assert not model.has_optimizer(optimizer)
     esper.Grower(model, optimizer, loss_of, **wanted)  # nothing was left of those
+
+
+class FixedRates(LRScheduler):
+    """A scheduler of somebody's own, with a list by group under a name of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.own = [group["lr"] for group in optimizer.param_groups]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [rate * 0.9 for rate, _ in zip(self.own, self.optimizer.param_groups, strict=True)]
+
+
+class OwnRates(FixedRates):
+    """One that goes by the groups."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return [group["lr"] * 0.9 for group in self.optimizer.param_groups]
+
+
+def test_a_scheduler_that_cannot_take_another_group(shelf: KernelShelf) -> None:
+    for named in (True, False):
+        model = esper.wrap(nn.Sequential(fitted()), platform=shelf.platform)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = FixedRates(optimizer)
+        wanted: Any = {"budget": 9, "probe_batches": BATCHES, "scheduler": scheduler if named else None}
+        before = optimizer.param_groups[0]["lr"]
+        with pytest.raises(
+            OptimizerError, match="the scheduler FixedRates cannot take the kernels' group: ValueError: zip"
+        ):
+            esper.Grower(model, optimizer, loss_of, **wanted)
+        assert not model.has_optimizer(optimizer)
+        assert optimizer.param_groups[0]["lr"] == before
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    esper.Grower(model, optimizer, loss_of, **{**wanted, "scheduler": OwnRates(optimizer)})
 
 
 def test_one_grower_a_model(shelf: KernelShelf) -> None:

@@ -71,6 +71,7 @@ def test_the_moments_are_those_of_the_plain_model(way: str, fresh_dynamo: None) 
     with Probe(model) as probe:
         train(run)
     assert list(probe) == ["0.0", "0.2", "1.0", "1.2"]
+    assert probe.reached == set(probe)
     for name, found in probe.items():
         check(found, *expected(host, name))
         assert found.learns == (True, True)
@@ -172,6 +173,7 @@ def test_what_was_not_seen_is_named() -> None:
         model(BATCHES[0])
         with torch.no_grad():
             model(BATCHES[0])
+    assert probe.reached == frozenset()
     with pytest.raises(GrowthError, match="no gradient has reached layer '0'"):
         probe["0"]
     with pytest.raises(KeyError, match="the probe is not for '2'"):

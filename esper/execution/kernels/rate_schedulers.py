@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,7 +17,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
 
-__all__ = ["checked_schedulers", "kept_lists", "own_ones", "rearrange", "refuse_unable", "schedulers_of"]
+__all__ = [
+    "checked_schedulers",
+    "kept_lists",
+    "own_ones",
+    "rearrange",
+    "refuse_fixed_groups",
+    "refuse_unable",
+    "schedulers_of",
+]
 
 _RATES = frozenset({"base_lrs", "max_lrs"})
 _ALIKE = frozenset({"lr_lambdas", "min_lrs", "base_momentums", "max_momentums"})
@@ -91,25 +100,42 @@ def own_ones(schedulers: Iterable[LRScheduler]) -> list[LRScheduler]:
 def refuse_unable(schedulers: Iterable[LRScheduler]) -> None:
     """Raise :class:`OptimizerError` for one whose next step would raise, with the optimizer's groups as they are."""
     for scheduler in schedulers:
-        if (reason := _unable(scheduler)) is not None:
-            raise OptimizerError(
-                f"the scheduler {type(scheduler).__name__} cannot take the kernels' group: {reason}; have its get_lr() "
-                "return a rate for each of optimizer.param_groups (self.base_lrs is kept as long), or "
-                "detach_optimizer(), and give the kernels an optimizer of their own"
-            )
+        _refuse(scheduler, _unable(scheduler))
 
 
-def _unable(scheduler: LRScheduler) -> str | None:
-    """Why `scheduler` has no rate for each group, asked as its step does; None if it has."""
-    twin = copy.copy(scheduler)
+def refuse_fixed_groups(schedulers: Iterable[LRScheduler]) -> None:
+    """Raise :class:`OptimizerError` for one whose step would raise if the optimizer had one group more."""
+    for scheduler in own_ones(each for one in schedulers for each in _with_parts(one)):
+        groups: list[Group] = [{**group, "params": []} for group in scheduler.optimizer.param_groups]
+        _refuse(scheduler, _unable(scheduler, groups, [*groups, {**groups[0], LABELS: [], BESIDE: 0, FACTOR: 1.0}]))
+
+
+def _refuse(scheduler: LRScheduler, reason: str | None) -> None:
+    if reason is not None:
+        raise OptimizerError(
+            f"the scheduler {type(scheduler).__name__} cannot take the kernels' group: {reason}; have its get_lr() "
+            "return a rate for each of optimizer.param_groups (self.base_lrs is kept as long), or "
+            "detach_optimizer(), and give the kernels an optimizer of their own"
+        )
+
+
+def _unable(scheduler: LRScheduler, before: Sequence[Group] = (), groups: Sequence[Group] = ()) -> str | None:
+    """Why `scheduler` has no rate for each group, asked as its step does; None if it has.
+
+    With `groups` instead of the optimizer's, which are `before`.
+    """
+    twin: Any = copy.copy(scheduler)
     vars(twin).update({name: copy.copy(value) for name, value in vars(twin).items() if isinstance(value, (list, dict))})
     twin.last_epoch += 1
     twin._get_lr_called_within_step = True
+    if groups:
+        twin.optimizer = SimpleNamespace(param_groups=[dict(group) for group in groups])
+        rearrange([twin], before, groups)
     try:
-        rates, groups = len(twin.get_lr()), len(scheduler.optimizer.param_groups)
+        rates, count = len(twin.get_lr()), len(twin.optimizer.param_groups)
     except Exception as error:  # noqa: BLE001  # of code that is not ours: it is the answer
         return f"{type(error).__name__}: {error}"
-    return None if rates == groups else f"it has rates for {rates} groups, and there are {groups}"
+    return None if rates == count else f"it has rates for {rates} groups, and there are {count}"
 
 
 def kept_lists(schedulers: Iterable[LRScheduler]) -> Callable[[], None]:
