@@ -140,14 +140,17 @@ def load(
 
 
 def probe_flops(rows: int, inputs: int, outputs: int, chosen: int, proposals: int = PROPOSALS) -> float:
-    """Of the statistics of a frozen layer, and of a selection of `chosen` hidden units (0: of none) from a sample."""
+    """Of the statistics of one site, and of a selection of `chosen` hidden units (0: of none) from a sample of them.
+
+    Counted as for a layer that learns, whose own gain is solved for: for a frozen one, less is computed.
+    """
     sample = min(rows, 4096)
     moments = 2.0 * rows * ((inputs + 1) ** 2 + outputs**2 + outputs * (inputs + 1))
     if not chosen:
         return moments
-    candidates = 2.0 * sample * (inputs * proposals + outputs**2)
+    candidates = 2.0 * sample * (inputs * proposals + outputs * (inputs + outputs))
     each = 2.0 * sample * proposals * (outputs + 3)
-    solved = 20.0 * outputs**3
+    solved = 20.0 * (inputs**3 + outputs**3)
     return moments + candidates + chosen * each + solved
 
 

@@ -22,7 +22,17 @@ from benchmarks import growth_depth as depth
 from benchmarks import growth_size as size
 from benchmarks import growth_size_tasks as size_tasks
 from benchmarks import growth_teacher as teacher
-from benchmarks.growing import Arm, Pair, comparison_section, decayed, goal_section, interval, shown, steps_of
+from benchmarks.growing import (
+    Arm,
+    Pair,
+    comparison_section,
+    decayed,
+    goal_section,
+    interval,
+    probe_flops,
+    shown,
+    steps_of,
+)
 from benchmarks.growth_skill_data import BATCH
 from benchmarks.growth_skill_network import Shape, network
 from esper.growth import GrowthRecord
@@ -97,6 +107,14 @@ def test_a_decayed_rate_ends_at_zero_and_is_given_back() -> None:
     steps_of(optimizer, lambda: weight.sum(), 4, decayed, seen)
     assert weight.item() == pytest.approx(1.0 - 0.1 * (1 + 1 + 1 + 0.5))
     assert (len(seen), optimizer.param_groups[0]["lr"], decayed(1.0)) == (4, 0.1, 0.0)
+
+
+def test_a_probe_costs_its_moments_and_a_selection_more_with_each_unit() -> None:
+    moments = 2 * 100 * (4 * 4 + 2 * 2 + 2 * 4)
+    assert probe_flops(100, 3, 2, 0) == moments
+    one, two, three = (probe_flops(100, 3, 2, chosen, proposals=7) for chosen in (1, 2, 3))
+    assert two - one == three - two == 2 * 100 * 7 * 5
+    assert one > moments + two - one
 
 
 @pytest.mark.parametrize("hidden", [5, 10])
