@@ -124,7 +124,7 @@ def choose(
         width, blueprint = max(place.blueprints.items())
         selection = selected(statistics[place.layer], blueprint, proposals=max(policy.proposals, width))
         selections[place.layer] = selection
-        scored.append(_best_width(place, selection, statistics[place.layer], policy))
+        scored.append(_best_width(place, selection, policy))
     best = max(scored, key=lambda each: each.score, default=None)  # the first in the model's order, if they are equal
     if best is None or best.gain <= 0 or best.ratio < policy.threshold:
         return None, best
@@ -141,9 +141,9 @@ def choose(
     return Choice(**best.numbers(), blueprint=blueprint, rows=rows), best
 
 
-def _best_width(place: Place, selection: Selection, statistics: SiteStatistics, policy: GrowthPolicy) -> Scored:
+def _best_width(place: Place, selection: Selection, policy: GrowthPolicy) -> Scored:
     """The width of the highest score, or a larger one whose further units are worth nearly as much each."""
-    by_chance = policy.chance * _chance(len(statistics.rows), statistics.out_features, policy.proposals)
+    by_chance = policy.chance * selection.by_chance
     steps = [
         Scored(place, width, selection.gains[width - 1] - width * by_chance, selection.host_gain, parameters_of(each))
         for width, each in sorted(place.blueprints.items())
@@ -155,16 +155,6 @@ def _best_width(place: Place, selection: Selection, statistics: SiteStatistics, 
             break
         best = wider
     return best
-
-
-def _chance(rows: int, outputs: int, proposals: int) -> float:
-    """What the best of `proposals` units explains of `outputs` whitened columns of noise, in `rows` rows.
-
-    Each explains a chi-squared of `outputs` degrees of freedom, over the rows; the bound on the largest of them is that
-    of Laurent and Massart (2000, lemma 1).
-    """
-    spread = math.log(max(proposals, 2))
-    return (outputs + 2 * math.sqrt(outputs * spread) + 2 * spread) / max(rows, 1)
 
 
 def _elsewhere(best: Scored, scored: Sequence[Scored], draw: int) -> Scored:

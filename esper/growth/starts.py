@@ -8,6 +8,7 @@ the gradient of their inputs is largest (Evci et al. 2022, arXiv:2201.05125).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,13 @@ class Selection:
     `gains` has, for the first k units, the decrease of the loss that a step along them promises, in the natural metric
     of the gradients (SENN's natural expansion score) and beyond what the layer's own parameters do: `host_gain`, in the
     same unit. Compare the two, of one site or of several; a unit that adds little to `gains` is one too many.
+    `by_chance` is what a unit gains at most, in all likelihood, where there is nothing to be found.
     """
 
     blueprint: Blueprint
     gains: tuple[float, ...]
     host_gain: float
+    by_chance: float
 
 
 def selected(
@@ -65,7 +68,12 @@ def selected(
     last = _LAST[family]
     names = {spec.name for spec in blueprint.graph.tensors}
     weights |= {name: "zeros" for name in (f"{last}.weight", f"{last}.bias") if name in names}
-    return Selection(Blueprint.from_graph(_with_host(blueprint).graph, weights), tuple(gains), host_gain)
+    return Selection(
+        Blueprint.from_graph(_with_host(blueprint).graph, weights),
+        tuple(gains),
+        host_gain,
+        _by_chance(residual, proposals),
+    )
 
 
 def gradmax(statistics: SiteStatistics, blueprint: Blueprint, *, scale: float = 1.0) -> Blueprint:
@@ -222,6 +230,19 @@ def _residual(statistics: SiteStatistics, damping: float) -> tuple[Tensor, float
     host_gain = float(((metric @ cross) * (metric @ step.T)).sum())
     own = _wide(statistics.row_features())[:, columns]
     return (descent + own @ step) @ metric, host_gain
+
+
+def _by_chance(residual: Tensor, proposals: int) -> float:
+    """What the best of so many units explains of `residual` if they have nothing to do with it.
+
+    Each explains a sum of chi-squares, weighted by the variances of the residual; the bound on the largest of them is
+    that of Laurent and Massart (2000, lemma 1).
+    """
+    rows = len(residual)
+    weights = torch.linalg.eigvalsh(residual.T @ residual / rows).clamp_min(0.0)
+    spread = math.log(max(proposals, 2))
+    most = weights.sum() + 2 * (weights.square().sum() * spread).sqrt() + 2 * weights.max() * spread
+    return float(most) / rows
 
 
 def _without(features: Tensor, others: Tensor) -> Tensor:

@@ -94,6 +94,16 @@ def test_selected_units_explain_more_than_any_that_are_drawn(model: esper.Morpha
     assert list(chosen.gains) == sorted(chosen.gains)
 
 
+def test_what_chance_gives_is_told_from_what_is_there(model: esper.MorphableModel) -> None:
+    blueprint = Blueprint.bottleneck(6, 3, rank=1)
+    there = selected(probed(model), blueprint)
+    assert there.gains[0] > 2 * there.by_chance
+    with Probe(model) as probe:
+        (model(X) - model(X).detach() - torch.randn(400, 3)).square().mean().backward()
+    noise = selected(probe["0"], blueprint)
+    assert noise.by_chance > noise.gains[0] > 0.3 * noise.by_chance
+
+
 def test_training_goes_further_from_there(shelf: KernelShelf, model: esper.MorphableModel) -> None:
     plain = Blueprint.bottleneck(6, 3, rank=2, activation="relu")
     losses = {}
