@@ -27,6 +27,7 @@ PARTS = MappingProxyType(
         "core": "esper.core",
         "distributed": "esper.distributed",
         "execution": "esper.execution",
+        "growth": "esper.growth",
         "platform": "esper.platform",
         "services": "esper.services",
         "tezzeret": "esper.services.tezzeret",

@@ -373,7 +373,8 @@ class KasminaLayer(nn.Module):
         if features is None:
             raise UnknownFeaturesError(
                 f"how many features go into {self.layer_name!r} and out of it is not known before its first forward: "
-                f"call the model once, or give both numbers, as in target_layers={{{self.layer_name!r}: (64, 64)}}"
+                f"call the model once, or give both numbers: target_layers={{{self.layer_name!r}: (in_features, "
+                "out_features)}"
             )
         return features
 

@@ -12,7 +12,7 @@ from esper.artifacts import Blueprint
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.policy import GrowthPolicy
-from esper.growth.starts import Selection, selected
+from esper.growth.starts import SELECTED_FAMILIES, Selection, selected
 from esper.growth.statistics import SiteStatistics
 
 __all__ = ["Choice", "Place", "Scored", "choose", "parameters_of"]
@@ -104,6 +104,11 @@ def _candidate(layer: KasminaLayer, policy: GrowthPolicy, width: int, seed: int)
         blueprint = policy.family(layer, width)
         if not isinstance(blueprint, Blueprint):
             raise GrowthError(f"family must return a Blueprint for a layer and a width, not {blueprint!r:.80}")
+        if blueprint.family not in SELECTED_FAMILIES:
+            raise GrowthError(
+                f"a grower selects the hidden units of {', '.join(SELECTED_FAMILIES)} blueprints, and family returned "
+                f"one of {blueprint.family} for layer {layer.layer_name!r}: load such kernels by request_kernel()"
+            )
         return Blueprint(blueprint.family, {**blueprint.options, "seed": seed})
     dtype = next((str(each.dtype).removeprefix("torch.") for each in layer.parameters()), "float32")
     size = {"bottleneck": "rank", "gated_mlp": "hidden"}[policy.family]

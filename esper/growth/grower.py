@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
 from esper.growth.checks import attach, checked_batches, checked_model, unfit_layers
+from esper.growth.choosing import candidates
 from esper.growth.costs import Costs, Losses
 from esper.growth.cycle import GrowthCycle
 from esper.growth.errors import GrowthError
@@ -21,7 +22,7 @@ from esper.growth.measuring import LossFunction
 from esper.growth.policy import Candidate, GrowthPolicy, Keep, StartOf
 from esper.growth.policy import Place as PlaceOf
 from esper.growth.saving import VERSION, LoadedState, saved_stage
-from esper.growth.stages import Staging, Stopped, Trying, Waiting
+from esper.growth.stages import Scoring, Staging, Stopped, Trying, Waiting
 
 __all__ = ["Grower"]
 
@@ -141,9 +142,11 @@ class Grower(GrowthCycle):
         unfit = unfit_layers(model, names)
         if len(unfit) == len(names):
             raise GrowthError(f"no layer can grow: {'; '.join(unfit.values())}")
+        fit = [name for name in names if name not in unfit]
+        for name in fit:
+            candidates(model.kasmina_layers[name], policy, seed, budget)  # raises for a family that cannot be
         attach(model, optimizer, scheduler, lr_factor, warmup, peak)
         _growers[model] = weakref.ref(self)
-        fit = [name for name in names if name not in unfit]
         costs = Costs(step=step_flops, is_said=step_flops is not None)
         super().__init__(model, loss_fn, fit, policy, probed_by, judged_by, costs)
         for name, reason in unfit.items():
@@ -196,6 +199,8 @@ class Grower(GrowthCycle):
         kept = [each for each in self._history if each.event == "kept"]
         spent = f"{self._spent:,} of {self._policy.budget:,} parameters added"
         end = "" if self.stopped is None else f"; stopped: {self.stopped}"
+        if isinstance(self._stage, (Scoring, Staging)):
+            end = f"; what was probed at step {self._stage.since} is not in force yet"
         head = f"{self._steps:,} steps, {len(kept)} growths kept, {spent}{end}"
         return table(self._history, head)
 

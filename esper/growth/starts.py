@@ -21,9 +21,11 @@ from esper.artifacts.families import ACTIVATIONS
 from esper.growth.errors import GrowthError
 from esper.growth.statistics import SiteStatistics
 
-__all__ = ["Selection", "alpha_gradient", "gradmax", "selected"]
+__all__ = ["SELECTED_FAMILIES", "Selection", "alpha_gradient", "gradmax", "selected"]
 
 _WIDTH = {"bottleneck": "rank", "gated_mlp": "hidden", "widen": "hidden"}
+SELECTED_FAMILIES = tuple(_WIDTH)
+"""Those whose hidden units :func:`selected` chooses."""
 _FIRST = {"bottleneck": ("down",), "gated_mlp": ("gate", "up"), "widen": ("fan_in",)}
 _LAST = {"bottleneck": "up", "gated_mlp": "down", "widen": "fan_out"}
 

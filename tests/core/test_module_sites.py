@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import esper
 from esper import Blueprint
 from esper.artifacts import load_artifact
-from esper.core.errors import SiteCallError, WrapError
+from esper.core.errors import SiteCallError, TargetError, WrapError
 from esper.execution.kasmina_layer import UnknownFeaturesError
 from tests.core.seeds import load, outputs, states
 from tests.kernel_shelf import KernelShelf
@@ -315,7 +315,8 @@ def test_the_first_forward_tells_the_features(shelf: KernelShelf, run: str, fres
     model = esper.wrap(host(), Block, platform=shelf.platform)
     layer = model.kasmina_layers["0"]
     with pytest.raises(
-        UnknownFeaturesError, match=r"call the model once, or give .* target_layers=\{'0': \(64, 64\)\}"
+        UnknownFeaturesError,
+        match=r"call the model once, or give .* target_layers=\{'0': \(in_features, out_features\)\}",
     ):
         layer.input_dim  # noqa: B018  # which raises
     kernel = deepen(shelf)
@@ -456,3 +457,16 @@ def test_a_fossil_that_stands_alone_keeps_what_the_module_does_to_others(
     model.fossilize("relu", 0)
     assert torch.equal(outputs(call, x), want)
     assert torch.equal(outputs(model, x), want)
+
+
+def test_features_that_were_told_wrongly_are_seen_and_warned_of(shelf: KernelShelf) -> None:
+    model = esper.wrap(host(), {"0": (W + 1, W)}, platform=shelf.platform)
+    assert model.kasmina_layers["0"].input_dim == W + 1
+    with pytest.warns(UserWarning, match=f"'0' maps {W} to {W} features, and not {W + 1} to {W} as was told"):
+        model(torch.randn(2, W))
+    assert model.kasmina_layers["0"].input_dim == W
+
+
+def test_a_convolution_is_no_site() -> None:
+    with pytest.raises(TargetError, match="its features are not the last dimension of its input and output"):
+        esper.wrap(nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)), ["0", "2"])

@@ -127,6 +127,36 @@ def test_gradients_of_kernels_in_no_optimizer_do_not_pile_up_and_that_is_said_on
     assert all(parameter.grad is not None for parameter in optimizer.param_groups[0]["params"])
 
 
+def test_what_is_said_of_kernels_is_said_where_their_own_model_trains(
+    shelf: KernelShelf, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, other = wrapped(shelf), wrapped(shelf)
+    optimizer, others = (torch.optim.SGD(each.parameters(), lr=1e-2) for each in (alone, other))
+    kernel = shelf.put(blueprint()).id
+    load(alone, "0", 0, kernel, alpha=0.5, trainable=True)
+    load(other, "0", 0, kernel, alpha=0.5, trainable=True)
+    mine = torch.optim.SGD(other.seed_parameters(), lr=1e-2)  # which takes no step yet
+    looked, get_objects = threading.Event(), gc.get_objects
+
+    def noting(*generation: int) -> list[Any]:
+        objects = get_objects(*generation)
+        if generation == (2,):
+            looked.set()
+        return objects
+
+    monkeypatch.setattr(gc, "get_objects", noting)
+    while not looked.is_set():
+        step(alone, optimizer, x)
+        looked.wait(0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:  # meanwhile the answer arrives
+            step(other, others, x)
+    mine.step()
+    assert "the kernels of seed 0 of layer '0' are trainable" in steps_until_told(alone, optimizer, x)
+
+
 def steps_until_told(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, kept: Iterable[nn.Parameter] = ()
 ) -> str:

@@ -285,7 +285,12 @@ def test_a_kernel_that_cannot_be_had_leaves_a_reason(
 
 def test_a_kernel_is_asked_for_by_a_string(model: esper.MorphableModel, shelf: KernelShelf) -> None:
     before, artifact = states(model), shelf.put(blueprint(8, 6))
-    for wrong, hint in ((None, "not by None"), (7, "not by 7"), (artifact, "pass its id")):
+    for wrong, hint in (
+        (None, "not by None"),
+        (7, "not by 7"),
+        (artifact, "pass its id"),
+        (blueprint(8, 6), "compile it first"),
+    ):
         with pytest.raises(TypeError, match=f"by its id or name, a string.*{hint}"):
             model.request_kernel("0", 1, wrong)  # type: ignore[arg-type]  # what is tested
     assert states(model) == before

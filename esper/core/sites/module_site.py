@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -103,6 +104,13 @@ class ModuleSite(KasminaLayer):
             raise SiteCallError(
                 f"{self.layer_name!r} maps {features[0]} to {features[1]} features, and not {known[0]} to {known[1]} "
                 "as its kernels do: unload them, and leave its features out of target_layers"
+            )
+        if known is not None and known != features:
+            warnings.warn(
+                f"{self.layer_name!r} maps {features[0]} to {features[1]} features, and not {known[0]} to {known[1]} "
+                "as was told: it is taken for what it does",
+                UserWarning,
+                stacklevel=2,
             )
         self.runtime.features_seen[self.site] = features
         self._is_seen = True

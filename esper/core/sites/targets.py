@@ -20,6 +20,10 @@ from esper.core.sites.module_site import taken_name, unfit_call
 
 __all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
 
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
 Target = str | type[nn.Module]
 """A module type, a dotted name, or a glob pattern over dotted names."""
 
@@ -230,6 +234,8 @@ def unfit_module_reason(module: nn.Module) -> str | None:
         return "not initialised yet: run the model once before it is wrapped"
     if type(module).__call__ is not nn.Module.__call__:
         return f"{type(module).__name__} has a __call__ of its own"
+    if isinstance(module, _CONVOLUTIONS):
+        return "its features are not the last dimension of its input and output, which is what kernels read"
     name = taken_name(module)
     if name is not None:
         return (

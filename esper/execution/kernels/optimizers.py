@@ -72,6 +72,8 @@ class _Seen:
     """Those of the models whose parameters this optimizer holds."""
     unheld: list[KernelParameter] = field(default_factory=list)
     """Kernels that learn, beside parameters of this optimizer, and stood in no optimizer so far."""
+    questions: list[_Question] = field(default_factory=list)
+    """What was asked of them, and is answered at a step of this optimizer: to whom it may concern."""
 
 
 @dataclass(slots=True, eq=False)
@@ -104,15 +106,18 @@ class _Optimizers:
         """Others: at how many steps of the host they had a gradient."""
         self._unheld: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
         """Those of them that were asked for in all optimizers: whether it is known that none holds them."""
-        self._questions: list[_Question] = []
         self._hooked = False
         reset_after_fork(self)
 
     def after_fork(self) -> None:
         """The parent's threads look for what it has asked; see `esper.forking`."""
-        questions, self._questions = self._questions, []
-        for kernel in (kernel for each in questions for kernel in each.kernels):
+        for seen in self._seen.values():
+            self._forget_questions(seen)
+
+    def _forget_questions(self, seen: _Seen) -> None:
+        for kernel in (kernel for each in seen.questions for kernel in each.kernels):
             self._unheld.pop(kernel.parameter, None)
+        seen.questions = []
 
     def follow(self, model: Kernels, *, changed: bool) -> None:
         with self._lock.held():
@@ -208,6 +213,7 @@ class _Optimizers:
         for steps in seen.steps:
             steps.note_step(optimizer)
         if not seen.unheld:
+            self._forget_questions(seen)
             return
         found: list[str] = []
         try:
@@ -231,26 +237,26 @@ class _Optimizers:
             steps = self._steps[each.parameter] = self._steps.get(each.parameter, 0) + 1
             asking += [each] if steps >= _PATIENCE and each.parameter not in self._unheld else []
         if asking:
-            self._ask(asking)
-        found = self._answered()
+            self._ask(seen, asking)
+        found = self._answered(seen)
         for each in piling:
             if self._unheld.get(each.parameter) and each.parameter not in self._held:
                 each.parameter.grad = None
         seen.unheld = [each for each in seen.unheld if each.parameter not in self._held]
         return found
 
-    def _ask(self, kernels: list[KernelParameter]) -> None:
+    def _ask(self, seen: _Seen, kernels: list[KernelParameter]) -> None:
         question = _Question(kernels, look_for_optimizers())
         with self._lock.held():
-            self._questions.append(question)
+            seen.questions.append(question)
         for each in kernels:
             self._unheld[each.parameter] = False
 
-    def _answered(self) -> list[str]:
+    def _answered(self, seen: _Seen) -> list[str]:
         """Note what was found since the last time; returns the kernels that are known to stand in no optimizer now."""
         with self._lock.held():
-            answered = [each for each in self._questions if each.optimizers.done()]
-            self._questions = [each for each in self._questions if each not in answered]
+            answered = [each for each in seen.questions if each.optimizers.done()]
+            seen.questions = [each for each in seen.questions if each not in answered]
         unheld = []
         for question in answered:
             held = question.held()

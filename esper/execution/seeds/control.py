@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+from esper.artifacts import Blueprint
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import AlphaSchedule
@@ -82,7 +83,10 @@ class SeedControl:
 
     def _options(self, reference: object, alpha: Any, trainable: object, isolate: object) -> LoadOptions:
         if not isinstance(reference, str):
-            hint = "; pass its id" if hasattr(reference, "id") else ""
+            if isinstance(reference, Blueprint):
+                hint = "; compile it first, and pass the kernel's id, or use request_kernels(), which takes blueprints"
+            else:
+                hint = "; pass its id" if hasattr(reference, "id") else ""
             raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
         if not isinstance(trainable, bool) or not isinstance(isolate, bool):
             name, flag = ("isolate", isolate) if isinstance(trainable, bool) else ("trainable", trainable)
