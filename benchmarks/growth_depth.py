@@ -230,6 +230,8 @@ def plot(axes: Axes, results: Mapping[int, Sequence[Arm]]) -> None:
     for name, points in lines.items():
         axes.errorbar(*zip(*points, strict=True), fmt="o-" if len(points) > 1 else "x", capsize=3, label=name)
     axes.set(xlabel="TFLOP", ylabel="validation, nats a character", xscale="log")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
     axes.legend(fontsize=8)
 
 
