@@ -470,3 +470,19 @@ def test_features_that_were_told_wrongly_are_seen_and_warned_of(shelf: KernelShe
 def test_a_convolution_is_no_site() -> None:
     with pytest.raises(TargetError, match="its features are not the last dimension of its input and output"):
         esper.wrap(nn.Sequential(nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(16, 2)), ["0", "2"])
+
+
+@each_mode
+def test_a_forward_that_has_begun_sees_no_kernel_that_is_staged_meanwhile(shelf: KernelShelf, mode: Any) -> None:
+    plain, model = wrapped(shelf, mode=mode)
+    x, kernel = torch.randn(2, W), deepen(shelf)
+
+    def ask(*_: object) -> None:
+        handle.remove()
+        assert model.request_kernels(["0", "1"], kernel).result()
+
+    handle = model[0].register_forward_hook(ask)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x)), "not even the second block, which has yet to run"
+        both = expected(plain, shelf, x, (0, kernel, 1.0), (1, kernel, 1.0))
+        torch.testing.assert_close(model(x), both)

@@ -124,19 +124,27 @@ def _keeps_layers(name: str, module: nn.Module) -> str | None:
     return None if reason is None else f"inside {name!r}: {reason}"
 
 
-def unfit_reason(linear: nn.Linear) -> str | None:
-    """Why a linear layer cannot be a site by itself, or None."""
-    opaque = opaque_reason(linear)
+def _uncallable_reason(module: nn.Module) -> str | None:
+    """Why what stands in a module's place would not be called as it is, or None."""
+    opaque = opaque_reason(module)
     if opaque is not None:
         return opaque
-    if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "not initialised yet: run the model once before it is wrapped"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{type(module).__name__} has a __call__ of its own"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its weight is read without calling it (NonDynamicallyQuantizableLinear)"
+    return None
+
+
+def unfit_reason(linear: nn.Linear) -> str | None:
+    """Why a linear layer cannot be a site by itself, or None."""
+    reason = _uncallable_reason(linear)
+    if reason is not None:
+        return reason
     if type(linear).forward is not nn.Linear.forward:
         return f"{type(linear).__name__} has a forward of its own"
-    if type(linear).__call__ is not nn.Module.__call__:
-        return f"{type(linear).__name__} has a __call__ of its own"
-    if isinstance(linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its weight is read without calling it (NonDynamicallyQuantizableLinear)"
     weight = linear._parameters.get("weight")
     if not isinstance(weight, torch.Tensor) or "bias" not in linear._parameters:
         return "its weight or bias is computed at each call (parametrization, weight or spectral norm)"
@@ -225,15 +233,9 @@ def _only_holds_others(name: str, module: nn.Module) -> bool:
 
 def unfit_module_reason(module: nn.Module) -> str | None:
     """Why a module cannot be a site as it is, whatever it computes, or None."""
-    opaque = opaque_reason(module)
-    if opaque is not None:
-        return opaque
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "its weight is read without calling it (NonDynamicallyQuantizableLinear)"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "not initialised yet: run the model once before it is wrapped"
-    if type(module).__call__ is not nn.Module.__call__:
-        return f"{type(module).__name__} has a __call__ of its own"
+    reason = _uncallable_reason(module)
+    if reason is not None:
+        return reason
     if isinstance(module, _CONVOLUTIONS):
         return "its features are not the last dimension of its input and output, which is what kernels read"
     name = taken_name(module)
