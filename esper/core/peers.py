@@ -47,7 +47,7 @@ def join_group(model: WrappedModel, group: Any) -> None:
                 _carry_out([model.kasmina_layers[name].seed(index) for name, index in options.pop("seeds")], **options)
 
         layers = model.kasmina_layers.items()
-        sites = [(name, each.num_seeds, each.in_features, each.out_features) for name, each in layers]
+        sites = [(name, each.num_seeds, *(each.told_features or (0, 0))) for name, each in layers]
         join(model.runtime, group, sites, carry_out)
 
 

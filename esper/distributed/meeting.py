@@ -13,7 +13,7 @@ from torch import distributed as dist
 __all__ = ["Site", "difference", "meet"]
 
 Site = tuple[str, int, int, int]
-"""A layer with seeds: its name, how many it has, and its features in and out."""
+"""A layer with seeds: its name, how many it has, and its features in and out; 0 where only a forward can tell."""
 
 _SHOWN = 4
 

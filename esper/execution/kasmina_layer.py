@@ -349,6 +349,11 @@ class KasminaLayer(nn.Module):
         raise NotImplementedError
 
     @property
+    def told_features(self) -> tuple[int, int] | None:
+        """What is known of them without a forward, which is the same on all ranks."""
+        return self.features
+
+    @property
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """The device and dtype of the host's parameters, which its kernels have too."""
         raise NotImplementedError

@@ -8,8 +8,10 @@ from tests.distributed.ranks import Launched, launch
 
 pytestmark = pytest.mark.slow
 
-ALIKE = ["ddp", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_before_wrapping",
-         "fsdp_that_accumulates"]  # fmt: skip
+ALIKE = [
+    "ddp", "ddp_at_a_block", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_at_a_block",
+    "fsdp_before_wrapping", "fsdp_that_accumulates",
+]  # fmt: skip
 GROWN = ["ddp_made_with_a_kernel_in_force", "fsdp_of_a_model_that_has_grown"]
 OTHERS = [*GROWN, "what_is_refused", "fsdp_in_bfloat16"]
 OF_FOUR = ["ddp", "fsdp", "hsdp"]
@@ -70,5 +72,6 @@ def test_what_cannot_be_kept_is_refused(two: Launched) -> None:
             assert "tensor parallelism" in each[name]
             assert "shard it by fully_shard() (FSDP2)" in each[name]
         assert "'world'" in each["no group"]
+        assert "whose growers would see other batches" in each["a grower"]
         assert "join()" in each["join"]
         assert "first forward" in each["late"]

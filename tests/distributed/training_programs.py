@@ -54,11 +54,13 @@ class _Swaps:
             assert model.unload_kernel("2", 1)
 
 
-def _trained(here: Rank, wrap: Any, steps: int = 16, **how: Any) -> Any:
+def _trained(here: Rank, wrap: Any, steps: int = 16, at_block: bool = False, **how: Any) -> Any:
     """Train with swaps; returns the largest difference of parameters among ranks, and to one process alone."""
     torch.manual_seed(0)
     host = mlp(8, 6, 4)
-    alone = esper.wrap(copy.deepcopy(host), platform=here.shelf.platform)
+    if at_block:
+        host[0] = nn.Sequential(host[0], nn.Tanh())
+    alone = esper.wrap(copy.deepcopy(host), ["0", "2"], platform=here.shelf.platform)
     model, run = wrap(here, host)
     _run(here, model, run, steps, **how)
     _run(here, alone, alone, steps, alone=True)
@@ -139,12 +141,20 @@ def _wait_for_unload(model: esper.MorphableModel) -> None:
 
 
 def _ddp(here: Rank, host: nn.Module, **options: Any) -> Any:
-    model = esper.wrap(host, platform=here.shelf.platform)
+    model = esper.wrap(host, ["0", "2"], platform=here.shelf.platform)
     return model, DistributedDataParallel(model, **options)
 
 
 def ddp(here: Rank) -> Any:
     return _trained(here, _ddp)
+
+
+def ddp_at_a_block(here: Rank) -> Any:
+    return _trained(here, _ddp, at_block=True)
+
+
+def fsdp_at_a_block(here: Rank) -> Any:
+    return _trained(here, _fsdp, at_block=True)
 
 
 def ddp_that_accumulates(here: Rank) -> Any:
@@ -193,7 +203,7 @@ def _sharded(module: nn.Module, **options: Any) -> nn.Module:
 
 def _fsdp(here: Rank, host: nn.Module, before: bool = False, **options: Any) -> Any:
     host = _sharded(host, **options) if before else host
-    model = esper.wrap(host, platform=here.shelf.platform)
+    model = esper.wrap(host, ["0", "2"], platform=here.shelf.platform)
     if not before:
         _sharded(model, **options)
     return model, model
@@ -285,6 +295,7 @@ def what_is_refused(here: Rank) -> Any:
         "parallel later, asked": lambda: _parallel_later(here, _ask(here)),
         "parallel after a forward": lambda: _parallel_later(here, _ask(here), first=True),
         "no group": lambda: esper.wrap(mlp(8, 6, 4), process_group="world"),
+        "a grower": lambda: _grower(here),
         "join": lambda: _join(here),
         "late": lambda: _shard_late(here),
     }
@@ -295,6 +306,14 @@ def what_is_refused(here: Rank) -> Any:
         except esper.EsperError as error:
             messages[name] = str(error)
     return messages
+
+
+def _grower(here: Rank) -> None:
+    model, _ = _ddp(here, mlp(8, 6, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    esper.Grower(
+        model, optimizer, lambda model, batch: _loss(model, *batch), budget=99, probe_batches=[_batch(0, here.rank)]
+    )
 
 
 def _join(here: Rank) -> None:

@@ -155,6 +155,10 @@ class ModuleSite(KasminaLayer):
         return self.runtime.features_seen.get(self.site, self._told_features)
 
     @property
+    def told_features(self) -> Features | None:
+        return self._told_features
+
+    @property
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """Those of its first matrix, or else of whatever it has."""
         tensors = [each for each in itertools.chain(self.parameters(), self.buffers()) if each.is_floating_point()]
