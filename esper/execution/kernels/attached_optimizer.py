@@ -269,6 +269,7 @@ class AttachedOptimizer:
         self._place_saved(at_last=True)
         if self._may_be_stale:
             self._may_be_stale = False
+            self._look_for_schedulers()  # one that was made later has loaded lists for groups that are others here
             rearrange(self._schedulers, self._groups, self._groups)
         self._stepping = threading.get_ident()
         if self._options.warmup:
