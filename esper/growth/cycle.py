@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -29,6 +28,7 @@ from esper.growth.policy import GrowthPolicy
 from esper.growth.stages import Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
 from esper.growth.statistics import SiteStatistics
 from esper.torch_internals import counting_flops
+from esper.user_warnings import warn_user
 
 __all__ = ["GrowthCycle"]
 
@@ -269,11 +269,9 @@ class GrowthCycle:
         self._record("failed", reason=reason, at=step, **numbers)
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"a grower could not do its part at step {step}, and training goes on: {reason}. Further failures are "
                 "in its history",
-                UserWarning,
-                stacklevel=4,
             )
 
     def _record(self, event: GrowthEvent, *, at: int | None = None, **numbers: Any) -> None:
