@@ -38,8 +38,8 @@ class Selection:
     of the gradients (SENN's natural expansion score) and beyond what the layer's own parameters do: `host_gain`, in the
     same unit. Compare the two, of one site or of several; a unit that adds little to `gains` is one too many.
     `by_chance` is what a unit gains at most, in all likelihood, where there is nothing to be found. What so many
-    parameters of the layer explain of so few rows by chance is not in `host_gain`; with as many inputs as there are rows
-    nothing is told from chance, and `by_chance` is above all gains.
+    parameters of the layer explain of so few rows by chance is not in `host_gain`; with as many inputs as there are
+    rows nothing is told from chance, and `by_chance` is above all gains.
     """
 
     blueprint: Blueprint
