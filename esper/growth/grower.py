@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
+from esper.errors import shown
 from esper.growth.checks import attach, checked_batches, checked_model, unfit_layers
 from esper.growth.choosing import candidates
 from esper.growth.costs import Costs, Losses
@@ -130,7 +131,7 @@ class Grower(GrowthCycle):
         policy = GrowthPolicy(**constants)
         checked_model(model)
         if not callable(loss_fn):
-            raise GrowthError(f"loss_fn must be a function of a model and a batch, not {loss_fn!r:.80}")
+            raise GrowthError(f"loss_fn must be a function of a model and a batch, not {shown(loss_fn)}")
         if step_flops is not None and not step_flops > 0:
             raise GrowthError(f"step_flops must be more than 0, not {step_flops!r}")
         probed_by = judged_by = checked_batches("probe_batches", probe_batches)

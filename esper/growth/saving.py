@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from esper.artifacts import Blueprint
+from esper.errors import shown
 from esper.futures import InterruptSafeFuture
 from esper.growth.choosing import Choice
 from esper.growth.costs import Costs
@@ -53,7 +54,7 @@ def loaded_stage(state: Mapping[str, Any], compiler: Compile) -> Stage:
         return Staging(int(state["since"]), choice, compiler(choice.blueprint))
     if kind == "trying":
         return Trying(int(state["since"]), choice, str(state["kernel"]))
-    raise GrowthError(f"a grower's stage is none of {kind!r:.80}")
+    raise GrowthError(f"a grower's stage is none of {shown(kind)}")
 
 
 def _scores(state: Mapping[str, Any], compiler: Compile) -> Future[Scores]:

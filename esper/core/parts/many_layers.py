@@ -17,7 +17,7 @@ from esper.core.copies.copying import layer_places
 from esper.core.errors import TargetError, UnknownLayerError
 from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.seeds.load_groups import GroupedLoad, KernelsRequest, LoadGroup
@@ -65,7 +65,7 @@ class ManyLayers(WrappedModel):
             shares = dict(self._wrapping.host.named_modules())
             hits = {name for name, module in (*modules.items(), *shares.items()) if module is target}
         else:
-            raise TargetError(f"layers are named by names, patterns, types and modules, not by {target!r:.80}")
+            raise TargetError(f"layers are named by names, patterns, types and modules, not by {shown(target)}")
         known = {name: (name, place) for name, place in places.items()}
         around = hits - known.keys() - set(places.values())
         found = {
@@ -130,7 +130,7 @@ class ManyLayers(WrappedModel):
     def _compiler(self) -> Callable[[Blueprint], Future[Any]]:
         platform: Any = self._wrapping.options.platform or default_platform()
         if not hasattr(platform, "request"):
-            raise TypeError(f"blueprints are compiled by what esper.Platform makes, not by {platform!r:.80}: pass ids")
+            raise TypeError(f"blueprints are compiled by what esper.Platform makes, not by {shown(platform)}: pass ids")
         compiler: Callable[[Blueprint], Future[Any]] = platform.request
         return compiler
 
@@ -216,7 +216,7 @@ def _kernel_for(kernel: Any, name: str, layer: KasminaLayer) -> Any:
         found = kernel(layer) if callable(kernel) and not isinstance(kernel, Blueprint) else kernel
     if not isinstance(found, (str, Blueprint)):
         hint = "; pass its id" if hasattr(found, "id") else ""
-        raise TypeError(f"layer {name!r} is to have an id, a name or a Blueprint, not {found!r:.60}{hint}")
+        raise TypeError(f"layer {name!r} is to have an id, a name or a Blueprint, not {shown(found)}{hint}")
     return found
 
 
