@@ -19,6 +19,7 @@ from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
 from esper.errors import EsperError, shown
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernels.loaded_kernel import KernelMismatchError, check_features
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.seeds.load_groups import GroupedLoad, KernelsRequest, LoadGroup
 from esper.execution.seeds.progress import Stage
@@ -226,7 +227,14 @@ def _compile_first(
     compiler: Callable[[Blueprint], Future[Any]],
     go_on: Callable[[], None],
 ) -> None:
-    """Have `blueprints` compiled, each once, and then `go_on`; if one fails, nothing of `group` is loaded."""
+    """Have `blueprints` compiled, each once, and then `go_on`; if one fails, nothing of `group` is loaded.
+
+    None is compiled if there is one that cannot stand at its layer.
+    """
+    misfits = {load: error for load in group.loads if (error := _misfit(load.seed, blueprints)) is not None}
+    if misfits:
+        group.refuse(misfits)
+        return
     compiled = {blueprint: compiler(blueprint) for blueprint in set(blueprints.values())}
     left, lock = set(compiled), threading.Lock()
     group.request.note_blueprints(0, len(compiled))
@@ -255,3 +263,14 @@ def _compile_first(
 
     for blueprint, future in compiled.items():
         future.add_done_callback(lambda _, each=blueprint: end(each))  # type: ignore[misc]  # mypy cannot infer it
+
+
+def _misfit(seed: Seed, blueprints: Mapping[Seed, Blueprint]) -> KernelMismatchError | None:
+    """Why the kernel of the blueprint for `seed` could not stand there, as far as is known before it has run."""
+    features = seed.layer.features
+    if seed in blueprints and features is not None:
+        try:
+            check_features(blueprints[seed].graph, features, seed.layer_name, "the blueprint's kernel")
+        except KernelMismatchError as error:
+            return error
+    return None
