@@ -25,7 +25,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.ownership import UnsafePathError, check_own
 from esper.regular_files import read_regular
 from esper.user_warnings import warn_user
@@ -282,7 +282,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
         path = os.environ.get(CONFIG_VARIABLE) or None
     elif not isinstance(path, (str, os.PathLike)):
         raise TypeError(
-            f"load_config takes the path of a YAML file, not {path!r:.80}; EsperConfig.model_validate(...) takes a dict"
+            f"load_config takes the path of a YAML file, not {shown(path)}: EsperConfig.model_validate takes a dict"
         )
     _warn_of_unknown_variables()
     content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())

@@ -21,7 +21,7 @@ from typing import Any
 from esper.distributed import agreement
 from esper.distributed.agreement import Ballot, Coordinator, Member, Steps
 from esper.distributed.store import Connection, StoreGoneError
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.plans.runtime import Runtime
 from esper.forking import reset_after_fork
 
@@ -442,7 +442,7 @@ def _as_text(request: dict[str, Any]) -> str:
         ramp = SavedRamp.of(Schedule(alpha))
         if ramp is None:
             raise RanksError(
-                f"other ranks cannot be led to the alpha schedule {alpha!r:.80}, which is code: use a LinearRamp or a "
+                f"other ranks cannot be led to the alpha schedule {shown(alpha)}, which is code: use a LinearRamp or a "
                 "CosineRamp, or ask on every rank"
             )
         request = {**request, "alpha": ramp.model_dump()}
