@@ -13,8 +13,9 @@ from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.policy import GrowthPolicy
-from esper.growth.starts import SELECTED_FAMILIES, Selection, selected
+from esper.growth.starts import SELECTED_FAMILIES, Pursuit, pursued
 from esper.growth.statistics import SiteStatistics
+from esper.torch_internals import counting_flops
 
 __all__ = ["Choice", "Place", "Scored", "choose", "parameters_of"]
 
@@ -119,39 +120,42 @@ def _candidate(layer: KasminaLayer, policy: GrowthPolicy, width: int, seed: int)
 
 def choose(
     statistics: Mapping[str, SiteStatistics], places: Sequence[Place], policy: GrowthPolicy, draw: int
-) -> tuple[Choice | None, Scored | None]:
-    """What to grow, if anything is worth it, and the best candidate in either case.
+) -> tuple[Choice | None, Scored | None, int]:
+    """What to grow, if anything is worth it, the best candidate in either case, and the FLOPs of it all.
 
     `draw` is the seed of what is random.
     """
     scored: list[Scored] = []
-    selections: dict[str, Selection] = {}
-    for place in places:
-        width, blueprint = max(place.blueprints.items())
-        selection = selected(statistics[place.layer], blueprint, proposals=max(policy.proposals, width))
-        selections[place.layer] = selection
-        scored.append(_best_width(place, selection, policy))
+    pursuits: dict[str, Pursuit] = {}
+    with counting_flops() as flops:  # and not of making blueprints, which are checked once in a process
+        for place in places:
+            width, blueprint = max(place.blueprints.items())
+            found = pursued(statistics[place.layer], blueprint, proposals=max(policy.proposals, width))
+            pursuits[place.layer] = found
+            scored.append(_best_width(place, found, policy))
     best = max(scored, key=lambda each: each.score, default=None)  # the first in the model's order, if they are equal
     if best is None or best.gain <= 0 or best.ratio < policy.threshold:
-        return None, best
+        return None, best, flops.total
     if policy.place == "random":
         best = _elsewhere(best, scored, draw)
-    blueprint = best.place.blueprints[best.width]
-    found = statistics[best.place.layer]
+    blueprint, more = best.place.blueprints[best.width], 0
+    seen = statistics[best.place.layer]
     if policy.start == "selected":
-        selection = selections[best.place.layer]
-        if best.width != max(best.place.blueprints):
-            selection = selected(found, blueprint, proposals=max(policy.proposals, best.width))
-        blueprint = selection.blueprint
-    rows = -(-found.count // found.batches)
-    return Choice(**best.numbers(), blueprint=blueprint, rows=rows), best
+        found = pursuits[best.place.layer]
+        if not found.fits(blueprint):
+            with counting_flops() as again:
+                found = pursued(seen, blueprint, proposals=max(policy.proposals, best.width))
+            more = again.total
+        blueprint = found.kernel(blueprint)
+    rows = -(-seen.count // seen.batches)
+    return Choice(**best.numbers(), blueprint=blueprint, rows=rows), best, flops.total + more
 
 
-def _best_width(place: Place, selection: Selection, policy: GrowthPolicy) -> Scored:
+def _best_width(place: Place, found: Pursuit, policy: GrowthPolicy) -> Scored:
     """The width of the highest score, or a larger one whose further units are worth nearly as much each."""
-    by_chance = policy.chance * selection.by_chance
+    by_chance = policy.chance * found.by_chance
     steps = [
-        Scored(place, width, selection.gains[width - 1] - width * by_chance, selection.host_gain, parameters_of(each))
+        Scored(place, width, found.gains[width - 1] - width * by_chance, found.host_gain, parameters_of(each))
         for width, each in sorted(place.blueprints.items())
     ]
     best = first = max(steps, key=lambda each: each.score)

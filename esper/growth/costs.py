@@ -65,6 +65,26 @@ class Costs:
     before: float = 0.0
     """Those of the steps until `since`."""
     since: int = 0
+    round: int = 0
+    """Those of the last probe and all that came of it."""
+    before_round: int = 0
+    """Those of all rounds before the one that goes on."""
+
+    def begin_round(self) -> None:
+        """A probe begins, and what it and all that comes of it takes is one round."""
+        self.before_round = self.extra
+
+    def end_round(self) -> None:
+        """All that came of the probe is known."""
+        self.round = self.extra - self.before_round
+
+    def allows(self, share: float, at: int) -> bool:
+        """Whether one more round like the last one leaves its part at `share` or less."""
+        expected = self.extra + self.round
+        return not self.round or self.step is None or expected <= share * (expected + self._training(at))
+
+    def _training(self, at: int) -> float:
+        return self.before + max(at - self.since, 0) * (self.step or 0.0)
 
     def note_step(self, flops: float, at: int) -> None:
         """From the step `at` on, one takes so many."""
@@ -76,7 +96,7 @@ class Costs:
         """Those of probes, scores and trials in vain as a share of all until the step `at`."""
         if self.step is None:
             return None
-        whole = self.extra + self.before + max(at - self.since, 0) * self.step
+        whole = self.extra + self._training(at)
         return self.extra / whole if whole else 0.0
 
     def state(self) -> dict[str, Any]:

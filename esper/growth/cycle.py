@@ -26,10 +26,9 @@ from esper.growth.choosing import Choice, Place, candidates, choose
 from esper.growth.costs import NOTICEABLE, Clock, Costs, Losses
 from esper.growth.errors import GrowthError
 from esper.growth.history import GrowthEvent, GrowthRecord, LossCurve
-from esper.growth.measuring import LossFunction, PartialJudgement, PartialProbe
+from esper.growth.measuring import KnownFlops, LossFunction, PartialJudgement, PartialProbe
 from esper.growth.policy import GrowthPolicy
 from esper.growth.stages import Judging, Probing, Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
-from esper.torch_internals import counting_flops
 from esper.user_warnings import warn_user
 
 __all__ = ["GrowthCycle"]
@@ -62,7 +61,7 @@ class GrowthCycle:
         self._bad_loss: float | None = None
         self._unseen: set[str] = set()
         self._warned = False
-        self._clock = Clock()
+        self._clock, self._flops = Clock(), KnownFlops()
 
     def _next(self, stage: Stage) -> Stage:
         if isinstance(stage, Waiting):
@@ -95,6 +94,9 @@ class GrowthCycle:
             return stage
         if self._bad_loss is not None:
             return self._dropped()
+        if policy.compute_share is not None and not self._costs.allows(policy.compute_share, self._steps):
+            return stage
+        self._costs.begin_round()
         refuse_ranks(self._model)
         self._round += 1
         places = self._places()
@@ -109,18 +111,20 @@ class GrowthCycle:
         return Waiting(self._steps + self._policy.cooldown)
 
     def _new_probe(self, layers: Sequence[str], draw: int, state: Mapping[str, Any] | None = None) -> PartialProbe:
-        return PartialProbe(self._model, layers, self._loss, self._probe_batches, self._policy.rows, draw, state)
+        return PartialProbe(
+            self._model, layers, self._loss, self._probe_batches, self._policy.rows, draw, self._flops, state
+        )
 
     def _probe(self, stage: Probing) -> Stage:
         """Let one more batch go forward and backward."""
         if self._bad_loss is not None:
             return self._dropped()
         probe = stage.probe
-        before, is_first = probe.flops, not probe.taken
-        probe.take()
-        self._costs.extra += probe.flops - before
+        is_first = not probe.taken
+        flops = probe.take()
+        self._costs.extra += flops
         if is_first:
-            self._costs.note_step(probe.batch_flops, self._steps)
+            self._costs.note_step(flops, self._steps)
         return self._probed(probe) if probe.is_over else stage
 
     def _probed(self, probe: PartialProbe) -> Stage:
@@ -147,10 +151,9 @@ class GrowthCycle:
     def _scores(self, probe: PartialProbe, places: Sequence[Place], draw: int) -> Scores:
         """On a thread of its own."""
         _be_nice()
-        with counting_flops() as flops:
-            choice, best = choose(probe.statistics(), places, self._policy, draw)
+        choice, best, flops = choose(probe.statistics(), places, self._policy, draw)
         compiling = None if choice is None else self._compile(choice.blueprint)
-        return Scores(choice, {} if best is None else best.numbers(), flops.total, compiling)
+        return Scores(choice, {} if best is None else best.numbers(), flops, compiling)
 
     def _compile(self, blueprint: Blueprint) -> Future[Any]:
         platform: Any = self._model._wrapping.options.platform or default_platform()
@@ -243,7 +246,9 @@ class GrowthCycle:
         return stage if taken < whole else self._judge(stage)
 
     def _new_judgement(self, choice: Choice, losses: Mapping[str, Any] | None = None) -> PartialJudgement:
-        return PartialJudgement(self._model, choice.layer, choice.seed, self._loss, self._judge_batches, losses)
+        return PartialJudgement(
+            self._model, choice.layer, choice.seed, self._loss, self._judge_batches, self._flops, losses
+        )
 
     def _let_be(self, stage: Trying, reason: str) -> Stage:
         """Others have taken the kernel over: what they do with it stays."""
@@ -283,6 +288,7 @@ class GrowthCycle:
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def _rest(self) -> Stage:
+        self._costs.end_round()
         return Waiting(self._steps + max(self._policy.cooldown, 1))
 
     def _missed(self) -> Stage:

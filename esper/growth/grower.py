@@ -85,9 +85,10 @@ class Grower(GrowthCycle):
         chance: float = 1.0,
         marginal: float = 0.25,
         margin: float = 0.0,
+        compute_share: float | None = None,
         widths: Sequence[int] = (2, 4, 8, 16, 32),
         family: str | Candidate = "bottleneck",
-        proposals: int = 256,
+        proposals: int = 128,
         rows: int = 4096,
         place: PlaceOf = "best",
         start: StartOf = "selected",
@@ -117,6 +118,8 @@ class Grower(GrowthCycle):
         - `marginal`: wider candidates are preferred as long as their further units gain, by the parameter, at least
           this part of the best width's.
         - `margin`: by which part of the loss a kernel has to lower it to stay.
+        - `compute_share`: which part of the run's FLOPs may go into probes, scores, judgements and trials in vain: a
+          probe begins only where one more round like the last leaves it at that. By default no matter how many.
         - `widths`: hidden units of candidates. `family`: theirs, `"bottleneck"`, `"gated_mlp"`, or a function of a
           layer and a width that returns a blueprint of these. `proposals`: random units that they are selected among.
         - `rows`: of the sample of each site.
@@ -251,6 +254,7 @@ class Grower(GrowthCycle):
             "warned": self._warned,
             "bad_loss": self._bad_loss,
             "clock": self._clock.state(),
+            "flops": dict(self._flops.known),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -265,6 +269,7 @@ class Grower(GrowthCycle):
         self._history, self._curve, self._unseen = loaded.history, loaded.curve, loaded.unseen
         self._costs, self._losses = loaded.costs, Losses()
         self._bad_loss, self._warned, self._clock = loaded.bad_loss, loaded.warned, loaded.clock
+        self._flops.known = loaded.flops.known
         self._stage = loaded.stage
         if isinstance(self._stage, Staging):  # as far as it was, so that the kernel comes at the same forward
             try:

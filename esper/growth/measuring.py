@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from esper.growth.errors import GrowthError
 from esper.growth.probe import Probe
 from esper.growth.statistics import SiteStatistics
 
-__all__ = ["CALLED", "LossFunction", "PartialJudgement", "PartialProbe", "undisturbed"]
+__all__ = ["CALLED", "KnownFlops", "LossFunction", "PartialJudgement", "PartialProbe", "undisturbed"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 """The loss of a model for a batch: `(model, batch) -> scalar`."""
@@ -59,6 +60,37 @@ def _restore(
     model.train(training)
     for module, mode in modes:
         module.training = mode
+
+
+class KnownFlops:
+    """FLOPs of batches, by their shapes: counted once for batches that are alike, as that takes longer than they do.
+
+    Those of kernels that have grown since are left out.
+    """
+
+    def __init__(self, known: Mapping[str, int] | None = None) -> None:
+        self.known = {str(kind): int(flops) for kind, flops in (known or {}).items()}
+
+    @contextlib.contextmanager
+    def counted(self, what: str, batch: Any) -> Iterator[Callable[[], int]]:
+        """What the block gives says how many it took, once that is over."""
+        kind = f"{what} of {_shapes(batch)}"
+        if kind in self.known:
+            yield partial(self.known.__getitem__, kind)
+            return
+        with torch_internals.counting_flops() as flops:
+            yield lambda: flops.total
+        self.known[kind] = flops.total
+
+
+def _shapes(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "x".join(map(str, value.shape)) or "number"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shapes(each)}' for name, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_shapes, value))})"
+    return type(value).__name__
 
 
 class _Batches:
@@ -109,16 +141,14 @@ class PartialProbe:
         batches: Iterable[Any],
         rows: int,
         seed: int,
+        flops: KnownFlops,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """`state` is what :meth:`state` returned, of a probe of the same layers."""
+        """`flops` are those that are known; `state` is what :meth:`state` returned, of a probe of the same layers."""
         self._model, self._layers, self._loss = model, list(layers), loss_function
         self._seed, self._probe = seed, Probe(model, self._layers, rows=rows, seed=seed)
-        self.flops = 0
-        self.batch_flops = 0
-        """Those of the first batch."""
+        self._flops = flops
         if state is not None:
-            self.flops, self.batch_flops = int(state["flops"]), int(state["batch_flops"])
             self._probe.load_state_dict(state["seen"])
         self._batches = _Batches("probe_batches", batches, 0 if state is None else int(state["taken"]))
 
@@ -137,22 +167,24 @@ class PartialProbe:
         """The layers that a gradient has reached."""
         return self._probe.reached
 
-    def take(self) -> None:
-        """Let the next batch go forward and backward. Raises :class:`GrowthError`, and what the batches raise."""
+    def take(self) -> int:
+        """Let the next batch go forward and backward; returns FLOPs.
+
+        Raises :class:`GrowthError`, and what the batches raise.
+        """
         with undisturbed(self._model), torch.enable_grad(), contextlib.ExitStack() as stack:
             batch = self._batches.take()
             for name in self._layers:
                 stack.callback(self._model.kasmina_layers[name].register_forward_hook(_reach).remove)
             stack.enter_context(self._probe)
-            flops = stack.enter_context(torch_internals.counting_flops())
-            loss = _loss_of(self._loss, self._model, batch)
-            if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.flops += flops.total
-        self.batch_flops = self.batch_flops or flops.total
+            with self._flops.counted("probe", batch) as flops:
+                loss = _loss_of(self._loss, self._model, batch)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.is_over and not self.reached:
             layers = ", ".join(map(repr, self._layers))
             raise GrowthError(f"no gradient has reached any of {layers}: does loss_fn use the model?")
+        return flops()
 
     def statistics(self) -> dict[str, SiteStatistics]:
         """Of the layers that a gradient has reached; waits for the device. Raises :class:`GrowthError`."""
@@ -164,8 +196,6 @@ class PartialProbe:
             "layers": list(self._layers),
             "seed": self._seed,
             "taken": self.taken,
-            "flops": self.flops,
-            "batch_flops": self.batch_flops,
             "seen": self._probe.state_dict(),
         }
 
@@ -191,13 +221,15 @@ class PartialJudgement:
         seed: int,
         loss_function: LossFunction,
         batches: Iterable[Any],
+        flops: KnownFlops,
         losses: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """`losses` are those that :meth:`state` returned."""
+        """`flops` are those that are known; `losses` those that :meth:`state` returned."""
         self._model, self._layer, self._seed, self._loss = model, layer, seed, loss_function
         known = losses or {"with": (), "without": ()}
         self._losses = {name: [float(each) for each in known[name]] for name in ("with", "without")}
         self._batches = _Batches("judge_batches", batches, len(self._losses["without"]))
+        self._flops = flops
 
     @property
     def is_over(self) -> bool:
@@ -213,16 +245,17 @@ class PartialJudgement:
         found = {}
         try:
             # With gradients on, though nobody wants them: else machine code of kernels may run, which rounds otherwise.
-            with undisturbed(self._model), torch_internals.counting_flops() as flops, torch.enable_grad():
+            with undisturbed(self._model), torch.enable_grad():
                 batch = self._batches.take()
-                for name, each in (("with", 1.0), ("without", 0.0)):
-                    self._model.set_alpha(self._layer, self._seed, each)
-                    found[name] = _loss_of(self._loss, self._model, batch).detach()
+                with self._flops.counted("judgement", batch) as flops:
+                    for name, each in (("with", 1.0), ("without", 0.0)):
+                        self._model.set_alpha(self._layer, self._seed, each)
+                        found[name] = _loss_of(self._loss, self._model, batch).detach()
         finally:
             self._model.set_alpha(self._layer, self._seed, alpha)
         for name, loss in found.items():
             self._losses[name].append(float(loss))
-        return flops.total
+        return flops()
 
     @property
     def losses(self) -> tuple[float, float]:

@@ -41,9 +41,10 @@ class GrowthPolicy:
     chance: float = 1.0
     marginal: float = 0.25
     margin: float = 0.0
+    compute_share: float | None = None
     widths: Sequence[int] = (2, 4, 8, 16, 32)
     family: str | Candidate = "bottleneck"
-    proposals: int = 256
+    proposals: int = 128
     rows: int = 4096
     place: Place = "best"
     start: StartOf = "selected"
@@ -57,6 +58,9 @@ class GrowthPolicy:
         for name, least in _LEAST_OR_NONE.items():
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least)
+        share = self.compute_share
+        if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1):
+            raise GrowthError(f"compute_share must be a number between 0 and 1, such as 0.03, not {share!r:.80}")
         if self.until is not None and self.until < self.first:
             raise GrowthError(
                 f"until is {self.until} and first is {self.first}: nothing would grow, as no growth begins after until "

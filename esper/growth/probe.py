@@ -38,8 +38,9 @@ class Probe(Mapping[str, SiteStatistics]):
     Gradients add up in the parameters as ever: `zero_grad()` before the next step. Within the block a compiled model
     runs as it is, uncompiled; outside of it nothing is paid. Blocks may follow each other: what they see adds up.
 
-    Memory is bounded: `(in + 1)² + out² + out (in + 1)` numbers a site, and a uniform sample of `rows` rows, the same
-    for the same `seed` and batches. Everything is summed up in float32, on the model's device, without waiting for it.
+    Memory is bounded: `(in + 1)² + out² + out (in + 1)` numbers a site, and a uniform sample of `rows` rows (while
+    batches go by, of up to twice as many and those of a batch), the same for the same `seed` and batches. Everything is
+    summed up in float32, on the model's device, without waiting for it.
     Under data parallelism each rank has the statistics of its own batches.
 
     Raises :class:`TargetError` for `layers` that select none, and :class:`GrowthError` for those of more than 8192
@@ -137,16 +138,24 @@ class Probe(Mapping[str, SiteStatistics]):
             return
         x, y = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
         keys = torch.rand(len(x), device=x.device, generator=self._generator(x.device))
-        chosen = keys.topk(min(self._rows, len(x))).indices
+        chosen = keys.topk(self._rows).indices if len(x) > self._rows else None
         if (
             layer.linear_map is None or not layer.weight.requires_grad
         ):  # then autograd does not see to it that nobody writes to the input
             x = x.clone()
-        output.register_hook(partial(self._add, name, layer, x, chosen, keys[chosen], y[chosen]))  # type: ignore[no-untyped-call]  # torch's own
+        kept = (keys, y.clone()) if chosen is None else (keys[chosen], y[chosen])
+        output.register_hook(partial(self._add, name, layer, x, chosen, *kept))  # type: ignore[no-untyped-call]  # torch's own
 
     @torch.no_grad()
     def _add(
-        self, name: str, layer: KasminaLayer, x: Tensor, chosen: Tensor, keys: Tensor, outputs: Tensor, g: Tensor
+        self,
+        name: str,
+        layer: KasminaLayer,
+        x: Tensor,
+        chosen: Tensor | None,
+        keys: Tensor,
+        outputs: Tensor,
+        g: Tensor,
     ) -> None:
         running = self._running.get(name)
         if running is None or running.device != x.device:

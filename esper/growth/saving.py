@@ -15,7 +15,7 @@ from esper.growth.choosing import Choice
 from esper.growth.costs import Clock, Costs
 from esper.growth.errors import GrowthError
 from esper.growth.history import GrowthRecord, LossCurve
-from esper.growth.measuring import PartialJudgement, PartialProbe
+from esper.growth.measuring import KnownFlops, PartialJudgement, PartialProbe
 from esper.growth.stages import Judging, Probing, Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
 
 __all__ = ["VERSION", "LoadedState", "Makers", "loaded_stage", "saved_stage"]
@@ -105,7 +105,7 @@ class LoadedState:
             self.costs = Costs(**state["costs"])
             self.unseen, self.warned = set(state["unseen"]), bool(state["warned"])
             self.bad_loss: float | None = state["bad_loss"]
-            self.clock = Clock(**state["clock"])
+            self.clock, self.flops = Clock(**state["clock"]), KnownFlops(state["flops"])
             self.stage = loaded_stage(state["stage"], makers)
         except (KeyError, TargetError, TypeError, ValueError) as cause:
             raise GrowthError(f"a grower's state is damaged: {type(cause).__name__}: {cause}") from cause

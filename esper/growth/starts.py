@@ -59,25 +59,53 @@ def selected(
 
     The draws go by the blueprint's own seed: the same statistics give the same kernel. Raises :class:`GrowthError`.
     """
-    family, width = _checked(statistics, blueprint)
+    found = pursued(statistics, blueprint, proposals=proposals, damping=damping)
+    return Selection(found.kernel(blueprint), found.gains, found.host_gain, found.by_chance)
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """What :func:`selected` chooses: the first linear maps of hidden units, the best one first, and its numbers."""
+
+    blueprint: Blueprint
+    first: Mapping[str, Tensor]
+    gains: tuple[float, ...]
+    host_gain: float
+    by_chance: float
+
+    def fits(self, blueprint: Blueprint) -> bool:
+        """Whether the first of these units are what would be chosen for `blueprint`, which has as many or fewer."""
+        name = _WIDTH[blueprint.family]
+        as_wide = {**blueprint.options, name: self.blueprint.options.get(name)}
+        return (blueprint.family, as_wide) == (self.blueprint.family, dict(self.blueprint.options))
+
+    def kernel(self, blueprint: Blueprint) -> Blueprint:
+        """`blueprint`, which they fit, with these units."""
+        width = blueprint.options[_WIDTH[blueprint.family]]
+        assert isinstance(width, int)
+        weights: dict[str, Any] = {name: tensor[:width].clone() for name, tensor in self.first.items()}
+        last = _LAST[blueprint.family]
+        names = {spec.name for spec in blueprint.graph.tensors}
+        weights |= {name: "zeros" for name in (f"{last}.weight", f"{last}.bias") if name in names}
+        return Blueprint.from_graph(_with_host(blueprint).graph, weights)
+
+
+def pursued(
+    statistics: SiteStatistics, blueprint: Blueprint, *, proposals: int = 512, damping: float = 1e-3
+) -> Pursuit:
+    """As :func:`selected`, and makes no kernel of it yet."""
+    _, width = _checked(statistics, blueprint)
     if proposals < width:
         raise GrowthError(f"proposals is {proposals}, and {width} units are to be chosen among them")
     candidates, features = _candidates(statistics, blueprint, proposals)
-    residual, host_gain, freedom = _residual(statistics, damping)
+    residual = _Residual.of(statistics, damping)
     if statistics.learns[0] or statistics.learns[1]:
         columns = statistics.host_features()
         features = _without(features, _wide(statistics.row_features())[:, columns])
-    chosen, gains = _pursue(features, residual, width)
-    weights: dict[str, Any] = {name: tensor[chosen].clone() for name, tensor in candidates.items()}
-    last = _LAST[family]
-    names = {spec.name for spec in blueprint.graph.tensors}
-    weights |= {name: "zeros" for name in (f"{last}.weight", f"{last}.bias") if name in names}
-    return Selection(
-        Blueprint.from_graph(_with_host(blueprint).graph, weights),
-        tuple(gains),
-        host_gain,
-        _by_chance(residual, proposals) / freedom,
-    )
+    chosen, gains = _pursue(features, residual.products(features), width)
+    first = {name: tensor[chosen] for name, tensor in candidates.items()}
+    by_chance = residual.by_chance(len(features), proposals)
+    return Pursuit(blueprint, first, tuple(gains), residual.host_gain, by_chance)
 
 
 def gradmax(statistics: SiteStatistics, blueprint: Blueprint, *, scale: float = 1.0) -> Blueprint:
@@ -154,34 +182,30 @@ def _candidates(statistics: SiteStatistics, blueprint: Blueprint, count: int) ->
     family = blueprint.family
     wide = Blueprint(family, {**blueprint.options, _WIDTH[family]: count, "out_features": count, "start": "zero"})
     weights = {name: _wide(tensor) for name, tensor in wide.build()[1].items()}
-    rows = _wide(statistics.rows).cpu()
+    rows = _wide(statistics.rows)
     seed = blueprint.options["seed"]
     assert isinstance(seed, int)
     generator = torch.Generator().manual_seed(seed)
     first: dict[str, Tensor] = {}
+    values = {}
     for name in _FIRST[family]:
-        values = rows @ weights[f"{name}.weight"].T
-        spread = values.std(0, correction=0).clamp_min(1e-12)
-        first[f"{name}.weight"] = weights[f"{name}.weight"] / spread[:, None]
+        weight = weights[f"{name}.weight"]
+        reached = rows @ weight.T.to(rows.device)
+        spread = reached.std(0, correction=0).clamp_min(1e-12)
+        values[name] = reached / spread
+        first[f"{name}.weight"] = weight / spread.cpu()[:, None]
         if f"{name}.bias" in weights:
             places = torch.randint(len(rows), (count,), generator=generator)
-            first[f"{name}.bias"] = -(values / spread)[places, torch.arange(count)]
+            first[f"{name}.bias"] = -values[name].cpu()[places, torch.arange(count)]
     if family == "gated_mlp" and "up.bias" in first:
         first["up.bias"] = torch.zeros_like(first["up.bias"])  # the gate alone chooses where a unit is at work
     first = {name: _as(tensor, blueprint) for name, tensor in first.items()}
-    return first, _units(blueprint, first, _wide(statistics.rows))
-
-
-@torch.no_grad()
-def _units(blueprint: Blueprint, first: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """What hidden units with these first linear maps make of `rows`, `[n, units]`."""
-    maps = {name: _wide(tensor.to(rows.device)) for name, tensor in first.items()}
     gate, *others = (
-        torch.nn.functional.linear(rows, maps[f"{name}.weight"], maps.get(f"{name}.bias"))
-        for name in _FIRST[blueprint.family]
+        each + _wide(first[f"{name}.bias"]).to(rows.device) if f"{name}.bias" in first else each
+        for name, each in values.items()
     )
     units: Tensor = _activation(str(blueprint.options["activation"]))(gate)
-    return units * others[0] if others else units
+    return first, units * others[0] if others else units
 
 
 def _evaluated(blueprint: Blueprint, rows: Tensor, outputs: Tensor) -> Tensor:
@@ -219,56 +243,70 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     return moment + damping * scale * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-def _residual(statistics: SiteStatistics, damping: float) -> tuple[Tensor, float, float]:
+@dataclass(frozen=True)
+class _Residual:
     """What the layer's own parameters cannot do of the rows' descent, in the natural metric; and what they gain.
 
-    At last, which part of the rows' degrees of freedom is left beside them. A fit of p parameters to n rows explains
-    p / n of pure noise, which is taken off of their gain as in the adjusted coefficient of determination.
+    It is `(descent + own @ step) @ metric`, a row each; of what is orthogonal to `own`, the inputs of what learns, only
+    the first term is needed.
     """
-    if not damping > 0:
-        raise GrowthError(f"damping must be more than 0, not {damping}")
-    columns = statistics.host_features()
-    cross, inputs = _wide(statistics.cross)[:, columns], _wide(statistics.inputs)[columns][:, columns]
-    descent = -_wide(statistics.row_gradients)
-    values, vectors = torch.linalg.eigh(_damped(_wide(statistics.gradients), damping))
-    metric = vectors * values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt() @ vectors.T
-    if not len(columns):
-        return descent @ metric, 0.0, 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(inputs, damping)))
-    step = inverse @ cross.T
-    fitted = float(((metric @ cross) * (metric @ step.T)).sum())
-    total = float((metric @ _wide(statistics.gradients) * metric).sum())
-    used = float((inverse * inputs).sum())  # parameters, those not counted that the damping holds
-    freedom = max(statistics.count - used, 1.0) / statistics.count
-    host_gain = max(fitted - (1 - freedom) / freedom * (total - fitted), 0.0)
-    own = _wide(statistics.row_features())[:, columns]
-    return (descent + own @ step) @ metric, host_gain, freedom
 
+    descent: Tensor
+    metric: Tensor
+    """A square root of the inverse of E[g gᵀ]; which one changes no length of what is multiplied with it."""
+    moments: Tensor
+    """E[r rᵀ] of its rows, as far as these tell: a fit of p parameters to n rows explains p / n of pure noise, which is
+    taken off of what they explain as in the adjusted coefficient of determination."""
+    host_gain: float
 
-def _by_chance(residual: Tensor, proposals: int) -> float:
-    """What the best of so many units explains of `residual` if they have nothing to do with it.
+    @classmethod
+    def of(cls, statistics: SiteStatistics, damping: float) -> _Residual:
+        if not damping > 0:
+            raise GrowthError(f"damping must be more than 0, not {damping}")
+        columns = statistics.host_features()
+        cross, inputs = _wide(statistics.cross)[:, columns], _wide(statistics.inputs)[columns][:, columns]
+        gradients = _wide(statistics.gradients)
+        values, vectors = torch.linalg.eigh(_damped(gradients, damping))
+        metric = vectors * values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+        all_of_it = metric.T @ gradients @ metric
+        if not len(columns):
+            return cls(-_wide(statistics.row_gradients), metric, all_of_it, 0.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(inputs, damping)))
+        left = metric.T @ (gradients - cross @ inverse @ cross.T) @ metric
+        used = float((inverse * inputs).sum())  # parameters, those not counted that the damping holds
+        left /= max(statistics.count - used, 1.0) / statistics.count
+        host_gain = max(float((all_of_it - left).diagonal().sum()), 0.0)
+        return cls(-_wide(statistics.row_gradients), metric, left, host_gain)
 
-    Each explains a sum of chi-squares, weighted by the variances of the residual; the bound on the largest of them is
-    that of Laurent and Massart (2000, lemma 1).
-    """
-    rows = len(residual)
-    weights = torch.linalg.eigvalsh(residual.T @ residual / rows).clamp_min(0.0)
-    spread = math.log(max(proposals, 2))
-    most = weights.sum() + 2 * (weights.square().sum() * spread).sqrt() + 2 * weights.max() * spread
-    return float(most) / rows
+    def products(self, features: Tensor) -> Tensor:
+        """The products of the residual with `features`, which are orthogonal to what the layer itself can do."""
+        return self.metric.T @ (self.descent.T @ features)
+
+    def by_chance(self, rows: int, proposals: int) -> float:
+        """What the best of so many units explains of the residual if they have nothing to do with it.
+
+        Each explains a sum of chi-squares, weighted by the variances of the residual; the bound on the largest of them
+        is that of Laurent and Massart (2000, lemma 1).
+        """
+        weights = torch.linalg.eigvalsh(self.moments).clamp_min(0.0)
+        spread = math.log(max(proposals, 2))
+        most = weights.sum() + 2 * (weights.square().sum() * spread).sqrt() + 2 * weights.max() * spread
+        return float(most) / rows
 
 
 def _without(features: Tensor, others: Tensor) -> Tensor:
-    """`features` less what a linear function of `others` makes of them."""
+    """`features` less what a linear function of `others` makes of them; zero where that is all but rounding."""
     gram = _damped(others.T @ others, 1e-9)
-    fit: Tensor = torch.linalg.solve(gram, others.T @ features)
-    return features - others @ fit
+    left = features - others @ torch.linalg.solve(gram, others.T @ features)
+    return left * (left.square().sum(0) > 1e-6 * features.square().sum(0))
 
 
-def _pursue(features: Tensor, residual: Tensor, count: int) -> tuple[Tensor, list[float]]:
-    """The columns of `features` that explain most of `residual`, one after the other, and what the first k explain."""
-    rows, features = len(features), features.clone()
-    products = residual.T @ features  # kept up to date, as it takes longest
+def _pursue(features: Tensor, products: Tensor, count: int) -> tuple[Tensor, list[float]]:
+    """The columns of `features` that explain most of a residual with these `products`, one after the other.
+
+    Also what the first k of them explain.
+    """
+    rows, features, products = len(features), features.clone(), products.clone()
     least = features.square().sum(0).max() * 1e-9
     chosen: list[int] = []
     gains: list[float] = []
@@ -281,8 +319,9 @@ def _pursue(features: Tensor, residual: Tensor, count: int) -> tuple[Tensor, lis
         gains.append((gains[-1] if gains else 0.0) + max(float(scores[best]), 0.0))
         chosen.append(best)
         if energies[best] > least:
-            unit = features[:, best] / energies[best].sqrt()
+            length = energies[best].sqrt()
+            unit, followed = features[:, best] / length, products[:, best] / length
             shares = unit @ features
-            products -= torch.outer(residual.T @ unit, shares)
+            products -= torch.outer(followed, shares)
             features -= torch.outer(unit, shares)
     return torch.tensor(chosen), gains

@@ -77,18 +77,19 @@ class RunningStatistics:
         self._inputs = zeros(in_features + 1, in_features + 1)
         self._cross = zeros(out_features, in_features + 1)
         self._gradients = zeros(out_features, out_features)
-        self._keys = zeros(0)
-        self._rows, self._outputs = zeros(0, in_features), zeros(0, out_features)
-        self._row_gradients = zeros(0, out_features)
+        none = {"keys": zeros(0), "rows": zeros(0, in_features)}
+        none |= {"outputs": zeros(0, out_features), "row_gradients": zeros(0, out_features)}
+        self._parts, self._sampled = [none], 0
 
     @property
     def device(self) -> torch.device:
         return self._inputs.device
 
-    def add(self, x: Tensor, g: Tensor, chosen: Tensor, keys: Tensor, outputs: Tensor) -> None:
+    def add(self, x: Tensor, g: Tensor, chosen: Tensor | None, keys: Tensor, outputs: Tensor) -> None:
         """Rows `x` and their gradients `g`. Waits for no device.
 
-        `chosen` are those that may enter the sample, `keys` their random numbers, `outputs` what the site returned.
+        `chosen` are those that may enter the sample, by default all, `keys` their random numbers, `outputs` what the
+        site returned for them, which is kept.
         """
         x, g = x.float(), g.float()
         with_one = torch.cat([x, x.new_ones(len(x), 1)], 1)
@@ -97,34 +98,40 @@ class RunningStatistics:
         self._inputs.addmm_(with_one.T, with_one)
         self._cross.addmm_(g.T, with_one)
         self._gradients.addmm_(g.T, g)
-        parts = {
-            "_keys": keys,
-            "_rows": x[chosen],
-            "_outputs": outputs.float(),
-            "_row_gradients": g[chosen],
-        }
-        joined = {name: torch.cat([getattr(self, name), part]) for name, part in parts.items()}
-        if len(joined["_keys"]) > self._most:  # those of the largest keys are a uniform sample of all rows so far
-            kept = joined["_keys"].topk(self._most).indices
+        rows = with_one[:, :-1] if chosen is None else x[chosen]
+        gradients = g.clone() if chosen is None else g[chosen]
+        self._parts.append({"keys": keys, "rows": rows, "outputs": outputs.float(), "row_gradients": gradients})
+        self._sampled += len(keys)
+        if self._sampled > 2 * self._most:  # and not at each batch: most of what is joined is copied
+            self._sample()
+
+    def _sample(self) -> dict[str, Tensor]:
+        """A uniform sample of all rows so far: those of the largest keys."""
+        joined = {name: torch.cat([part[name] for part in self._parts]) for name in _SAMPLED}
+        if len(joined["keys"]) > self._most:
+            kept = joined["keys"].topk(self._most).indices
             joined = {name: tensor[kept] for name, tensor in joined.items()}
-        vars(self).update(joined)
+        self._parts, self._sampled = [joined], len(joined["keys"])
+        return joined
 
     def state(self) -> dict[str, Any]:
         """The sums and the sample so far, copied."""
-        tensors = {name: getattr(self, f"_{name}").clone() for name in _SUMS + _SAMPLED}
-        return {"count": self._count, "batches": self._batches, **tensors}
+        tensors = {**{name: getattr(self, f"_{name}") for name in _SUMS}, **self._sample()}
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        return {"count": self._count, "batches": self._batches, **copies}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state` returned. Raises `ValueError` if that is of another site."""
         found = {name: state[name].to(self.device, torch.float32, copy=True) for name in _SUMS + _SAMPLED}
         rows = len(found["keys"])
+        known = {**{name: getattr(self, f"_{name}") for name in _SUMS}, **self._sample()}
         for name, tensor in found.items():
-            known = getattr(self, f"_{name}").shape
-            wanted = known if name in _SUMS else (rows, *known[1:])
-            if tensor.shape != torch.Size(wanted):
-                raise ValueError(f"{name} of layer {self._name!r} is of shape {list(tensor.shape)}, not {list(wanted)}")
+            wanted = [*known[name].shape] if name in _SUMS else [rows, *known[name].shape[1:]]
+            if [*tensor.shape] != wanted:
+                raise ValueError(f"{name} of layer {self._name!r} is of shape {[*tensor.shape]}, not {wanted}")
         self._count, self._batches = int(state["count"]), int(state["batches"])
-        vars(self).update({f"_{name}": tensor for name, tensor in found.items()})
+        self._inputs, self._cross, self._gradients = (found[name] for name in _SUMS)
+        self._parts, self._sampled = [{name: found[name] for name in _SAMPLED}], rows
 
     def finish(self, learns: tuple[bool, bool]) -> SiteStatistics:
         """The statistics so far. Raises :class:`GrowthError` if there are none, or they are not finite."""
@@ -138,7 +145,8 @@ class RunningStatistics:
             raise GrowthError(
                 f"inputs or gradients of layer {self._name!r} were infinite or NaN: look at the loss of the batches"
             )
+        sample = self._sample()
         return SiteStatistics(
             self._name, self._count, self._batches, inputs, cross, gradients,
-            self._rows, self._outputs, self._row_gradients, learns,
+            sample["rows"], sample["outputs"], sample["row_gradients"], learns,
         )  # fmt: skip

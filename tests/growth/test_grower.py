@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -77,7 +80,7 @@ def test_probing_leaves_training_as_it_was(mode: Any, shelf: KernelShelf) -> Non
     outcomes = []
     for grows in (False, True):
         torch.manual_seed(3)
-        options: dict[str, Any] = {"threshold": 1e9, "patience": 100, "first": 2, "cooldown": 1, "lead": 0}
+        options: dict[str, Any] = {"chance": 1e9, "patience": 100, "first": 2, "cooldown": 1, "lead": 0}
         run = begin(shelf, Host(), mode=mode, **(options if grows else {**options, "first": 10**6}))
         run.model.dropout.eval()  # one whose mode is not that of the model
         for _ in range(8):
@@ -188,6 +191,15 @@ def test_a_run_goes_on_from_any_step(at: int, shelf: KernelShelf) -> None:
     resumed.steps(90 - at)
     assert decisions(resumed.grower) == decisions(whole.grower)
     assert mean_loss(resumed.model) == mean_loss(whole.model)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own")
+def test_scores_leave_the_processors_to_training(shelf: KernelShelf) -> None:
+    begin(shelf, chance=1e9).until("nothing")
+    scoring = next(each for each in threading.enumerate() if each.name == "esper-growth")
+    assert scoring.native_id is not None
+    assert os.getpriority(os.PRIO_PROCESS, scoring.native_id) > os.getpriority(os.PRIO_PROCESS, os.getpid())
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == os.getpriority(os.PRIO_PROCESS, os.getpid())
 
 
 def test_what_was_saved_stays_as_it_was(shelf: KernelShelf) -> None:

@@ -50,7 +50,7 @@ def test_cooldown_patience_and_until(shelf: KernelShelf) -> None:
     assert chosen == [5 + 1, *[each + 7 + 1 for each in kept if each + 7 <= 60]]
     assert run.grower.stopped == "step 60 is over"
     assert run.grower.history[-1].step == max(61, kept[-1] + 1)
-    bored = begin(shelf, threshold=1e9, patience=2, lead=0)
+    bored = begin(shelf, chance=1e9, patience=2, lead=0)
     bored.until("stopped")
     assert [each.event for each in bored.grower.history] == ["nothing", "nothing", "stopped"]
     assert [each.step for each in bored.grower.history] == [6, 12, 12]
@@ -116,6 +116,20 @@ def test_families(shelf: KernelShelf) -> None:
     assert best(shelf, family=plain).parameters == 2 * 6 + 2 * 3
 
 
+def test_a_family_may_go_by_the_width(shelf: KernelShelf) -> None:
+    """The widest candidate is chosen among other units than the one that grows."""
+
+    def family(layer: esper.KasminaLayer, width: int) -> esper.Blueprint:
+        activation = "relu" if width == 1 else "tanh"
+        return esper.Blueprint.bottleneck(layer.input_dim, layer.output_dim, rank=width, activation=activation)
+
+    run = begin(shelf, family=family, widths=(1, 2), marginal=1e9, lead=None, chance=0.0)
+    record = run.until("chosen", most=20_000)
+    assert record.width == 1
+    assert "relu" in str(run.grower.state_dict()["stage"]["choice"]["blueprint"])
+    run.grower.close()
+
+
 def test_where(shelf: KernelShelf) -> None:
     assert choice(shelf, Pair()).layer == "useful"
     assert choice(shelf, Pair(), layers=["idle"], threshold=0.0).layer == "idle"
@@ -156,6 +170,22 @@ def test_compute_is_counted(shelf: KernelShelf) -> None:
     assert unsaid.compute_share > share, "a step of this model takes less than a million"
 
 
+def test_compute_is_bounded(shelf: KernelShelf) -> None:
+    """After the first round, which tells what one takes, no probe begins that would cost too much."""
+    options: dict[str, Any] = {"chance": 1e9, "patience": 1000, "lead": 0, "cooldown": 1, "step_flops": 2e6}
+    free = begin(shelf, **options)
+    free.steps(300)
+    most, whole = (each.compute_share for each in (free.grower.history[-1], free.grower.history[0]))
+    assert most is not None
+    assert whole is not None
+    bounded = begin(shelf, compute_share=most / 4, **options)
+    bounded.steps(300)
+    first, *others = (each.compute_share or 1.0 for each in bounded.grower.history)
+    assert first == whole, "of five steps"
+    assert 10 < len(others) < len(free.grower.history) / 3
+    assert max(others) <= most / 4 < 1.2 * others[-1]
+
+
 def test_a_compilation_is_given_up(shelf: KernelShelf) -> None:
     run = begin(shelf, widths=(5,), timeout=1e-4)
     with pytest.warns(UserWarning, match="CompilationTimeoutError|CancelledError|TimeoutError"):
@@ -166,7 +196,7 @@ def test_a_compilation_is_given_up(shelf: KernelShelf) -> None:
 def test_a_loader_of_batches_does_not_disturb_random_numbers(shelf: KernelShelf) -> None:
     data = torch.utils.data.TensorDataset(*(torch.cat(each) for each in zip(*BATCHES, strict=True)))
     loader = torch.utils.data.DataLoader(data, batch_size=100)  # which draws a seed each time
-    run = begin(shelf, probe_batches=loader, threshold=1e9, lead=0, cooldown=0, patience=99)
+    run = begin(shelf, probe_batches=loader, chance=1e9, lead=0, cooldown=0, patience=99)
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)

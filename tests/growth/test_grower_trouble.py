@@ -37,6 +37,7 @@ pytestmark = pytest.mark.xdist_group("growth")
         ({"until": 4}, "until is 4 and first is 5: nothing would grow"),
         ({"patience": True}, "patience must be a whole number"),
         ({"threshold": float("nan")}, "threshold must be a number, at least 0, not nan"),
+        ({"compute_share": 1}, "compute_share must be a number between 0 and 1, such as 0.03, not 1"),
         ({"margin": -1.0}, "margin must be a number"),
         ({"timeout": 0}, "timeout must be more than 0 seconds"),
         ({"widths": ()}, "widths must be numbers of hidden units"),

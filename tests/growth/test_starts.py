@@ -147,6 +147,19 @@ def test_equal_statistics_give_equal_kernels(model: esper.MorphableModel) -> Non
     assert selected(statistics, blueprint).blueprint.id != selected(statistics, other).blueprint.id
 
 
+def test_fewer_units_are_the_first_of_more(model: esper.MorphableModel) -> None:
+    statistics = probed(model)
+    for blueprint in BLUEPRINTS:
+        name = "rank" if blueprint.family == "bottleneck" else "hidden"
+        one, four = (Blueprint(blueprint.family, {**blueprint.options, name: width}) for width in (1, 4))
+        wide = selected(statistics, four)
+        narrow = selected(statistics, one)
+        assert wide.gains[:1] == narrow.gains
+        for tensor, first in zip(wide.blueprint.build()[1].values(), narrow.blueprint.build()[1].values(), strict=True):
+            if first.any():  # all but the last linear map
+                assert torch.equal(tensor[:1], first)
+
+
 def test_a_frozen_layer_leaves_everything_to_the_kernel(shelf: KernelShelf) -> None:
     host = nn.Sequential(nn.Linear(6, 3).requires_grad_(False), nn.Linear(3, 3))
     model = esper.wrap(host, ["0"], platform=shelf.platform)
