@@ -297,7 +297,7 @@ class _Residual:
 def _without(features: Tensor, others: Tensor) -> Tensor:
     """`features` less what a linear function of `others` makes of them; zero where that is all but rounding."""
     gram = _damped(others.T @ others, 1e-9)
-    left = features - others @ torch.linalg.solve(gram, others.T @ features)
+    left: Tensor = features - others @ torch.linalg.solve(gram, others.T @ features)
     return left * (left.square().sum(0) > 1e-6 * features.square().sum(0))
 
 

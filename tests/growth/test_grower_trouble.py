@@ -324,6 +324,18 @@ def test_a_kernel_that_is_coming_when_the_loss_becomes_nan_is_taken_back(shelf: 
     run.until("kept")
 
 
+def test_a_probe_whose_batches_are_not_there_any_more_fails(shelf: KernelShelf) -> None:
+    """A run is resumed in the middle of a probe, with fewer batches than that has seen."""
+    run = begin(shelf, probe_batches=[*BATCHES, *BATCHES])
+    run.steps(7)
+    resumed = begin(shelf)
+    resumed.grower.load_state_dict(run.grower.state_dict())
+    with pytest.warns(UserWarning, match="probe_batches gave no batch after 3, of which there were more before"):
+        resumed.step()
+    assert [each.event for each in resumed.grower.history] == ["failed"]
+    assert resumed.model.training
+
+
 class Slow:
     """A platform that compiles when it is let."""
 
@@ -419,7 +431,9 @@ def test_a_state_that_is_none(shelf: KernelShelf) -> None:
     run.until("kept")
     before = decisions(run.grower)
     good = run.grower.state_dict()
-    for bad in (None, {}, {**good, "version": 7}, {**good, "stage": {"kind": "sleeping"}}, {**good, "history": [{}]}):
+    probing = {"kind": "probing", "since": 5, "probe": {"layers": ["9"], "seed": 0, "taken": 1, "seen": {}}}
+    stages = [{**good, "stage": stage} for stage in ({"kind": "sleeping"}, probing)]
+    for bad in (None, {}, {**good, "version": 7}, *stages, {**good, "history": [{}]}):
         with pytest.raises(GrowthError, match=r"not what Grower\.state_dict\(\)|damaged|none of"):
             run.grower.load_state_dict(bad)  # type: ignore[arg-type]  # a mistake
     assert decisions(run.grower) == before
