@@ -7,9 +7,10 @@ executing one is not.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -82,6 +83,33 @@ class CompiledAttachment:
         return self.call
 
 
+class _Signature:
+    """A graph that equals those of the same structure whose parameters have the same names."""
+
+    def __init__(self, graph: KernelGraph) -> None:
+        self.graph = graph
+        self._key = graph.digest, graph.parameter_names
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Signature) and self._key == other._key
+
+
+class _Code(NamedTuple):
+    """A kernel's graph as torch.fx has it, and as Python. Templates of one signature share both."""
+
+    graph: fx.Graph
+    function: Callable[..., Tensor]
+
+
+@functools.lru_cache(maxsize=256)
+def _code_of(signature: _Signature) -> _Code:
+    graph = signature.graph.to_fx()
+    return _Code(graph, type(fx.GraphModule(nn.Module(), graph)).forward)
+
+
 class KernelTemplate:
     """A validated artifact in host memory. Immutable; may be used from any thread and shared by any number of seeds.
 
@@ -92,9 +120,10 @@ class KernelTemplate:
         self.artifact_id = artifact.id
         self.data = artifact.data
         self.graph = graph = artifact.graph
-        self.fx_graph: fx.Graph = graph.to_fx()
+        code = _code_of(_Signature(graph))
+        self.fx_graph = code.graph
         """Placeholders `x`, `host` if `graph.uses_host`, then `graph.parameter_names`. Copied from, never changed."""
-        self.function: Callable[..., Tensor] = type(fx.GraphModule(nn.Module(), self.fx_graph)).forward
+        self.function = code.function
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
         self._attachments: dict[torch.device, CompiledAttachment] = {}
 

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, bindparam, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -191,14 +191,14 @@ class KernelRecords:
 
         Of several, one by a key whose id is among `signers`, if there is such a one; and the one stored last.
         """
-        wanted = (AttachmentRow.artifact_id == artifact_id, AttachmentRow.target_key == target_key)
         with self._database.reading() as session:
-            rows = session.scalars(select(AttachmentRow).where(*wanted)).all()
-            if not rows:
-                return None
-            trusted = frozenset(signers or ())
-            best = max(rows, key=lambda each: (each.key_id in trusted, not each.key_id, each.fits, each.created_at))
-            digest, size = best.document, best.size_bytes
+            wanted = {"artifact_id": artifact_id, "target_key": target_key}
+            rows = session.connection().execute(_ATTACHED, wanted).all()
+        if not rows:
+            return None
+        trusted = frozenset(signers or ())
+        best = max(rows, key=lambda each: (each.key_id in trusted, not each.key_id, each.fits, each.created_at))
+        digest, size = best.document, best.size_bytes
         return self._blobs.get(digest, size)
 
     def set_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
@@ -266,15 +266,21 @@ def _row(session: Session, artifact_id: str) -> KernelRow:
     return row
 
 
+_kernels, _signed, _attached = (kind.__table__.c for kind in (KernelRow, SignatureRow, AttachmentRow))
+_FILE = (  # of columns, for good: to make it of classes at each call takes twice as long as to ask
+    select(_kernels.size_bytes, _signed.document)
+    .select_from(KernelRow.__table__.outerjoin(SignatureRow.__table__))
+    .where(_kernels.id == bindparam("artifact_id"))
+    .order_by(_signed.created_at, _signed.key_id)
+)
+_ATTACHED = select(
+    _attached.key_id, _attached.fits, _attached.created_at, _attached.document, _attached.size_bytes
+).where(_attached.artifact_id == bindparam("artifact_id"), _attached.target_key == bindparam("target_key"))
+
+
 def _file(session: Session, artifact_id: str) -> tuple[int, tuple[Signature, ...]]:
     """An artifact's size in bytes and its signatures: of a record no more than trainers wait for."""
-    statement = (
-        select(KernelRow.size_bytes, SignatureRow.document)
-        .outerjoin(KernelRow.signatures)
-        .where(KernelRow.id == artifact_id)
-        .order_by(SignatureRow.created_at, SignatureRow.key_id)
-    )
-    rows = session.execute(statement).all()
+    rows = session.connection().execute(_FILE, {"artifact_id": artifact_id}).all()
     if not rows:
         raise _unknown(session, artifact_id)
     return rows[0].size_bytes, tuple(Signature.from_json(each.document) for each in rows if each.document is not None)
