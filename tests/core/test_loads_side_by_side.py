@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,27 @@ def test_kernels_of_many_layers_are_fetched_beside_those_that_hang(source: Hangi
     assert request.result(30) is False
     assert "hung up" in next(iter(request.errors.values()))
     assert all(state[0] in ("DORMANT", "ERROR_RECOVERY") for state in states(model).values())
+
+
+class ForgetfulSource(HangingSource):
+    """Is told what will be fetched, and cannot look for it in one go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[list[str]] = []
+
+    def expect(self, artifact_ids: Sequence[str]) -> None:
+        self.expected.append(list(artifact_ids))
+        raise KernelSourceError("not today")
+
+
+def test_a_source_is_told_of_kernels_that_are_not_here_and_need_not_find_them() -> None:
+    source = ForgetfulSource()
+    model, ids = _model(source), [artifact.id for artifact in source.artifacts]
+    assert model.request_kernels(["0", "1"], {"0": ids[0], "1": ids[1]}).result(30)
+    assert model.request_kernels(["0", "1"], {"0": ids[1], "1": ids[0]}).result(30)
+    assert source.expected == [ids[:2]]
+    assert source.asked == ids[:2]
 
 
 def test_kernels_that_take_turns_are_fetched_once(shelf: KernelShelf) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,10 +139,16 @@ class KernelTemplate:
     def place(self, device: torch.device | str = "cpu", *, trainable: bool = False) -> LoadedKernel:
         """This kernel for one seed, with the artifact's weights in memory of its own: nothing else writes to it."""
         with torch.inference_mode(False):  # an inference tensor could never take part in a backward
-            target = torch.empty(0, device=device).device
-            weights = safetensors_file.read_tensors(self.data)
-            tensors = [weights[name].to(target) for name in self.graph.tensor_names]
-            return LoadedKernel(self, KernelModule(self, tensors, trainable), trainable, target)
+            return self._with(safetensors_file.read_tensors(self.data), device, trainable)
+
+    def first(self, artifact: Artifact) -> LoadedKernel:
+        """This kernel, frozen, with the very weights of the `artifact` that it was made of, which nobody else has."""
+        return self._with(artifact.tensors, "cpu", trainable=False)
+
+    def _with(self, weights: Mapping[str, Tensor], device: torch.device | str, trainable: bool) -> LoadedKernel:
+        target = torch.empty(0, device=device).device
+        tensors = [weights[name].to(target) for name in self.graph.tensor_names]
+        return LoadedKernel(self, KernelModule(self, tensors, trainable), trainable, target)
 
     def attachment(self, device: torch.device) -> CompiledAttachment | None:
         """The compiled code for this device, if some was attached."""

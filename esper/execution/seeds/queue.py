@@ -77,22 +77,24 @@ class StagingQueue:
         """Leave to the parent what its threads are at; see `esper.forking`."""
         self._begin()
 
-    def fetch(self, *operations: Operation) -> None:
-        """Have operations staged once they were fetched, each of which may be slow or hang."""
+    def fetch(self, *operations: Operation, first: Callable[[], None] | None = None) -> None:
+        """Have operations staged once they were fetched, each of which may be slow or hang; `first` is done before."""
         line = deque(operations)
         with self._lock:
             self._fetches.update(dict.fromkeys(operations))
         try:
-            FETCHING.submit(lambda: self._fetch_some(line))
+            FETCHING.submit(lambda: self._fetch_some(line, first))
         except BaseException:
             for operation in operations:
                 self._end_fetch(operation, goes_on=False)
             raise
 
-    def _fetch_some(self, line: deque[Operation]) -> None:
+    def _fetch_some(self, line: deque[Operation], first: Callable[[], None] | None = None) -> None:
         """Fetch the first of a line and, while that is quick, those behind it; another job goes on beside this one."""
         if len(line) > 1:
             FETCHING.submit(lambda: self._fetch_some(line))
+        if first is not None:
+            first()
         with contextlib.suppress(IndexError):  # others may be at the same line
             self._fetch(line.popleft())
             while not has_worked():
