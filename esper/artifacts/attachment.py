@@ -6,6 +6,7 @@ canonical JSON header, payload. Attachments lie beside artifacts and are never p
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import re
@@ -79,6 +80,7 @@ def _describe(device: torch.device) -> str:
     return f"{device.type}.{platform.system().lower()}.{platform.machine()}"
 
 
+@functools.cache
 def _cpu_flags_digest() -> str:
     """Inductor compiles with -march=native: every instruction set of the processor counts, not just vectors."""
     try:

@@ -7,12 +7,14 @@ else.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from esper.artifacts import safetensors_file
 from esper.artifacts.container import ID_PATTERN, MANIFEST_KEY, SCHEMA, Artifact, artifact_id
-from esper.artifacts.document import Json, JsonReader, parse_json
+from esper.artifacts.document import Json, JsonReader, canonical_json, parse_json
 from esper.artifacts.errors import ArtifactCorruptError, ArtifactGraphError, UntrustedArtifactError
 from esper.artifacts.graph import KernelGraph
 from esper.artifacts.limits import Limits
@@ -23,6 +25,7 @@ from esper.artifacts.weights import check_finite, ordinary_tensors
 __all__ = ["Limits", "load_artifact"]
 
 _MAX_TOOLS = 32
+_LONGEST_KNOWN = 2**15  # characters of a graph that is remembered: 128 of these take a few megabytes
 
 
 @ordinary_tensors()
@@ -77,9 +80,25 @@ def _read_manifest(header: safetensors_file.Header, limits: Limits) -> tuple[dic
     if schema != SCHEMA:
         raise ArtifactCorruptError(f"manifest.schema is {schema}, this version reads {SCHEMA}; update esper")
     provenance = _read_provenance(reader.object("provenance"))
-    graph = KernelGraph.from_json(reader.value("graph"), "manifest.graph", limits)
+    graph = _read_graph(reader.value("graph"), limits)
     reader.finish()
     return {"schema": schema, "graph": graph.to_json(), "provenance": provenance}, graph
+
+
+def _read_graph(value: object, limits: Limits) -> KernelGraph:
+    """The graph; artifacts that declare the same one share it, and with it what is made of it."""
+    try:
+        text = canonical_json(value)  # type: ignore[arg-type]  # it was parsed from JSON
+    except RecursionError:
+        text = ""
+    if not 0 < len(text) <= _LONGEST_KNOWN:
+        return KernelGraph.from_json(value, "manifest.graph", limits)
+    return _known_graph(text, limits)
+
+
+@functools.lru_cache(maxsize=128)
+def _known_graph(text: str, limits: Limits) -> KernelGraph:
+    return KernelGraph.from_json(json.loads(text), "manifest.graph", limits)
 
 
 def _read_provenance(reader: JsonReader) -> Mapping[str, Json]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises :class:`ArtifactGraphError` naming the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
         low, high = torch.aminmax(tensor.detach())
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise ArtifactGraphError(f"tensor {name!r} holds NaN or infinity; a kernel starts from finite weights")
 
 

@@ -22,6 +22,9 @@ from esper.execution.telemetry import Telemetry
 
 __all__ = ["Assembly", "LayerParts"]
 
+_KEPT_FOR_A_SEED = 16
+"""How many kernels the cache has room for, so that those which take turns are kept: their bytes are the budget."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
@@ -72,7 +75,7 @@ class Assembly:
         number, sites = registry.new_numbers(layers)
         runtime = Runtime(number, sites, state, model, telemetry, commit)
         registry.register(runtime)
-        cache = KernelCache(cache_size_mb * max(layers, 1), max(128, seeds), source=source)
+        cache = KernelCache(cache_size_mb * max(layers, 1), max(128, _KEPT_FOR_A_SEED * seeds), source=source)
         control = SeedControl(runtime, source, attach, sink)
         return cls(runtime, registry.make_tag(number), cache, control, seeds_per_layer, sites.start)
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from esper.forking import reset_after_fork
 from esper.futures import InterruptSafeFuture
 
-__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "rest", "waiting"]
+__all__ = ["FETCHING", "STAGING", "BackgroundThreads", "JobQueue", "has_worked", "rest", "waiting"]
 
 _Result = TypeVar("_Result")
 _Job = tuple[Callable[[], Any], "Future[Any]"]
@@ -29,6 +29,7 @@ _IDLE_SECONDS = 5.0
 _MOST_THREADS = 64
 _LONGEST_EXIT = 10.0
 _LONGEST_REST = 0.05
+_LONGEST_WORK = 0.001  # seconds of a processor, after which a job rests as soon as it can
 
 
 class _Exit:
@@ -65,6 +66,8 @@ class _Work(threading.local):
     """How often as long as it works it rests; 0 if it is none of those that do."""
     rested = 0.0
     """When it rested last."""
+    began = 0.0
+    """When its job began."""
 
 
 _work = _Work()
@@ -73,11 +76,21 @@ _work = _Work()
 def rest() -> None:
     """Leave the interpreter to whoever trains for as long as this job has worked since it did so last.
 
-    To be called between any two parts of a job that work for some milliseconds. Other threads need not rest.
+    To be called between any two parts of a job. Short parts go together: every rest is a wait for the interpreter too,
+    and what goes on at once finds the processor's caches as it left them. Other threads need not rest.
     """
-    if _work.rest:
-        time.sleep(min(_work.rest * (time.thread_time() - _work.rested), _LONGEST_REST))
-        _work.rested = time.thread_time()
+    if _work.rest and time.thread_time() - _work.rested > _LONGEST_WORK:
+        _rest()
+
+
+def has_worked() -> bool:
+    """Whether this job has worked for so long that it should leave to the next one what another can do."""
+    return time.thread_time() - _work.began > _LONGEST_WORK
+
+
+def _rest() -> None:
+    time.sleep(min(_work.rest * (time.thread_time() - _work.rested), _LONGEST_REST))
+    _work.rested = time.thread_time()
 
 
 class BackgroundThreads:
@@ -152,6 +165,7 @@ class BackgroundThreads:
             job, future = taken
             if future.set_running_or_notify_cancel():
                 _work.rest, _work.rested = self._rest, (began := time.thread_time())
+                _work.began = began
                 try:
                     result = job()
                 except BaseException as error:  # noqa: BLE001  # the future carries it to whoever waits
@@ -159,7 +173,8 @@ class BackgroundThreads:
                 else:
                     future.set_result(result)
                     del result
-                rest()
+                if self._rest:
+                    _rest()
                 self._note_work(time.thread_time() - began)
             del job, future, taken  # what they refer to need not live until the next job
 

@@ -8,7 +8,8 @@ from. What fails is not remembered: the next request fetches again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ from esper.execution.kernels.cache_entries import (
 )
 from esper.execution.kernels.loaded_kernel import KernelTemplate, LoadedKernel
 from esper.execution.kernels.service_locator import kernel_source
-from esper.execution.sources import KernelSource, UnknownKernelError
+from esper.execution.sources import ExpectingSource, KernelSource, UnknownKernelError
 
 __all__ = ["Cleared", "KernelCache", "KernelCacheError", "KernelCacheFullError", "KernelTooLargeError"]
 
+_LOG = logging.getLogger("esper.execution")
 _DEFAULT_SOURCE = kernel_source()
 
 
@@ -126,6 +128,19 @@ class KernelCache:
         except Exception as error:
             self._note(artifact_id, error)
             raise
+
+    def expect(self, references: Iterable[str]) -> None:
+        """These are about to be fetched: have the source find those that are not here in one go, if it can.
+
+        For background threads. Where it goes wrong, each fetch says so.
+        """
+        missing = [each for each in references if _is_full_id(each) and each not in self]
+        if len(missing) > 1 and isinstance(self._source, ExpectingSource):
+            try:
+                with waiting():
+                    self._source.expect(missing)
+            except Exception as error:  # noqa: BLE001  # whatever a source raises, each fetch says what is wrong
+                _LOG.info("%d kernels are looked for one by one: %s", len(missing), error)
 
     def failure(self, artifact_id: str) -> str | None:
         """Why the last request for this reference failed, or None if it did not, or was long ago."""
@@ -258,7 +273,7 @@ class KernelCache:
                 pause=rest,
             )
             rest()
-            return KernelTemplate.from_artifact(artifact).place()
+            return KernelTemplate.from_artifact(artifact).first(artifact)
 
     def _take(self, kernel: LoadedKernel, reference: str, pin: bool) -> LoadedKernel:
         """Hand over a kernel that was just fetched, pinned if asked for: even if it was evicted meanwhile."""

@@ -5,6 +5,7 @@ Execution knows a source only through this protocol. The embedded store and the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AmbiguousKernelError",
+    "ExpectingSource",
     "FetchedKernel",
     "KernelSource",
     "KernelSourceError",
@@ -69,4 +71,16 @@ class KernelSource(Protocol):
 
     def trust(self) -> TrustStore | None:
         """The keys whose signatures count, or None where signatures are not asked for."""
+        ...
+
+
+@runtime_checkable
+class ExpectingSource(KernelSource, Protocol):
+    """A source that finds many kernels in one go faster than one by one."""
+
+    def expect(self, artifact_ids: Sequence[str]) -> None:
+        """These are about to be fetched, as far as they exist: look for them now. Called on background threads only.
+
+        Raises a :class:`KernelSourceError` if that is not possible; each fetch says then what is wrong.
+        """
         ...

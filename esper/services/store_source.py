@@ -14,7 +14,7 @@ from esper.execution.sources import (
     UnknownKernelError,
 )
 from esper.services.errors import AmbiguousPrefixError, ServiceError, UnknownKernelReferenceError
-from esper.services.stores import Store
+from esper.services.stores import KernelFile, ManyKernels, Store
 
 __all__ = ["StoreKernelSource", "best_signature", "source_errors"]
 
@@ -25,6 +25,7 @@ class StoreKernelSource:
     def __init__(self, store: Callable[[], Store], trust: Callable[[], TrustStore]) -> None:
         self._store = store
         self._trust = trust
+        self._expected: dict[str, KernelFile] = {}  # to be fetched in a moment, and found already
 
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copied model finds its kernels where the original does
@@ -37,8 +38,19 @@ class StoreKernelSource:
     def fetch(self, artifact_id: str) -> FetchedKernel:
         """See :class:`~esper.execution.sources.KernelSource`."""
         with source_errors():
-            data, signatures = self._store().kernels.content(artifact_id)
-            return FetchedKernel(data, best_signature(self._trust(), artifact_id, signatures))
+            trust, kernels, found = self._trust(), self._store().kernels, self._expected.pop(artifact_id, None)
+            if found is not None and isinstance(kernels, ManyKernels):
+                data, signatures = kernels.read(artifact_id, found), found.signatures
+            else:
+                data, signatures = kernels.content(artifact_id)
+            return FetchedKernel(data, best_signature(trust, artifact_id, signatures))
+
+    def expect(self, artifact_ids: Sequence[str]) -> None:
+        """See :class:`~esper.execution.sources.ExpectingSource`."""
+        with source_errors():
+            kernels = self._store().kernels
+            if isinstance(kernels, ManyKernels):
+                self._expected = kernels.files(artifact_ids)
 
     def attachment(self, artifact_id: str, target_key: str) -> bytes | None:
         """See :class:`~esper.execution.sources.KernelSource`."""
@@ -53,6 +65,8 @@ class StoreKernelSource:
 
 def best_signature(trust: TrustStore, artifact_id: str, signatures: Sequence[Signature]) -> Signature | None:
     """The one that `trust` takes; if there is none, any other, for whoever loads the kernel to say what is wrong."""
+    if len(signatures) == 1:
+        return signatures[0]  # whoever loads the kernel verifies it
     return trust.choose(artifact_message(artifact_id), signatures) or next(iter(signatures), None)
 
 

@@ -5,8 +5,8 @@ All methods block, and may be called on any thread. They raise :class:`~esper.se
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from esper.artifacts import Attachment, Blueprint, Signature
 from esper.contracts.validation import ValidationReport
@@ -21,7 +21,7 @@ from esper.services.contracts import (
     StoreStats,
 )
 
-__all__ = ["LEASE_SECONDS", "BlueprintStore", "KernelStore", "Store"]
+__all__ = ["LEASE_SECONDS", "BlueprintStore", "KernelFile", "KernelStore", "ManyKernels", "Store"]
 
 LEASE_SECONDS = 30.0
 """How long a claim holds unless it is renewed."""
@@ -92,6 +92,22 @@ class KernelStore(Protocol):
     def resolve(self, reference: str) -> str: ...
 
     def query(self, query: KernelQuery) -> tuple[CompiledKernelArtifact, ...]: ...
+
+
+class KernelFile(NamedTuple):
+    """What is to be known of an artifact's file before it is read: its size in bytes, and its signatures, unchecked."""
+
+    size: int
+    signatures: tuple[Signature, ...]
+
+
+@runtime_checkable
+class ManyKernels(Protocol):
+    """Kernels that are found in one go, where they are at hand, and read one by one."""
+
+    def files(self, artifact_ids: Sequence[str]) -> dict[str, KernelFile]: ...
+
+    def read(self, artifact_id: str, file: KernelFile) -> bytes: ...
 
 
 class Store(Protocol):

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ import esper
 from esper.artifacts import Artifact, build_artifact
 from esper.execution.sources import FetchedKernel, KernelSourceError
 from tests.core.seeds import RecordingSink, blueprint, outputs, states
+from tests.kernel_shelf import KernelShelf
 
 _MANY = 40  # more than are fetched at a time
 
@@ -94,6 +96,55 @@ def test_requests_at_once_come_into_force_together(source: HangingSource) -> Non
     outputs(model, torch.randn(2, 8))
     assert [state[0] for state in states(model).values()] == ["ACTIVE"] * 6
     assert model.runtime.version == version + 1
+
+
+def test_kernels_of_many_layers_are_fetched_beside_those_that_hang(source: HangingSource) -> None:
+    model = _model(source, _MANY)
+    kernels = {str(layer): "f" * 62 + f"{layer:02x}" for layer in range(_MANY - 3)}  # none of which comes
+    kernels |= {str(_MANY - 3 + number): artifact.id for number, artifact in enumerate(source.artifacts)}
+    request = model.request_kernels(list(kernels), kernels)
+    while not set(kernels.values()) <= set(source.asked):
+        assert not request.done()
+    source.let_go.set()
+    assert request.result(30) is False
+    assert "hung up" in next(iter(request.errors.values()))
+    assert all(state[0] in ("DORMANT", "ERROR_RECOVERY") for state in states(model).values())
+
+
+class ForgetfulSource(HangingSource):
+    """Is told what will be fetched, and cannot look for it in one go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[list[str]] = []
+
+    def expect(self, artifact_ids: Sequence[str]) -> None:
+        self.expected.append(list(artifact_ids))
+        raise KernelSourceError("not today")
+
+
+def test_a_source_is_told_of_kernels_that_are_not_here_and_need_not_find_them() -> None:
+    source = ForgetfulSource()
+    model, ids = _model(source), [artifact.id for artifact in source.artifacts]
+    assert model.request_kernels(["0", "1"], {"0": ids[0], "1": ids[1]}).result(30)
+    assert model.request_kernels(["0", "1"], {"0": ids[1], "1": ids[0]}).result(30)
+    assert source.expected == [ids[:2]]
+    assert source.asked == ids[:2]
+
+
+def test_kernels_that_take_turns_are_fetched_once(shelf: KernelShelf) -> None:
+    model = esper.wrap(nn.Sequential(*(nn.Linear(8, 8) for _ in range(8))), platform=shelf.platform, seeds_per_layer=2)
+    layers = list(model.kasmina_layers)
+    turns = [
+        {name: shelf.put(blueprint(8, 8, seed=20 * turn + number)).id for number, name in enumerate(layers)}
+        for turn in range(20)
+    ]
+    for _ in range(2):
+        for kernels in turns:
+            assert model.request_kernels(layers, kernels).result(30)
+            model(torch.randn(2, 8))
+    found = [layer.kernel_cache.get_cache_stats() for layer in model.kasmina_layers.values()]
+    assert [(each["cache_misses"], each["cache_hits"]) for each in found] == [(20, 20)] * 8
 
 
 def test_a_load_whose_task_is_cancelled_never_comes_into_force(source: HangingSource) -> None:

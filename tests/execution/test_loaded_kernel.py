@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.artifacts import Blueprint, build_artifact
+from esper.artifacts import Blueprint, KernelGraph, build_artifact
 from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import KernelMismatchError, KernelTemplate, LoadedKernel
 from tests.execution.kernel_sources import make_artifact
@@ -37,6 +37,29 @@ def reference(artifact, x, host=None):
     tensors = {name: tensor.double() for name, tensor in artifact.tensors.items()}
     module = artifact.graph.to_module(tensors)
     return module(x.double()) if host is None else module(x.double(), host.double())
+
+
+@pytest.mark.parametrize("leading", ["a", "b"])
+def test_kernels_of_one_structure_keep_the_names_of_their_own_parameters(leading):
+    """Whichever of two such kernels, which compute different things, comes first."""
+    for prefix in (leading, "b" if leading == "a" else "a"):
+        tensors = {f"{prefix}_down": torch.randn(RANK, IN), f"{prefix}_up": torch.randn(OUT, RANK)}
+        graph = {
+            "in_features": IN,
+            "out_features": OUT,
+            "dtype": "float32",
+            "tensors": [{"name": name, "shape": list(tensor.shape)} for name, tensor in tensors.items()],
+            "nodes": [
+                {"name": "h", "op": "linear", "inputs": ["x", f"{prefix}_down"]},
+                {"name": "y", "op": "linear", "inputs": ["h", f"{prefix}_up"]},
+            ],
+            "output": "y",
+        }
+        kernel = LoadedKernel.from_artifact(build_artifact(Blueprint.from_graph(KernelGraph.from_json(graph), tensors)))
+        assert [name for name, _ in kernel.module.named_parameters()] == list(tensors)
+        x = torch.randn(5, IN)
+        down, up = tensors.values()
+        assert torch.allclose(kernel.module(x), x @ down.T @ up.T, atol=1e-5)
 
 
 # ---- what it computes ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from esper.artifacts import (
     Target,
     TrustStore,
     UntrustedArtifactError,
+    artifact_message,
     build_artifact,
     load_artifact,
 )
@@ -54,6 +55,22 @@ class TestContent:
         data, (signature,) = store.kernels.content(artifact.id)
         with pytest.raises(UntrustedArtifactError):
             load_artifact(data, signature=signature, trust=TrustStore([SigningKey.generate().public_bytes]))
+
+    def test_many_are_found_in_one_go_with_all_who_signed_them(self, store: UrzaStore) -> None:
+        keys = [SigningKey.generate() for _ in range(2)]
+        kernels = [add_kernel(store, blueprint(seed), key=keys[0]) for seed in range(3)]
+        artifacts = [artifact for artifact, _ in kernels]
+        artifact, record = kernels[1]
+        signature = keys[1].sign(artifact_message(artifact.id))
+        origin = {"blueprint_id": record.blueprint_id, "metadata": record.metadata, "report": record.report}
+        store.kernels.add(artifact.data, signature, **origin)
+        found = store.kernels.files([artifacts[1].id, artifacts[0].id, "f" * 64])
+        assert found.keys() == {artifacts[0].id, artifacts[1].id}
+        for artifact in artifacts[:2]:
+            file = found[artifact.id]
+            assert (store.kernels.read(artifact.id, file), file.signatures) == store.kernels.content(artifact.id)
+        assert [len(found[each.id].signatures) for each in artifacts[:2]] == [1, 2]
+        assert store.kernels.files([]) == {}
 
     def test_storing_a_kernel_again_changes_nothing(self, store: UrzaStore) -> None:
         artifact, kernel = add_kernel(store, blueprint())

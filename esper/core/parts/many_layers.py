@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import difflib
 import fnmatch
+import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -29,6 +31,8 @@ __all__ = ["Kernels", "Layers", "ManyLayers"]
 
 Layers = Any
 """Layers with seeds: a dotted name, a glob pattern, a type, a module, or several of these."""
+
+_GLOB = re.compile(r"[*?\[]")
 
 Kernel = str | Blueprint
 Kernels = Kernel | Mapping[str, Kernel] | Callable[[KasminaLayer], Kernel]
@@ -52,28 +56,27 @@ class ManyLayers(WrappedModel):
         wanted = list(self.kasmina_layers) if layers is None else list(layers) if several else [layers]
         if not wanted:
             raise TargetError("no layers are named: name some, or pass None for all that have seeds")
-        chosen = set().union(*(self._matching(each) for each in wanted))
+        names = _Names(self)
+        chosen = set().union(*(self._matching(each, names) for each in wanted))
         return {name: layer for name, layer in self.kasmina_layers.items() if name in chosen}
 
-    def _matching(self, target: Any) -> set[str]:
-        places = layer_places(self)
-        modules = dict(self.named_modules(remove_duplicate=False))
+    def _matching(self, target: Any, names: _Names) -> set[str]:
         if isinstance(target, str):
-            hits = {name for name in {*modules, *places} if name == target or fnmatch.fnmatchcase(name, target)}
+            hits = names.matching(target)
         elif isinstance(target, type):
-            hits = {name for name, module in modules.items() if isinstance(module, target)}
+            hits = {name for name, module in names.modules.items() if isinstance(module, target)}
         elif isinstance(target, nn.Module):
             shares = dict(self._wrapping.host.named_modules())
-            hits = {name for name, module in (*modules.items(), *shares.items()) if module is target}
+            hits = {name for name, module in (*names.modules.items(), *shares.items()) if module is target}
         else:
             raise TargetError(f"layers are named by names, patterns, types and modules, not by {shown(target)}")
-        known = {name: (name, place) for name, place in places.items()}
-        around = hits - known.keys() - set(places.values())
-        found = {
-            name
-            for name, both in known.items()
-            if not hits.isdisjoint(both) or any(_is_inside(own, hit) for own in both for hit in around)
-        }
+        around = hits - names.of_layers
+        found = set().union(*(names.layers_at.get(hit, ()) for hit in hits))
+        if around:
+            found |= {
+                name for name, place in names.places.items()
+                if any(_is_inside(own, hit) for own in (name, place) for hit in around)
+            }  # fmt: skip
         if not found:
             raise TargetError(f"no layer with seeds is selected by {_described(target)}; {self._near(target)}")
         return found
@@ -187,6 +190,30 @@ class ManyLayers(WrappedModel):
     def _control(self) -> Any:
         """That of all layers."""
         return next(iter(self.kasmina_layers.values())).control
+
+
+class _Names:
+    """The names of a model's modules, and of its layers with seeds, looked up once for all that is selected by them."""
+
+    def __init__(self, model: ManyLayers) -> None:
+        self._model = model
+        self.places = layer_places(model)
+        self.layers_at: dict[str, set[str]] = {}
+        """Layers, by their names and by where they stand now."""
+        for name, place in self.places.items():
+            for own in {name, place}:
+                self.layers_at.setdefault(own, set()).add(name)
+        self.of_layers = self.layers_at.keys()
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self._model.named_modules(remove_duplicate=False))
+
+    def matching(self, pattern: str) -> set[str]:
+        """The names that a name or glob pattern stands for."""
+        if not _GLOB.search(pattern):
+            return {pattern} if pattern in self.of_layers or pattern in self.modules else set()
+        return {name for name in {*self.modules, *self.places} if name == pattern or fnmatch.fnmatchcase(name, pattern)}
 
 
 def _is_inside(name: str, root: str) -> bool:

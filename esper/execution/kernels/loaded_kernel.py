@@ -7,9 +7,10 @@ executing one is not.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -83,6 +84,33 @@ class CompiledAttachment:
         return self.call
 
 
+class _Signature:
+    """A graph that equals those of the same structure whose parameters have the same names."""
+
+    def __init__(self, graph: KernelGraph) -> None:
+        self.graph = graph
+        self._key = graph.digest, graph.parameter_names
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Signature) and self._key == other._key
+
+
+class _Code(NamedTuple):
+    """A kernel's graph as torch.fx has it, and as Python. Templates of one signature share both."""
+
+    graph: fx.Graph
+    function: Callable[..., Tensor]
+
+
+@functools.lru_cache(maxsize=256)
+def _code_of(signature: _Signature) -> _Code:
+    graph = signature.graph.to_fx()
+    return _Code(graph, type(fx.GraphModule(nn.Module(), graph)).forward)
+
+
 class KernelTemplate:
     """A validated artifact in host memory. Immutable; may be used from any thread and shared by any number of seeds.
 
@@ -93,9 +121,10 @@ class KernelTemplate:
         self.artifact_id = artifact.id
         self.data = artifact.data
         self.graph = graph = artifact.graph
-        self.fx_graph: fx.Graph = graph.to_fx()
+        code = _code_of(_Signature(graph))
+        self.fx_graph = code.graph
         """Placeholders `x`, `host` if `graph.uses_host`, then `graph.parameter_names`. Copied from, never changed."""
-        self.function: Callable[..., Tensor] = type(fx.GraphModule(nn.Module(), self.fx_graph)).forward
+        self.function = code.function
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
         self._attachments: dict[torch.device, CompiledAttachment] = {}
 
@@ -111,10 +140,16 @@ class KernelTemplate:
     def place(self, device: torch.device | str = "cpu", *, trainable: bool = False) -> LoadedKernel:
         """This kernel for one seed, with the artifact's weights in memory of its own: nothing else writes to it."""
         with torch.inference_mode(False):  # an inference tensor could never take part in a backward
-            target = torch.empty(0, device=device).device
-            weights = safetensors_file.read_tensors(self.data)
-            tensors = [weights[name].to(target) for name in self.graph.tensor_names]
-            return LoadedKernel(self, KernelModule(self, tensors, trainable), trainable, target)
+            return self._with(safetensors_file.read_tensors(self.data), device, trainable)
+
+    def first(self, artifact: Artifact) -> LoadedKernel:
+        """This kernel, frozen, with the very weights of the `artifact` that it was made of, which nobody else has."""
+        return self._with(artifact.tensors, "cpu", trainable=False)
+
+    def _with(self, weights: Mapping[str, Tensor], device: torch.device | str, trainable: bool) -> LoadedKernel:
+        target = torch.empty(0, device=device).device
+        tensors = [weights[name].to(target) for name in self.graph.tensor_names]
+        return LoadedKernel(self, KernelModule(self, tensors, trainable), trainable, target)
 
     def attachment(self, device: torch.device) -> CompiledAttachment | None:
         """The compiled code for this device, if some was attached."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pydantic import BaseModel
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from esper.artifacts.signing import TrustStore
 from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import LoadedKernel
-from esper.execution.sources import FetchedKernel, KernelSource
+from esper.execution.sources import ExpectingSource, FetchedKernel, KernelSource
 
 __all__ = [
     "AttachKernel",
@@ -63,6 +63,11 @@ class _DefaultSource:
 
     def trust(self) -> TrustStore | None:
         return self._made().trust()
+
+    def expect(self, artifact_ids: Sequence[str]) -> None:
+        source = self._made()
+        if isinstance(source, ExpectingSource):
+            source.expect(artifact_ids)
 
     @staticmethod
     def _made() -> KernelSource:

@@ -132,8 +132,7 @@ class SeedControl:
 
     def fetch_together(self, group: LoadGroup) -> None:
         """Go on with what :meth:`load_together` has begun."""
-        for load in group.loads:
-            self._queue.fetch(load)
+        self._queue.fetch(*group.loads, first=group.expect)
 
     def unload(self, seed: Seed) -> bool:
         """Stage the return of `seed` to dormancy; a load under way is cancelled. False if there is nothing to unload.

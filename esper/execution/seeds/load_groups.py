@@ -109,6 +109,11 @@ class LoadGroup:
             load.group = self
             load.staged.add_done_callback(self._answered)
 
+    def expect(self) -> None:
+        """Before anything is fetched: say what will be."""
+        if self.loads:
+            self.loads[0].seed.kernel_cache.expect([load.reference for load in self.loads])
+
     def is_first_to_end(self) -> bool:
         """Whether nothing was said yet of why the group comes to nothing, which the caller says then."""
         with self._lock:

@@ -58,6 +58,11 @@ class Load(Operation):
         self._kernel: LoadedKernel | None = None
         self._planned: SeedPlan
 
+    @property
+    def reference(self) -> str:
+        """What the kernel is asked for by."""
+        return self._options.reference
+
     def fetch(self) -> bool:
         """Fetch the kernel and check that it fits."""
         if not self.is_wanted:

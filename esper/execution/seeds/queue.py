@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from esper.execution.background import FETCHING, STAGING, JobQueue
+from esper.execution.background import FETCHING, STAGING, JobQueue, has_worked
 from esper.execution.plans.executor import PreparationCancelledError, ShutDownError
 from esper.execution.plans.gate import Gate
 from esper.execution.plans.plan import Plan
@@ -77,15 +77,28 @@ class StagingQueue:
         """Leave to the parent what its threads are at; see `esper.forking`."""
         self._begin()
 
-    def fetch(self, operation: Operation) -> None:
-        """Have an operation staged once it was fetched, which may be slow or hang."""
+    def fetch(self, *operations: Operation, first: Callable[[], None] | None = None) -> None:
+        """Have operations staged once they were fetched, each of which may be slow or hang; `first` is done before."""
+        line = deque(operations)
         with self._lock:
-            self._fetches[operation] = None
+            self._fetches.update(dict.fromkeys(operations))
         try:
-            FETCHING.submit(lambda: self._fetch(operation))
+            FETCHING.submit(lambda: self._fetch_some(line, first))
         except BaseException:
-            self._end_fetch(operation, goes_on=False)
+            for operation in operations:
+                self._end_fetch(operation, goes_on=False)
             raise
+
+    def _fetch_some(self, line: deque[Operation], first: Callable[[], None] | None = None) -> None:
+        """Fetch the first of a line and, while that is quick, those behind it; another job goes on beside this one."""
+        if len(line) > 1:
+            FETCHING.submit(lambda: self._fetch_some(line))
+        if first is not None:
+            first()
+        with contextlib.suppress(IndexError):  # others may be at the same line
+            self._fetch(line.popleft())
+            while not has_worked():
+                self._fetch(line.popleft())
 
     def _fetch(self, operation: Operation) -> None:
         goes_on = False

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Collection, Sequence
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, bindparam, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -27,6 +27,7 @@ from esper.services.errors import (
     UnknownKernelReferenceError,
 )
 from esper.services.ids import MIN_PREFIX, is_full_id, is_id_prefix
+from esper.services.stores import KernelFile
 from esper.services.urza.storage.blob_references import keep_blob
 from esper.services.urza.storage.blobs import BlobStore
 from esper.services.urza.storage.blueprints import as_datetime
@@ -41,6 +42,7 @@ SIGNATURES_OF_ONE = 8
 SIGNATURES_OF_ALL = 32
 """How many all tokens together may; what carries them has to fit into the head of an answer."""
 _TYPICAL_ROWS = 32
+_MOST_AT_ONCE = 256  # ids in one question
 
 
 def representative_latency(measurements: Sequence[LatencyMeasurement]) -> float | None:
@@ -178,27 +180,39 @@ class KernelRecords:
         Raises :class:`UnknownKernelReferenceError` or ``StoreCorruptError``.
         """
         with self._database.reading() as session:
-            size, signatures = _file(session, artifact_id)
-        return self._blobs.get(artifact_id, size), signatures
+            file = _file(session, artifact_id)
+        return self.read(artifact_id, file), file.signatures
+
+    def files(self, artifact_ids: Sequence[str]) -> dict[str, KernelFile]:
+        """What :meth:`read` wants to know of artifacts, by their ids; without those that are not in the store."""
+        found: dict[str, KernelFile] = {}
+        with self._database.reading() as session:
+            for start in range(0, len(artifact_ids), _MOST_AT_ONCE):
+                found |= _files(session, artifact_ids[start : start + _MOST_AT_ONCE])
+        return found
+
+    def read(self, artifact_id: str, file: KernelFile) -> bytes:
+        """The artifact's file, its hash checked. Raises ``StoreCorruptError``."""
+        return self._blobs.get(artifact_id, file.size)
 
     def signatures(self, artifact_id: str) -> tuple[Signature, ...]:
         """The artifact's signatures, one of each key, not checked. Raises :class:`UnknownKernelReferenceError`."""
         with self._database.reading() as session:
-            return _file(session, artifact_id)[1]
+            return _file(session, artifact_id).signatures
 
     def attachment(self, artifact_id: str, target_key: str, signers: Collection[str] | None = None) -> bytes | None:
         """The packed attachment for a target, its signature not checked; None if there is none.
 
         Of several, one by a key whose id is among `signers`, if there is such a one; and the one stored last.
         """
-        wanted = (AttachmentRow.artifact_id == artifact_id, AttachmentRow.target_key == target_key)
         with self._database.reading() as session:
-            rows = session.scalars(select(AttachmentRow).where(*wanted)).all()
-            if not rows:
-                return None
-            trusted = frozenset(signers or ())
-            best = max(rows, key=lambda each: (each.key_id in trusted, not each.key_id, each.fits, each.created_at))
-            digest, size = best.document, best.size_bytes
+            wanted = {"artifact_id": artifact_id, "target_key": target_key}
+            rows = session.connection().execute(_ATTACHED, wanted).all()
+        if not rows:
+            return None
+        trusted = frozenset(signers or ())
+        best = max(rows, key=lambda each: (each.key_id in trusted, not each.key_id, each.fits, each.created_at))
+        digest, size = best.document, best.size_bytes
         return self._blobs.get(digest, size)
 
     def set_status(self, artifact_id: str, status: KernelStatus) -> CompiledKernelArtifact:
@@ -266,18 +280,35 @@ def _row(session: Session, artifact_id: str) -> KernelRow:
     return row
 
 
-def _file(session: Session, artifact_id: str) -> tuple[int, tuple[Signature, ...]]:
+_kernels, _signed, _attached = (kind.__table__.c for kind in (KernelRow, SignatureRow, AttachmentRow))
+_FILES = (  # of columns, for good: to make it of classes at each call takes twice as long as to ask
+    select(_kernels.id, _kernels.size_bytes, _signed.document)
+    .select_from(KernelRow.__table__.outerjoin(SignatureRow.__table__))
+    .where(_kernels.id.in_(bindparam("artifact_ids", expanding=True)))
+    .order_by(_signed.created_at, _signed.key_id)
+)
+_ATTACHED = select(
+    _attached.key_id, _attached.fits, _attached.created_at, _attached.document, _attached.size_bytes
+).where(_attached.artifact_id == bindparam("artifact_id"), _attached.target_key == bindparam("target_key"))
+
+
+def _file(session: Session, artifact_id: str) -> KernelFile:
     """An artifact's size in bytes and its signatures: of a record no more than trainers wait for."""
-    statement = (
-        select(KernelRow.size_bytes, SignatureRow.document)
-        .outerjoin(KernelRow.signatures)
-        .where(KernelRow.id == artifact_id)
-        .order_by(SignatureRow.created_at, SignatureRow.key_id)
-    )
-    rows = session.execute(statement).all()
-    if not rows:
+    found = _files(session, [artifact_id])
+    if artifact_id not in found:
         raise _unknown(session, artifact_id)
-    return rows[0].size_bytes, tuple(Signature.from_json(each.document) for each in rows if each.document is not None)
+    return found[artifact_id]
+
+
+def _files(session: Session, artifact_ids: Sequence[str]) -> dict[str, KernelFile]:
+    """Of those that are there."""
+    found: dict[str, KernelFile] = {}
+    for artifact_id, size, document in session.connection().execute(_FILES, {"artifact_ids": list(artifact_ids)}):
+        signed = () if document is None else (Signature.from_json(document),)
+        found[artifact_id] = KernelFile(
+            size, found[artifact_id].signatures + signed if artifact_id in found else signed
+        )
+    return found
 
 
 def _by_prefix(session: Session, prefix: str) -> str:
