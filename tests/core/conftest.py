@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -24,3 +27,11 @@ def kernel(shelf: KernelShelf) -> str:
 @pytest.fixture
 def model(shelf: KernelShelf) -> esper.MorphableModel:
     return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+
+
+@pytest.fixture
+def nothing_is_said() -> Iterator[None]:
+    """A warning is an error, unless the test expects it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield

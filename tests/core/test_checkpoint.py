@@ -21,11 +21,6 @@ from tests.models import mlp, small_transformer
 OWN = "_esper."
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 # -- law 6 -------------------------------------------------------------------------------------------------------------
 
 

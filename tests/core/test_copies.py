@@ -22,11 +22,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 

@@ -15,6 +15,7 @@ from esper import Blueprint
 from esper.core.errors import TargetError
 from esper.execution.lifecycle import LifecycleError
 from tests.core.seeds import GatedPlatform, blueprint, load, states
+from tests.core.training import Picky
 from tests.kernel_shelf import KernelShelf
 
 
@@ -29,11 +30,6 @@ class Block(nn.Module):
 
 
 QS = ["0.q_proj", "1.q_proj", "2.q_proj"]
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
 
 
 def wrapped(platform: Any, **options: Any) -> Any:
@@ -363,21 +359,10 @@ def test_many_kernels_are_one_group_of_an_attached_optimizer(shelf: KernelShelf,
     assert [len(group["params"]) for group in optimizer.param_groups] == [18]
 
 
-class Picky(torch.optim.SGD):
-    """Takes no groups once it is made."""
-
-    made = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.made:
-            raise RuntimeError("no more groups")
-        super().add_param_group(param_group)
-
-
 def test_an_optimizer_that_refuses_them_keeps_all_out(shelf: KernelShelf, model: Any, x: torch.Tensor) -> None:
     optimizer = Picky(model.parameters(), lr=1e-2)
     model.attach_optimizer(optimizer)
-    optimizer.made = True
+    optimizer.full = True
     expected = model(x)
     request = model.request_kernels("*.q_proj", shelf.put(blueprint()).id, trainable=True)
     assert request.result()  # it was staged

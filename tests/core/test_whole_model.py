@@ -18,11 +18,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp, small_transformer
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 @pytest.mark.parametrize("mode", ["fx", "module"])
 def test_functional_call_grad_and_vmap(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
     model = grown(shelf, mode=mode)

@@ -24,11 +24,6 @@ from tests.models import mlp, small_transformer
 HEX = "ab" * 32
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 # -- wrapping ----------------------------------------------------------------------------------------------------------
 
 
