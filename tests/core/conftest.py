@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import esper
-from tests.core.seeds import blueprint
+from tests.core.seeds import GatedPlatform, blueprint
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
@@ -27,6 +27,15 @@ def kernel(shelf: KernelShelf) -> str:
 @pytest.fixture
 def model(shelf: KernelShelf) -> esper.MorphableModel:
     return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+
+
+@pytest.fixture
+def gated(shelf: KernelShelf) -> Iterator[GatedPlatform]:
+    """The shelf's platform with a gate before each kernel that a test holds up; all are open at the end."""
+    platform = GatedPlatform(shelf)
+    yield platform
+    for gate in platform.kernel_source.closed.values():
+        gate.set()
 
 
 @pytest.fixture

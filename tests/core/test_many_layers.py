@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -216,14 +215,6 @@ def test_what_was_in_force_stays_if_its_successors_do_not_come(shelf: KernelShel
     assert torch.equal(model(x), expected)
     assert [states(model)[name][0] for name in QS] == ["ACTIVE"] * 3
     assert model.kasmina_layers[QS[0]].kernel_cache.get_cache_stats()["cache_entries"] >= 1
-
-
-@pytest.fixture
-def gated(shelf: KernelShelf) -> Iterator[GatedPlatform]:
-    platform = GatedPlatform(shelf)
-    yield platform
-    for gate in platform.kernel_source.closed.values():
-        gate.set()
 
 
 def test_something_else_that_is_asked_of_one_calls_all_off(shelf: KernelShelf, gated: GatedPlatform, x: Any) -> None:
