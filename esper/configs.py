@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -26,9 +25,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from esper.errors import EsperError
-from esper.ownership import UnsafePathError, check_own
-from esper.regular_files import read_regular
+from esper.settings_file import ConfigError, Location, read_settings
 from esper.variables import CONFIG_VARIABLE, DEBUG_DIR_VARIABLE, LOGS_VARIABLE
 
 __all__ = [
@@ -54,11 +51,6 @@ __all__ = [
 _PREFIX = "ESPER_"
 _DELIMITER = "__"
 _WHERE_THEY_ARE = "`esper config show` lists the settings"
-_MOST_BYTES = 2**22  # of a file of settings
-
-
-class ConfigError(EsperError, ValueError):
-    """A setting that cannot be used: unknown, of the wrong type or out of range, or a file that cannot be read."""
 
 
 class _Section(BaseModel):
@@ -285,7 +277,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
             f"load_config takes the path of a YAML file, not {path!r:.80}; EsperConfig.model_validate(...) takes a dict"
         )
     _warn_of_unknown_variables()
-    content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
+    content, lines = ({}, {}) if path is None else read_settings(Path(path).expanduser())
 
     class _Layered(EsperConfig):
         @classmethod
@@ -329,50 +321,6 @@ def _explain_section(cause: SettingsError) -> str:
     )
 
 
-_Location = tuple[str, ...]
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, int]]:
-    """What the file says, and the line of each setting in it."""
-    try:
-        text = read_regular(path, _MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"the configuration file {path} cannot be read: {cause}") from cause
-    try:
-        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"the configuration file {path} is not YAML: {cause}") from cause
-    if content is None:
-        return {}, {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"the configuration file {path} does not hold settings; write lines like `name: value`")
-    _check_trust_list(path, content)
-    return content, dict(_lines(tree, ()))
-
-
-def _check_trust_list(path: Path, content: Mapping[str, Any]) -> None:
-    """Whoever can write down which keys are trusted decides which machine code runs here."""
-    platform = content.get("platform")
-    if isinstance(platform, dict) and platform.get("trusted_keys"):
-        try:
-            check_own(path, f"the trust list platform.trusted_keys in {path}")
-        except UnsafePathError as cause:
-            raise ConfigError(str(cause)) from cause
-
-
-def _lines(node: yaml.Node, location: _Location) -> Iterator[tuple[_Location, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            within = (*location, str(key.value))
-            yield within, key.start_mark.line + 1
-            yield from _lines(value, within)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            within = (*location, str(index))
-            yield within, value.start_mark.line + 1
-            yield from _lines(value, within)
-
-
 def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
     for name, field in fields.items():
         variable = f"{prefix}{name}".upper()
@@ -381,7 +329,7 @@ def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
             yield from _variables(field.annotation.model_fields, f"{variable}{_DELIMITER}")
 
 
-def _variable(location: _Location) -> str:
+def _variable(location: Location) -> str:
     return f"{_PREFIX}{_DELIMITER.join(location)}".upper()
 
 
@@ -409,7 +357,7 @@ def unknown_variables() -> str:
     return f"there is no setting for {', '.join(unknown)}; {hint}"
 
 
-def _no_such_setting(location: _Location) -> str:
+def _no_such_setting(location: Location) -> str:
     """What to say of a key that no setting has, with the one that may have been meant."""
     known = [*_variables(EsperConfig.model_fields, ""), *_variables(UrzaToken.model_fields, "URZA__TOKENS__")]
     wish = _DELIMITER.join(each for each in location if not each.isdigit()).upper()
@@ -429,7 +377,7 @@ def _warn_of_unknown_variables() -> None:
         warnings.warn(f"{told} (it is not read)", UserWarning, stacklevel=3)
 
 
-def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Location, int]) -> str:
+def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[Location, int]) -> str:
     problems = []
     for each in error.errors():
         location = tuple(map(str, each["loc"]))

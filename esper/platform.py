@@ -9,9 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +18,7 @@ from esper.configs import ConfigError, EsperConfig, checked_settings, load_confi
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
-from esper.futures import InterruptSafeFuture
+from esper.futures import in_thread
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import (
     CompilationFailedError,
@@ -42,7 +40,6 @@ __all__ = ["Platform", "default_platform", "opened_default_platform"]
 
 _log = logging.getLogger(__name__)
 
-_LATE_SECONDS = 0.5  # for a timeout to be noticed where it is known what the blueprint is waiting for
 _POLL_SECONDS = 0.5
 """How often the store is looked at for what another process finished. This process's own work is noticed at once."""
 
@@ -215,7 +212,7 @@ class Platform:
         """:meth:`wait` for code that is not async: blocks the calling thread, for `timeout` seconds at most."""
         if timeout is None:
             return self._wait_here(blueprint_id, None)
-        return _in_thread(lambda: self._wait_here(blueprint_id, timeout), timeout).result()
+        return in_thread(lambda: self._wait_here(blueprint_id, timeout), timeout, _late).result()
 
     def _wait_here(self, blueprint_id: str, timeout: float | None) -> CompiledKernelArtifact:
         changed, deadline = threading.Event(), _Deadline(blueprint_id, timeout)
@@ -243,7 +240,7 @@ class Platform:
             left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
             return self._wait_here(blueprint_id, left)
 
-        return _in_thread(work, timeout)
+        return in_thread(work, timeout, _late)
 
     async def compile(
         self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None
@@ -346,33 +343,8 @@ def _check_blueprint(blueprint: object) -> None:
         raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
 
 
-def _in_thread(work: Callable[[], CompiledKernelArtifact], timeout: float | None) -> Future[CompiledKernelArtifact]:
-    """Run `work`, which knows of `timeout`; soon after that, the future does not wait for it any more."""
-    future: Future[CompiledKernelArtifact] = InterruptSafeFuture()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            kernel = work()
-        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
-            with suppress(InvalidStateError):
-                future.set_exception(error)
-        else:
-            with suppress(InvalidStateError):
-                future.set_result(kernel)
-
-    def give_up() -> None:
-        late = CompilationTimeoutError(f"the store has not answered for {timeout:g} s; look at it, or ask again")
-        with suppress(InvalidStateError):
-            future.set_exception(late)
-
-    threading.Thread(target=run, name="esper-request", daemon=True).start()
-    if timeout is not None:
-        timer = threading.Timer(timeout + _LATE_SECONDS, give_up)
-        timer.name, timer.daemon = "esper-request-timeout", True
-        timer.start()
-        future.add_done_callback(lambda _: timer.cancel())
-    return future
+def _late(timeout: float) -> CompilationTimeoutError:
+    return CompilationTimeoutError(f"the store has not answered for {timeout:g} s; look at it, or ask again")
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -15,7 +15,6 @@ import contextlib
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from esper.execution.lifecycle import (
     after_failed_load,
     check_transition,
 )
+from esper.execution.seed_values import AlphaError, checked_alpha, kernel_number, seed_number
 from esper.execution.state_storage import FIELDS, StateStorage
 
 __all__ = [
@@ -53,41 +53,8 @@ _WITHOUT_KERNEL = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY
 _WITH_KERNEL = (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
 
 
-class AlphaError(EsperError, ValueError):
-    """A blend factor that is no finite number in [0, 1]."""
-
-
 class StateDictError(EsperError, ValueError):
     """A saved seed state that does not fit this layout; nothing was loaded."""
-
-
-def checked_alpha(value: object) -> float:
-    """Return `value` as a float in [0, 1], rounded to float16 as the device holds it; else `AlphaError`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        remedy = " Reading a tensor would wait for its device." if isinstance(value, Tensor) else ""
-        raise AlphaError(f"alpha is a {type(value).__name__}; pass a Python number in [0, 1].{remedy}")
-    number = float(value)
-    if not 0.0 <= number <= 1.0:  # NaN fails this too
-        raise AlphaError(f"alpha is {number}; pass a finite number from 0 (host only) to 1 (kernel only).")
-    return float(np.float16(number))
-
-
-def kernel_number(artifact_id: str) -> int:
-    """The 64-bit signed number that stands for an artifact on the device: the first 8 bytes of its id; 0 is "none"."""
-    try:
-        raw = bytes.fromhex(artifact_id[:16])
-    except ValueError:
-        raw = b""
-    if len(raw) != 8:
-        raise EsperError(f"{artifact_id!r} is no artifact id; pass the full id, 64 hexadecimal digits.")
-    return int.from_bytes(raw, "big", signed=True) or 1
-
-
-def seed_number(seed: object) -> int:
-    """The number of a seed as it was given, which any kind of integer may be. Raises ``TypeError`` for others."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"a seed is given by its number, a whole number from 0 on, not {seed!r:.60}")
-    return operator.index(seed)
 
 
 class KasminaStateLayout:
@@ -110,9 +77,8 @@ class KasminaStateLayout:
         if storage.behind:
             storage.catch_up()
         tensor = storage.tensors[name]
-        whole = self._stop - self._start == len(
-            storage.mirror[name]
-        )  # a tensor's size is a tensor to `torch.jit.trace`
+        size = len(storage.mirror[name])  # the tensor's own is a tensor to `torch.jit.trace`
+        whole = self._stop - self._start == size
         return tensor if whole else tensor[self._start : self._stop]
 
     @property
@@ -162,11 +128,6 @@ class KasminaStateLayout:
     @property
     def device(self) -> torch.device:
         return self._storage.tensors["alpha_blend"].device
-
-    @property
-    def generation(self) -> int:
-        """How often the storage has moved. The tensors stay the same objects in memory between two moves."""
-        return self._storage.generation
 
     @property
     def nbytes(self) -> int:

@@ -50,7 +50,6 @@ class StateStorage:
         }
         self.mirror["alpha_blend"].fill(1.0)
         self.lock = threading.RLock()
-        self.generation = 0
         self.behind: dict[str, set[int]] = {}
         """By field, the seeds for which its tensor has not got what the mirror has; see :meth:`catch_up`."""
         self.together = False
@@ -78,7 +77,6 @@ class StateStorage:
             if torch.empty(0, device=device).device != self.tensors["alpha_blend"].device:
                 self.tensors = self._placed(device)
                 self.behind.clear()
-                self.generation += 1
 
     def write(self, name: str, index: int, value: float | int | bool) -> None:
         """Change the mirror and enqueue the device write: if that fails, nothing changed. Lock held.
@@ -111,7 +109,7 @@ class StateStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        return {"mirror": self.mirror, "tensors": self.tensors, "generation": self.generation}
+        return {"mirror": self.mirror, "tensors": self.tensors}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, behind={}, together=False)
