@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,10 +16,9 @@ from esper.core.copies.copying import as_host, layer_places
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 from esper.core.replica.replace_modules import replace_modules
-from esper.core.widening import feed_forward
+from esper.core.widening import CannotWidenError, feed_forward, neurons_in
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
-from esper.execution.kernels.hidden_neurons import neurons_of
 from esper.execution.plans.plan import SeedPlan
 
 __all__ = ["bake"]
@@ -39,8 +38,8 @@ def bake(morphable: MorphableModel) -> nn.Module:
     loaded where Esper is not installed. The wrapped model stays as it is.
 
     Warns where the host has a `save_pretrained` and such modules remain: what that saves, the host's class loads
-    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model, and for other kernels behind
-    modules that are no linear layers.
+    without them. Raises :class:`WrapError` if `morphable` is not a wrapped model, and for other kernels behind modules
+    that are no linear layers; it says for each of these which condition does not hold.
     """
     if not isinstance(morphable, MorphableModel):
         raise WrapError(f"esper.bake takes what esper.wrap returned, not {described(morphable)}")
@@ -53,14 +52,17 @@ def bake(morphable: MorphableModel) -> nn.Module:
 
     modules: dict[str, Any] = dict(host.named_modules())
     left: dict[str, Sequence[SeedPlan]] = {}
-    for name, layer in grown.items():
-        inner = any(other.startswith(f"{name}.") for other in grown)
+    refused: dict[str, str] = {}
+    for name, layer in sorted(grown.items(), key=lambda each: -each[0].count(".")):  # blocks after what is in them
         seeds = plan.sites[layer.site]
         if layer.linear_map is not None:
             left[name] = _fold_first(layer, modules[name], seeds, host)
         else:
-            left[name] = seeds if inner else _widened(layer, modules[name], seeds, host)
-    _check_built_in([grown[name] for name, seeds in left.items() if seeds])
+            inner = [other for other, kernels in left.items() if kernels and other.startswith(f"{name}.")]
+            reason = _widen(layer, modules[name], seeds, host, inner)
+            if reason is not None:
+                left[name], refused[layer.layer_name] = seeds, reason
+    _check_built_in(refused)
     targets = {name: modules[name] for name, seeds in left.items() if seeds}
     if targets and hasattr(host, "save_pretrained"):
         warnings.warn(
@@ -78,26 +80,35 @@ def bake(morphable: MorphableModel) -> nn.Module:
     return replace_modules(host, targets, built_in, lambda kind: kind, watched=False) if targets else host
 
 
-def _check_built_in(layers: Sequence[KasminaLayer]) -> None:
-    behind = [layer.layer_name for layer in layers if layer.linear_map is None]
-    if behind:
+def _check_built_in(refused: Mapping[str, str]) -> None:
+    if refused:
+        reasons = "; ".join(f"at {name!r}, {reason}" for name, reason in refused.items())
         raise WrapError(
-            f"kernels stand behind {', '.join(map(repr, behind))}, which are no linear layers, and are no hidden "
-            "neurons that a feed-forward block can take in: esper.bake cannot build them in. Keep the wrapped model, "
-            "whose checkpoints and pickles have them"
+            f"kernels stand behind {', '.join(map(repr, refused))}, which are no linear layers, and esper.bake cannot "
+            f"build them in: {reasons}. Or keep the wrapped model, whose checkpoints and pickles have them"
         )
 
 
-def _widened(layer: KasminaLayer, block: nn.Module, seeds: Sequence[SeedPlan], host: nn.Module) -> Sequence[SeedPlan]:
-    """Make the first of `seeds` part of the two linear layers of `block`, as many as can be; those that are left."""
-    taken = 0
+def _widen(
+    layer: KasminaLayer, block: nn.Module, seeds: Sequence[SeedPlan], host: nn.Module, inner: Sequence[str]
+) -> str | None:
+    """Make `seeds` part of the two linear layers of `block`; or why not, and what to do about it.
+
+    `inner` are the sites inside the block that keep kernels.
+    """
     for each in seeds:
-        whole, neurons = feed_forward(block, host), neurons_of(each.kernel)
-        if each.isolate or whole is None or neurons is None or not whole.fits(neurons):
-            break
+        try:
+            if inner:
+                raise CannotWidenError(
+                    f"kernels stay in force inside of it, at {', '.join(map(repr, inner))}: unload those"
+                )
+            neurons = neurons_in(each)
+            whole = feed_forward(block, host)
+            whole.check_takes(neurons)
+        except CannotWidenError as error:
+            return f"seed {each.seed}: {error}"
         whole.take_in(neurons, _alpha(layer, each))
-        taken += 1
-    return seeds[taken:]
+    return None
 
 
 def _fold_first(

@@ -317,6 +317,8 @@ class MorphableModel(ManyLayers, LearningModel):
     def commit(self) -> list[Transition]:
         """Put everything staged in force, all at once; call it between two steps. Returns what changed.
 
+        Raises :class:`CommitError` in the middle of a forward of this model, or of a backward.
+
         A model that changes together with those of other ranks changes at the commit that all ranks agree on, the same
         one on all by its number; without `commit="manual"`, at the forward.
         """

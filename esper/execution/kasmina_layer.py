@@ -187,9 +187,12 @@ class KasminaLayer(nn.Module):
         if self.runtime.scheduled or self.runtime.pending:  # the second only inside a backward
             site_marker.call_uncompiled(enter_uncompiled, self._runtime_id)
 
-    def _blended(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """For Dynamo under any other backend, which guards on the seeds and traces again when they change."""
-        for seed in self._seeds:
+    def _blended(self, x: torch.Tensor, y: torch.Tensor, seeds: tuple[SeedPlan, ...] | None = None) -> torch.Tensor:
+        """`y` with the kernels of `seeds`, by default of those in force.
+
+        For Dynamo under any other backend, which guards on the seeds and traces again when they change.
+        """
+        for seed in self._seeds if seeds is None else seeds:
             y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
 
@@ -423,10 +426,10 @@ class KasminaLayer(nn.Module):
         the kernel's share in the output, a number from 0 to 1 or a schedule. With `trainable` the kernel's parameters
         learn; with `isolate` its input is detached, so that the host gets no gradient through it.
 
-        Returns whether the kernel is staged; awaited on the thread that runs the model (and with `commit="auto"`) it
-        is in force then. False leaves the layer as it was, with the reason in `seed_errors`. Raises `IndexError` for
-        a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A task that is cancelled
-        here cancels the load.
+        Returns whether the kernel is staged; awaited on the thread that runs the model, between its forwards (and with
+        `commit="auto"`), it is in force then. False leaves the layer as it was, with the reason in `seed_errors`.
+        Raises `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A
+        task that is cancelled here cancels the load.
         """
         future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
         try:
@@ -452,10 +455,10 @@ class KasminaLayer(nn.Module):
         """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
 
         True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
-        Called on the thread that runs the model, it is in force at the return and the seed `FOSSILIZED`; with
-        `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until the variant is
-        compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so, with the reason
-        in `seed_errors`.
+        Called on the thread that runs the model, between its forwards, it is in force at the return and the seed
+        `FOSSILIZED`; with `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until
+        the variant is compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so,
+        with the reason in `seed_errors`.
         """
         staged = self.control.fossilize(self.seed(seed_idx))
         self.runtime.commit_if_idle()
@@ -596,6 +599,7 @@ class LinearSite(KasminaLayer, nn.Linear):
         """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
         if self._has_entry_hook:
             self._begin()
+        self.runtime.divide()
         return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
 
     # -- what it is ------------------------------------------------------------------------------------------------

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import esper
 from esper import Blueprint
 from esper.artifacts.families import ACTIVATIONS
 from esper.core.errors import WrapError
 from esper.growth import Probe, selected
-from tests.core.seeds import load, outputs
+from tests.core.seeds import load, outputs, states
 from tests.kernel_shelf import KernelShelf
 
 IN, HIDDEN, OUT = 8, 6, 5
@@ -82,6 +83,39 @@ def test_a_fossil_is_baked_with_its_share(shelf: KernelShelf) -> None:
     torch.testing.assert_close(outputs(esper.bake(model), x), outputs(model, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fossil_leaves_the_layers_of_its_block_to_optimizers_graphs_and_checkpoints(
+    shelf: KernelShelf, compiled: bool, fresh_dynamo: None
+) -> None:
+    """They would be of other shapes: it becomes part of them in the baked model, and not while training goes on."""
+    torch.manual_seed(0)
+    model, x = wrapped(shelf, block()), torch.randn(20, IN)
+    run = torch.compile(model, backend="esper", options={"inner": "aot_eager"}) if compiled else model
+    load(model, "1", 0, neurons(shelf), alpha=0.5, trainable=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    own = list(model[1].parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        run(x).square().sum().backward()
+        optimizer.step()
+
+    step()
+    before, moments = outputs(run, x), [optimizer.state[each]["exp_avg"] for each in own]
+    assert model.fossilize("1", 0)
+    torch.testing.assert_close(outputs(run, x), before, rtol=1e-6, atol=1e-6)
+    assert states(model)["1"][0] == "FOSSILIZED"
+    assert all(a is b for a, b in zip(model[1].parameters(), own, strict=True))
+    assert model[1][0].weight.shape == (HIDDEN, IN)
+    step()
+    assert all(optimizer.state[each]["exp_avg"] is moment for each, moment in zip(own, moments, strict=True))
+    assert not torch.allclose(outputs(run, x), before)
+    model.load_state_dict(nn.Sequential(nn.Linear(IN, IN), block()).state_dict(), strict=True)
+    grown = esper.bake(model)
+    assert grown[1][0].weight.shape == (HIDDEN + 3, IN)
+    torch.testing.assert_close(outputs(grown, x), outputs(run, x), rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_a_baked_block_are_those_of_the_wrapped_one(shelf: KernelShelf) -> None:
     model, x = wrapped(shelf, block().double()), torch.randn(20, IN, dtype=torch.double)
     model.double()
@@ -102,33 +136,128 @@ class Residual(nn.Sequential):
         return 2 * super().forward(x)
 
 
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+def hooked() -> Any:
+    ffn = block()
+    ffn[1].register_forward_hook(lambda *_: None)
+    return ffn
+
+
+def with_own_parameters() -> Any:
+    class Own(nn.Parameter):
+        pass
+
+    ffn = block()
+    ffn[0].weight = Own(ffn[0].weight.detach())
+    return ffn
+
+
+WIDER = Blueprint.widen(IN, OUT, 3)
+
+
 @pytest.mark.parametrize(
-    ("ffn", "kernel"),
+    ("ffn", "kernel", "reason"),
     [
-        (block(nn.ReLU()), Blueprint.widen(IN, OUT, 3)),
-        (block(nn.LeakyReLU(0.2)), Blueprint.widen(IN, OUT, 3, activation="leaky_relu")),
-        (block(biases=(False, True)), Blueprint.widen(IN, OUT, 3)),
-        (block(biases=(True, False)), Blueprint.bottleneck(IN, OUT, 3)),
-        (block(dropout=0.5).eval(), Blueprint.widen(IN, OUT, 3)),
-        (Residual(*block()), Blueprint.widen(IN, OUT, 3)),
-        (block(), Blueprint.deepen(IN, OUT, 3)),
-        (block(), Blueprint.widen(IN, OUT, 3, start="kaiming")),
+        (
+            block(nn.ReLU()),
+            WIDER,
+            r"activation is ReLU\(\), and that of the kernel gelu\(approximate='none'\): make the kernel with that",
+        ),
+        (
+            block(nn.LeakyReLU(0.2)),
+            Blueprint.widen(IN, OUT, 3, activation="leaky_relu"),
+            r"activation is LeakyReLU\(negative_slope=0.2\), and that of the kernel leaky_relu\(negative_slope=0.01\)",
+        ),
+        (block(nn.Softshrink()), WIDER, r"is Softshrink\(0.5\), and that of the kernel gelu\(.*\): no kernel has that"),
+        (block(biases=(False, True)), WIDER, "its first linear layer has no bias, .* make the kernel with bias=False"),
+        (
+            block(biases=(True, False)),
+            Blueprint.bottleneck(IN, OUT, 3),
+            r"its last linear layer has no bias, .* make the kernel by Blueprint\.widen",
+        ),
+        (block(dropout=0.5).eval(), WIDER, r"it has a Dropout\(p=0.5, inplace=False\), which may drop neurons"),
+        (Residual(*block()), WIDER, r"Residual has a forward of its own, .* have seeds at an nn\.Sequential"),
+        (nn.Sequential(*block(), nn.Tanh()), WIDER, "it is a sequence of Linear, GELU, Linear, Tanh, and not"),
+        (hooked(), WIDER, "its GELU has forward hooks, which would see the neurons: remove them"),
+        (
+            nn.Sequential(nn.Linear(IN, HIDDEN), nn.GELU(), Scaled(HIDDEN, OUT)),
+            WIDER,
+            "its last linear layer cannot be made wider, since Scaled has a forward of its own",
+        ),
+        (
+            nn.Sequential(weight_norm(nn.Linear(IN, HIDDEN)), nn.GELU(), nn.Linear(HIDDEN, OUT)),
+            WIDER,
+            "its first linear layer cannot be made wider, since its weight or bias is computed at each call",
+        ),
+        (with_own_parameters(), WIDER, "the weight of its Linear is a Own, and no plain parameter"),
+        (block(), Blueprint.deepen(IN, OUT, 3), r"is no sum of what .* such as Blueprint\.widen makes"),
+        (block(), Blueprint.widen(IN, OUT, 3, start="kaiming"), "is no sum of what .* makes with start='identity'"),
     ],
-    ids=["activation", "its options", "bias", "bias of the output", "dropout", "class", "depth", "no neurons"],
+    ids=[
+        "activation", "its options", "unknown activation", "bias", "bias of the output", "dropout", "class",
+        "more layers", "hooks", "linear of a class", "parametrization", "parameters", "depth", "no neurons",
+    ],
 )  # fmt: skip
-def test_what_is_not_the_same_is_not_baked(shelf: KernelShelf, ffn: nn.Module, kernel: Blueprint) -> None:
+def test_what_is_not_the_same_is_not_baked_and_the_error_says_why(
+    shelf: KernelShelf, ffn: nn.Module, kernel: Blueprint, reason: str
+) -> None:
     model = esper.wrap(nn.Sequential(nn.Linear(IN, IN), ffn), {"1": (IN, OUT)}, platform=shelf.platform)
-    load(model, "1", 0, shelf.put(kernel).id)
-    with pytest.raises(WrapError, match="behind '1', which are no linear layers, and are no hidden neurons"):
+    load(model, "1", 1, shelf.put(kernel).id)
+    with pytest.raises(
+        WrapError,
+        match=rf"behind '1', which are no linear layers, .*: at '1', seed 1: .*{reason}.* keep the wrapped model",
+    ):
+        esper.bake(model)
+    assert states(model)["1"][1] == "ACTIVE"
+
+
+def test_neurons_of_detached_inputs_are_not_baked(shelf: KernelShelf) -> None:
+    model = wrapped(shelf, block())
+    load(model, "1", 0, neurons(shelf), isolate=True)
+    with pytest.raises(WrapError, match="the kernel's input is detached, as no part of a block's is: load it without"):
         esper.bake(model)
 
 
-def test_neurons_beside_a_block_with_kernels_in_it_are_not_baked(shelf: KernelShelf) -> None:
-    model = esper.wrap(nn.Sequential(nn.Linear(IN, IN), block()), ["1", nn.Linear], platform=shelf.platform)
-    load(model, "1", 0, neurons(shelf))
-    esper.bake(model)
-    load(model, "1.0", 0, shelf.put(Blueprint.affine(IN, HIDDEN)).id)
-    with pytest.raises(WrapError, match="behind '1'"):
+def test_a_block_whose_layer_is_used_elsewhere_too_is_not_baked(shelf: KernelShelf) -> None:
+    ffn, other = block(), nn.Linear(OUT, IN)
+    tied = nn.Linear(HIDDEN, OUT)
+    tied.weight = ffn[3].weight
+    host = nn.ModuleDict({"block": ffn, "other": other, "tied": tied})
+    model = esper.wrap(host, {"block": (IN, OUT)}, platform=shelf.platform)
+    load(model, "block", 0, neurons(shelf))
+    with pytest.raises(
+        WrapError, match="at 'block', seed 0: the weight of its Linear is used elsewhere in the model too"
+    ):
+        esper.bake(model)
+
+
+def test_every_block_that_cannot_be_baked_is_named(shelf: KernelShelf) -> None:
+    host = nn.Sequential(block(nn.ReLU()), nn.Linear(OUT, IN), block(dropout=0.5))
+    model = esper.wrap(host, ["0", "2"], platform=shelf.platform)
+    for name in "02":
+        load(model, name, 0, neurons(shelf))
+    with pytest.raises(
+        WrapError, match=r"behind '0', '2', .*: at '0', seed 0: .*ReLU.*; at '2', seed 0: it has a Drop"
+    ):
+        esper.bake(model)
+
+
+def test_a_block_with_kernels_in_it_is_baked_if_these_become_part_of_its_layers(shelf: KernelShelf) -> None:
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(IN, IN), block())
+    model, x = esper.wrap(host, ["1", nn.Linear], platform=shelf.platform), torch.randn(20, IN)
+    load(model, "1", 0, neurons(shelf), trainable=True)
+    drawn(model, 0)
+    load(model, "1.0", 0, shelf.put(Blueprint.affine(IN, HIDDEN, start="kaiming")).id, alpha=0.5)
+    grown = esper.bake(model)
+    assert grown[1][0].out_features == HIDDEN + 3
+    torch.testing.assert_close(outputs(grown, x), outputs(model, x), rtol=1e-5, atol=1e-5)
+    load(model, "1.0", 1, shelf.put(Blueprint.bottleneck(IN, HIDDEN, 2)).id)
+    with pytest.raises(WrapError, match=r"at '1', seed 0: kernels stay in force inside of it, at '1\.0': unload those"):
         esper.bake(model)
 
 

@@ -141,12 +141,17 @@ class ModuleSite(KasminaLayer):
         """For Dynamo: what kernels make of `y`, which the host has made of `x`."""
         self._check(x, y)
         if not is_dynamo_compiling():  # the host's forward broke the graph, and what follows it runs uncompiled
-            return self._blended(x, y)
+            return self._blended_outside_graphs(x, y)
         if marked_by_esper():
             if kernels_have_hooks():
-                return site_marker.call_uncompiled(self._blended, x, y)
+                return site_marker.call_uncompiled(self._blended_outside_graphs, x, y)
             return TAGGED_MODULE_SITE(x, y, self._site_tag)
         return self._blended(x, y)
+
+    def _blended_outside_graphs(self, x: Tensor, y: Tensor) -> Tensor:
+        """As :meth:`_blended`, between two graphs: by the plan that the forward began with, whatever came meanwhile."""
+        self.runtime.divide()
+        return self._blended(x, y, self.runtime.begun_with.sites.get(self.site, ()))
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esper.artifacts.graph import HOST, INPUT, KernelGraph, Node
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 
-__all__ = ["HiddenNeurons", "activation_of", "neurons_of"]
+__all__ = ["Activation", "HiddenNeurons", "activation_of", "neurons_of"]
 
 Activation = tuple[str, Mapping[str, Any]]
 """An operator of the table and its attributes."""

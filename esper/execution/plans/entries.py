@@ -93,6 +93,14 @@ class Entries:
         look.begun[thread] = outermost, now
         return before is not None and before != now
 
+    def is_inside(self) -> bool:
+        """Whether the forward of one of the model's modules is under way on this thread, and it is this one that asks.
+
+        Methods of other names may train in themselves: between their steps no forward is under way.
+        """
+        forwards = list(_forwards_around(sys._getframe(1)))
+        return bool(forwards) and not {id(module) for module in self._modules()}.isdisjoint(map(id, forwards))
+
 
 class _Look:
     """A look for the calls of `modules`, from when there is something to commit until there is nothing any more."""
@@ -139,6 +147,20 @@ class _Look:
             frame, last = frame.f_back, frame
         outermost = next((call for call in reversed(calls) if id(_first_argument(call)) in self._ids), None)
         return outermost, last is None or not last.f_code.co_flags & _SUSPENDS
+
+
+def _forwards_around(frame: FrameType | None) -> Iterator[nn.Module]:
+    """The modules, of any model, in whose forwards `frame` is; those on this thread, whose variables may be read."""
+    while frame is not None:
+        module = _first_argument(frame)
+        if isinstance(module, nn.Module) and _key(frame.f_code) in _forward_codes(type(module)):
+            yield module
+        frame = frame.f_back
+
+
+def _forward_codes(kind: type) -> set[_Code]:
+    forwards = (vars(each).get("forward") for each in kind.__mro__)
+    return {_key(each.__code__) for each in forwards if isinstance(each, FunctionType)}
 
 
 def _goes_on(frame: FrameType | None) -> bool:

@@ -190,6 +190,8 @@ class Runtime:
 
     def divide(self) -> None:
         """From now on a forward consists of several parts."""
+        if self.has_graph_breaks and self._first_forward is None:
+            return  # without the lock: parts that run uncompiled say so at every call
         with self.lock:
             self._first_forward = None
             self._note_beginnings()
@@ -200,7 +202,8 @@ class Runtime:
             if not self.has_graph_breaks:
                 self._first_forward = _FirstForward(threading.get_ident())
                 self._note_beginnings()
-                self.starts.note(self)  # it counts as under way for whoever is told to look from now on
+                if not torch_internals.inside_backward():
+                    self.starts.note(self)  # it counts as under way for whoever is told to look from now on
 
     def _note_beginnings(self) -> None:
         if not self.has_graph_breaks:
@@ -209,7 +212,12 @@ class Runtime:
             self._install_entry_hooks()  # whoever begins a forward learns of it when the boundary is behind it
 
     def note_forward(self) -> None:
-        """A forward begins on this thread; called at least where :attr:`has_graph_breaks`."""
+        """A forward begins on this thread; called at least where :attr:`has_graph_breaks`.
+
+        Inside a backward none does: one that has begun before is repeated, and goes on with the plan that it had.
+        """
+        if torch_internals.inside_backward():
+            return
         self.starts.note(self)
         if self._handovers:
             self._finish_handovers()
@@ -384,9 +392,15 @@ class Runtime:
         """Put everything staged in force at once, between two forwards, and return what changed.
 
         Of what ranks have to agree about, that which is due; with `alone` everything. Raises :class:`CommitError`
-        inside a backward, where an activation recomputation may be under way.
+        inside a backward, where an activation recomputation may be under way, and inside a forward of this model, but
+        for `alone`.
         """
         self.refuse_in_backward()
+        if not alone and self.entries.is_inside():
+            raise CommitError(
+                "the plan cannot change in the middle of a forward, of which this is a part: what is staged comes into "
+                "force with the next one, or at a commit() between the two"
+            )
         if self.gate is not None and not alone and self.commit_mode == "manual":
             self.gate.begin()
         transitions = self._flip(lambda edit: alone or not edit.is_held)
@@ -400,12 +414,13 @@ class Runtime:
             raise CommitError("the plan cannot change during a backward pass: ask between two training steps")
 
     def commit_if_idle(self) -> None:
-        """Commit at once when the calling thread is the one that runs the model and no backward is under way."""
+        """Commit at once when the calling thread is the one that runs the model, between a backward and a forward."""
         if (
             self.commit_mode == "auto"
             and self.gate is None
             and threading.get_ident() == self._thread
             and not torch_internals.inside_backward()
+            and not self.entries.is_inside()
         ):
             self.commit()
 
