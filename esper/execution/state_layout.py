@@ -15,6 +15,7 @@ import contextlib
 import math
 import operator
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,14 @@ from esper.execution.lifecycle import (
     after_failed_load,
     check_transition,
 )
-from esper.execution.seed_values import AlphaError, checked_alpha, kernel_number, seed_number
-from esper.execution.state_storage import FIELDS, StateStorage
+from esper.execution.state_storage import (
+    FIELDS,
+    WITH_KERNEL,
+    WITHOUT_KERNEL,
+    StateDictError,
+    StateStorage,
+    checked_values,
+)
 
 __all__ = [
     "FIELDS",
@@ -49,12 +56,39 @@ HEALTH_WEIGHT = 0.1
 
 _INT16_MAX = 32767
 _INT32_MAX = 2**31 - 1
-_WITHOUT_KERNEL = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
-_WITH_KERNEL = (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
 
 
-class StateDictError(EsperError, ValueError):
-    """A saved seed state that does not fit this layout; nothing was loaded."""
+class AlphaError(EsperError, ValueError):
+    """A blend factor that is no finite number in [0, 1]."""
+
+
+def checked_alpha(value: object) -> float:
+    """Return `value` as a float in [0, 1], rounded to float16 as the device holds it; else `AlphaError`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        remedy = " Reading a tensor would wait for its device." if isinstance(value, Tensor) else ""
+        raise AlphaError(f"alpha is a {type(value).__name__}; pass a Python number in [0, 1].{remedy}")
+    number = float(value)
+    if not 0.0 <= number <= 1.0:  # NaN fails this too
+        raise AlphaError(f"alpha is {number}; pass a finite number from 0 (host only) to 1 (kernel only).")
+    return float(np.float16(number))
+
+
+def kernel_number(artifact_id: str) -> int:
+    """The 64-bit signed number that stands for an artifact on the device: the first 8 bytes of its id; 0 is "none"."""
+    try:
+        raw = bytes.fromhex(artifact_id[:16])
+    except ValueError:
+        raw = b""
+    if len(raw) != 8:
+        raise EsperError(f"{artifact_id!r} is no artifact id; pass the full id, 64 hexadecimal digits.")
+    return int.from_bytes(raw, "big", signed=True) or 1
+
+
+def seed_number(seed: object) -> int:
+    """The number of a seed as it was given, which any kind of integer may be. Raises ``TypeError`` for others."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"a seed is given by its number, a whole number from 0 on, not {seed!r:.60}")
+    return operator.index(seed)
 
 
 class KasminaStateLayout:
@@ -243,9 +277,9 @@ class KasminaStateLayout:
         who = f"seed {seed}" + (f" of {self._label}" if self._label else "")
         check_transition(old, new, who)
         number = storage.mirror["active_kernel_id"].item(index) if kernel is None else kernel_number(kernel)
-        if new in _WITHOUT_KERNEL:
+        if new in WITHOUT_KERNEL:
             number = 0
-        elif new in _WITH_KERNEL and number == 0:
+        elif new in WITH_KERNEL and number == 0:
             raise LifecycleError(f"{who} cannot become {new.name} without a kernel; pass its artifact id.")
         elif kernel is not None and new is not SeedLifecycleState.ACTIVE:
             raise LifecycleError(f"{who} gets its kernel when it becomes ACTIVE, not {new.name}.")
@@ -336,36 +370,10 @@ class KasminaStateLayout:
 
         All fields are checked before the first is written. The transition table is not asked.
         """
-        if state.keys() != FIELDS.keys():
-            missing, unknown = sorted(FIELDS.keys() - state.keys()), sorted(state.keys() - FIELDS.keys())
-            raise StateDictError(f"a seed state needs exactly its eight fields; missing {missing}, unknown {unknown}.")
-        for name, tensor in state.items():
-            if tensor.dtype != FIELDS[name] or tuple(tensor.shape) != (self.num_seeds,):
-                raise StateDictError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}; this layout has {FIELDS[name]} [{self.num_seeds}]."
-                )
-        values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
-        _check_values(values)
+        values = checked_values(state, self.num_seeds)
         self._storage.write_range(self._start, self._stop, values)
 
     def __repr__(self) -> str:
         of = f" of {self._label}" if self._label else ""
         active = len(self.active_seeds())
         return f"{type(self).__name__}({self.num_seeds} seeds{of} on {self.device}, {active} active)"
-
-
-def _check_values(values: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raise `StateDictError` where a saved field holds what no setter would have written."""
-    alpha = values["alpha_blend"]
-    states, kernels = values["lifecycle_states"], values["active_kernel_id"] != 0
-    wrong = {
-        "lifecycle_states": states > max(SeedLifecycleState),
-        "alpha_blend": ~((alpha >= 0) & (alpha <= 1)),
-        "health_accumulator": ~np.isfinite(values["health_accumulator"]),
-        "active_kernel_id": (np.isin(states, _WITH_KERNEL) & ~kernels) | (np.isin(states, _WITHOUT_KERNEL) & kernels),
-        **{name: values[name] < 0 for name in ("last_update_epoch", "exec_latency_μs", "error_count")},
-    }
-    for name, bad in wrong.items():
-        if bad.any():
-            seed = int(np.argmax(bad))
-            raise StateDictError(f"{name} of seed {seed} is {values[name][seed]}, which no seed in its state can have.")

@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.errors import EsperError
+from esper.execution.lifecycle import SeedLifecycleState
 from esper.forking import reset_after_fork
 
-__all__ = ["FIELDS", "StateStorage"]
+__all__ = ["FIELDS", "WITHOUT_KERNEL", "WITH_KERNEL", "StateDictError", "StateStorage", "checked_values"]
 
 FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -39,6 +41,41 @@ _NUMPY: Mapping[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
     torch.bool: np.bool_,
 }
+
+
+WITHOUT_KERNEL = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
+WITH_KERNEL = (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
+
+
+class StateDictError(EsperError, ValueError):
+    """A saved seed state that does not fit this layout; nothing was loaded."""
+
+
+def checked_values(state: Mapping[str, Tensor], num_seeds: int) -> dict[str, npt.NDArray[Any]]:
+    """The fields of a saved state of so many seeds; `StateDictError` for one that no setter would have written."""
+    if state.keys() != FIELDS.keys():
+        missing, unknown = sorted(FIELDS.keys() - state.keys()), sorted(state.keys() - FIELDS.keys())
+        raise StateDictError(f"a seed state needs exactly its eight fields; missing {missing}, unknown {unknown}.")
+    for name, tensor in state.items():
+        if tensor.dtype != FIELDS[name] or tuple(tensor.shape) != (num_seeds,):
+            raise StateDictError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; this layout has {FIELDS[name]} [{num_seeds}]."
+            )
+    values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+    alpha = values["alpha_blend"]
+    states, kernels = values["lifecycle_states"], values["active_kernel_id"] != 0
+    wrong = {
+        "lifecycle_states": states > max(SeedLifecycleState),
+        "alpha_blend": ~((alpha >= 0) & (alpha <= 1)),
+        "health_accumulator": ~np.isfinite(values["health_accumulator"]),
+        "active_kernel_id": (np.isin(states, WITH_KERNEL) & ~kernels) | (np.isin(states, WITHOUT_KERNEL) & kernels),
+        **{name: values[name] < 0 for name in ("last_update_epoch", "exec_latency_μs", "error_count")},
+    }
+    for name, bad in wrong.items():
+        if bad.any():
+            seed = int(np.argmax(bad))
+            raise StateDictError(f"{name} of seed {seed} is {values[name][seed]}, which no seed in its state can have.")
+    return values
 
 
 class StateStorage:
