@@ -137,7 +137,7 @@ class KasminaLayer(SiteExecutor, LayerControl, nn.Module):
         self._runtime_tag = parts.runtime_tag
         self._site_tag = registry.make_tag(parts.site, alone=alone)
         self._stands_alone = alone
-        self._begin_without_seeds(None if meter is None else meter.counter)
+        self._begin_without_seeds(meter)
         runtime.add_executor(self)
         if runtime.telemetry is not None:
             runtime.telemetry.add(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -14,9 +15,16 @@ from esper.execution.plans.runtime import Runtime
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import CallCounter, Telemetry
 
-__all__ = ["SiteExecutor"]
+__all__ = ["Meter", "SiteExecutor"]
 
 _Path = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Meter(Protocol):
+    """Counts calls, and times one when it is asked to."""
+
+    @property
+    def counter(self) -> CallCounter: ...
 
 
 class SiteExecutor:
@@ -26,9 +34,9 @@ class SiteExecutor:
     runtime: Runtime
     state: KasminaStateLayout
 
-    def _begin_without_seeds(self, counter: CallCounter | None) -> None:
-        """`counter` counts the calls."""
-        self._counter = counter
+    def _begin_without_seeds(self, meter: Meter | None) -> None:
+        """`meter` counts the calls of a layer that stands alone, and lives as long as that."""
+        self._meter = meter
         self._has_entry_hook = False
         self._seeds: tuple[SeedPlan, ...] = ()
         self._alphas = self.state.alpha_blend
@@ -87,7 +95,7 @@ class SiteExecutor:
             return self._enter
         if self.site not in self.runtime.called:
             return self._first
-        return self._current if self._counter is None else self._counted
+        return self._current if self._meter is None else self._counted
 
     def _first(self, x: torch.Tensor) -> torch.Tensor:
         with self.runtime.lock:
@@ -105,8 +113,8 @@ class SiteExecutor:
             self.runtime.enter()
 
     def _counted(self, x: torch.Tensor) -> torch.Tensor:
-        if self._counter is not None:
-            self._counter.tick()
+        if self._meter is not None:
+            self._meter.counter.tick()
         return self._current(x)
 
     def sample(self, telemetry: Telemetry, calls: list[int]) -> None:
