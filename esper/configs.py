@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +25,7 @@ from pydantic_settings import (
 )
 
 from esper.settings_file import ConfigError, Location, read_settings
+from esper.user_warnings import warn_user
 from esper.variables import CONFIG_VARIABLE, DEBUG_DIR_VARIABLE, LOGS_VARIABLE
 
 __all__ = [
@@ -374,7 +374,7 @@ def _warn_of_unknown_variables() -> None:
     told = unknown_variables()
     if told and told not in _warned_of:
         _warned_of.add(told)
-        warnings.warn(f"{told} (it is not read)", UserWarning, stacklevel=3)
+        warn_user(f"{told} (it is not read)")
 
 
 def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[Location, int]) -> str:

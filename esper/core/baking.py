@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -20,6 +19,7 @@ from esper.core.widening import CannotWidenError, feed_forward, neurons_in
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.kernels.fossils import fold, is_affine
 from esper.execution.plans.plan import SeedPlan
+from esper.user_warnings import warn_user
 
 __all__ = ["bake"]
 
@@ -65,11 +65,9 @@ def bake(morphable: MorphableModel) -> nn.Module:
     _check_built_in(refused)
     targets = {name: modules[name] for name, seeds in left.items() if seeds}
     if targets and hasattr(host, "save_pretrained"):
-        warnings.warn(
+        warn_user(
             f"kernels of {', '.join(map(repr, targets))} are no part of their layers' weights: what save_pretrained() "
             "saves of the baked model is loaded without them. Save it whole, with torch.save",
-            UserWarning,
-            stacklevel=2,
         )
 
     def built_in(name: str, plain: nn.Linear) -> nn.Module:

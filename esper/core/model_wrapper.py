@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, get_args
@@ -33,6 +32,7 @@ from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 from esper.execution.kernels import service_locator
 from esper.execution.plans.runtime import CommitMode
 from esper.execution.seeds.active_kernels import BANK_NAME
+from esper.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from esper.configs import EsperConfig
@@ -144,11 +144,9 @@ def unwrap(morphable: MorphableModel) -> nn.Module:
         raise WrapError(f"esper.unwrap takes what esper.wrap returned, not {described(morphable)}")
     fossils = [each for each in morphable.runtime.plan.seeds() if each.constant_alpha is not None]
     if fossils:
-        warnings.warn(
+        warn_user(
             f"the host is without {len(fossils)} fossilized kernel{'s'[: len(fossils) > 1]} of the wrapped model: "
             "esper.bake(model) makes a plain model that has them",
-            UserWarning,
-            stacklevel=2,
         )
     return give_back(morphable)
 

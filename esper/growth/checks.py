@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch.optim import Optimizer
 from esper.core.morphable_model import MorphableModel
 from esper.execution.kernels.rate_schedulers import checked_schedulers, refuse_fixed_groups, schedulers_of
 from esper.growth.errors import GrowthError
+from esper.growth.measuring import CALLED
 from esper.growth.probe import MOST_FEATURES
 
-__all__ = ["attach", "checked_batches", "checked_model", "refuse_ranks", "unfit_layers"]
+__all__ = ["attach", "checked_batches", "checked_loss_function", "checked_model", "refuse_ranks", "unfit_layers"]
 
 
 def checked_model(model: Any) -> MorphableModel:
@@ -24,6 +26,20 @@ def checked_model(model: Any) -> MorphableModel:
         raise GrowthError(f"kernels are compiled by what esper.Platform makes, not by {platform!r:.80}")
     refuse_ranks(model)
     return model
+
+
+def checked_loss_function(loss_function: Any) -> None:
+    """Raise :class:`GrowthError` for what cannot be called with a model and a batch, as far as one can tell."""
+    if not callable(loss_function):
+        raise GrowthError(f"{CALLED}; {loss_function!r:.80} is no function")
+    try:
+        signature = inspect.signature(loss_function)
+    except (TypeError, ValueError):  # of a function in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as cause:
+        raise GrowthError(f"{CALLED}; this one takes {signature}: {cause}") from cause
 
 
 def refuse_ranks(model: MorphableModel) -> None:

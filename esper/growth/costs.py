@@ -1,7 +1,10 @@
-"""What a `Grower` is told and what it takes: losses, read without waiting for a device at each step, and FLOPs."""
+"""What a `Grower` is told and what it takes: losses, read without waiting for a device at each step, time and FLOPs."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,8 +13,10 @@ from torch import Tensor
 
 from esper.growth.errors import GrowthError
 
-__all__ = ["Costs", "Losses"]
+__all__ = ["NOTICEABLE", "Clock", "Costs", "Losses"]
 
+NOTICEABLE = 1.0
+"""Seconds of waiting that are told."""
 _TOGETHER = 64
 
 
@@ -76,3 +81,54 @@ class Costs:
     def state(self) -> dict[str, Any]:
         """As data."""
         return asdict(self)
+
+
+class Clock:
+    """For how long a grower holds up the thread that trains, and waits there; read by any."""
+
+    def __init__(self, held: float = 0.0, waited: float = 0.0) -> None:
+        self._held, self._waited = float(held), float(waited)
+        self._began: float | None = None
+        self._waits_since: float | None = None
+        self.is_told = False
+        """Whether a user was told of a wait."""
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """This block holds it up."""
+        self._began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._held, self._began = self._held + time.perf_counter() - self._began, None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """This block does nothing but wait, if it has to."""
+        self._waits_since = began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited, self._waits_since = self._waited + time.perf_counter() - began, None
+
+    def lap(self) -> float:
+        """Seconds of holding up since the last lap."""
+        held, self._held = self._held, 0.0
+        if self._began is not None:
+            now = time.perf_counter()
+            held, self._began = held + now - self._began, now
+        return held
+
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting in all."""
+        since = self._waits_since
+        return self._waited + (0.0 if since is None else time.perf_counter() - since)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._waits_since is not None
+
+    def state(self) -> dict[str, float]:
+        """As data."""
+        return {"held": self._held, "waited": self._waited}

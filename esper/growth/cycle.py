@@ -1,11 +1,13 @@
-"""The cycle of a `Grower`: wait, probe, score, stage, try, judge, rest."""
+"""The cycle of a `Grower`: wait, probe, score, stage, try, judge, rest; and what of it one step does."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import time
-import warnings
+import os
+import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -20,20 +22,21 @@ from esper.execution.background import BackgroundThreads
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import LinearRamp
 from esper.growth.checks import refuse_ranks
-from esper.growth.choosing import Place, candidates, choose
-from esper.growth.costs import Costs, Losses
+from esper.growth.choosing import Choice, Place, candidates, choose
+from esper.growth.costs import NOTICEABLE, Clock, Costs, Losses
 from esper.growth.errors import GrowthError
 from esper.growth.history import GrowthEvent, GrowthRecord, LossCurve
-from esper.growth.measuring import LossFunction, judged, probed
+from esper.growth.measuring import LossFunction, PartialJudgement, PartialProbe
 from esper.growth.policy import GrowthPolicy
-from esper.growth.stages import Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
-from esper.growth.statistics import SiteStatistics
+from esper.growth.stages import Judging, Probing, Scores, Scoring, Stage, Staging, Stopped, Trying, Waiting
 from esper.torch_internals import counting_flops
+from esper.user_warnings import warn_user
 
 __all__ = ["GrowthCycle"]
 
 _LOG = logging.getLogger("esper.growth")
 _SCORING = BackgroundThreads("esper-growth", 1)
+_NICER = 10
 _FREE = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
 
 
@@ -59,16 +62,18 @@ class GrowthCycle:
         self._bad_loss: float | None = None
         self._unseen: set[str] = set()
         self._warned = False
-        self._probe_seconds = 0.0
+        self._clock = Clock()
 
     def _next(self, stage: Stage) -> Stage:
         if isinstance(stage, Waiting):
             return self._wait(stage)
+        if isinstance(stage, Probing):
+            return self._probe(stage)
         if isinstance(stage, Scoring):
             return self._score(stage)
         if isinstance(stage, Staging):
             return self._await_kernel(stage)
-        if isinstance(stage, Trying):
+        if isinstance(stage, Trying):  # or judging
             return self._try(stage)
         return stage
 
@@ -89,32 +94,47 @@ class GrowthCycle:
         if self._steps < stage.due:
             return stage
         if self._bad_loss is not None:
-            return Waiting(self._steps + policy.cooldown)
-        return self._probe()
-
-    def _probe(self) -> Stage:
-        began, policy = time.perf_counter(), self._policy
+            return self._dropped()
         refuse_ranks(self._model)
         self._round += 1
-        draw = policy.draw(self._round)
-        places = self._places(draw)
+        places = self._places()
         if not places:
             left = policy.budget - self._spent
             return self._stop(f"no layer has a free seed and a candidate of at most {left:,} parameters")
-        names = [each.layer for each in places]
-        found = probed(self._model, names, self._loss, self._probe_batches, policy.rows, draw)
-        self._costs.extra += found.flops
-        self._costs.note_step(found.batch_flops, self._steps)
-        for name in names:
-            if name not in found.statistics and name not in self._unseen:
-                self._unseen.add(name)
-                self._record("left out", layer=name, reason="the probe's batches do not reach it")
-        seen = [each for each in places if each.layer in found.statistics]
-        scores = _SCORING.submit(partial(self._scores, found.statistics, seen, draw))
-        self._probe_seconds = time.perf_counter() - began
+        probe = self._new_probe([each.layer for each in places], policy.draw(self._round))
+        return self._probe(Probing(self._steps, probe))
+
+    def _dropped(self) -> Stage:
+        """Nothing grows while the loss is not finite."""
+        return Waiting(self._steps + self._policy.cooldown)
+
+    def _new_probe(self, layers: Sequence[str], draw: int, state: Mapping[str, Any] | None = None) -> PartialProbe:
+        return PartialProbe(self._model, layers, self._loss, self._probe_batches, self._policy.rows, draw, state)
+
+    def _probe(self, stage: Probing) -> Stage:
+        """Let one more batch go forward and backward."""
+        if self._bad_loss is not None:
+            return self._dropped()
+        probe = stage.probe
+        before, is_first = probe.flops, not probe.taken
+        probe.take()
+        self._costs.extra += probe.flops - before
+        if is_first:
+            self._costs.note_step(probe.batch_flops, self._steps)
+        return self._probed(probe) if probe.is_over else stage
+
+    def _probed(self, probe: PartialProbe) -> Stage:
+        places = self._places()
+        for each in places:
+            if each.layer not in probe.reached and each.layer not in self._unseen:
+                self._unseen.add(each.layer)
+                self._record("left out", layer=each.layer, reason="the probe's batches do not reach it")
+        seen = [each for each in places if each.layer in probe.reached]
+        scores = _SCORING.submit(partial(self._scores, probe, seen, self._policy.draw(self._round)))
         return self._score(Scoring(self._steps, scores))
 
-    def _places(self, draw: int) -> list[Place]:
+    def _places(self) -> list[Place]:
+        draw = self._policy.draw(self._round)
         places = []
         for name in self._layers:
             layer = self._model.kasmina_layers[name]
@@ -124,10 +144,11 @@ class GrowthCycle:
                 places += [Place(name, seed, blueprints)] if blueprints else []
         return places
 
-    def _scores(self, statistics: Mapping[str, SiteStatistics], places: Sequence[Place], draw: int) -> Scores:
+    def _scores(self, probe: PartialProbe, places: Sequence[Place], draw: int) -> Scores:
         """On a thread of its own."""
+        _be_nice()
         with counting_flops() as flops:
-            choice, best = choose(statistics, places, self._policy, draw)
+            choice, best = choose(probe.statistics(), places, self._policy, draw)
         compiling = None if choice is None else self._compile(choice.blueprint)
         return Scores(choice, {} if best is None else best.numbers(), flops.total, compiling)
 
@@ -139,21 +160,45 @@ class GrowthCycle:
     def _score(self, stage: Scoring) -> Stage:
         if not self._is_ready(stage.since, stage.scores):
             return stage
-        began, scores = time.perf_counter(), stage.scores.result()
+        scores = self._result(stage.since, stage.scores)
         self._costs.extra += scores.flops
-        seconds, self._probe_seconds = self._probe_seconds, 0.0
+        if self._bad_loss is not None:
+            return self._dropped()
         if scores.choice is None or scores.compiling is None:
-            self._record("nothing", at=stage.since, seconds=seconds, reason="no candidate is worth it", **scores.best)
+            self._record("nothing", at=stage.since, reason="no candidate is worth it", **scores.best)
             return self._missed()
-        seconds += time.perf_counter() - began
-        self._record("chosen", seconds=seconds, at=stage.since, **scores.choice.numbers())
+        self._record("chosen", at=stage.since, **scores.choice.numbers())
         return self._await_kernel(Staging(stage.since, scores.choice, scores.compiling))
 
     def _is_ready(self, since: int, future: Future[Any]) -> bool:
         """Whether to go on with what `future` has; where the lead says so, whether it has that or not."""
         return future.done() if self._policy.lead is None else self._steps >= since + self._policy.lead
 
+    def _result(self, since: int, future: Future[Any], timeout: float | None = None) -> Any:
+        """What `future` has, which is waited for where the lead says so; a wait that one notices is told once."""
+        with self._clock.waiting():
+            try:
+                future.exception(NOTICEABLE if timeout is None else min(timeout, NOTICEABLE))
+            except TimeoutError:
+                if not self._clock.is_told:
+                    self._clock.is_told = True
+                    _LOG.warning(
+                        "step %d waits for what grows by the probe until step %d, as lead=%s says. The first kernel of "
+                        "a structure takes some ten seconds; with lead=None training goes on meanwhile",
+                        self._steps,
+                        since,
+                        self._policy.lead,
+                    )
+            return future.result(timeout)
+
     def _await_kernel(self, stage: Staging) -> Stage:
+        self._stage = stage  # for whom this fails, or is interrupted while it waits
+        if self._bad_loss is not None:
+            self._withdraw(stage)
+            self._record(
+                "failed", **stage.choice.numbers(), reason=f"the loss is {self._bad_loss} before it is in force"
+            )
+            return self._dropped()
         if not stage.kernel:
             if not self._is_ready(stage.since, stage.compiling):
                 return stage
@@ -172,15 +217,16 @@ class GrowthCycle:
         return stage
 
     def _request(self, stage: Staging) -> Staging:
-        choice, kernel = stage.choice, stage.compiling.result().id
+        choice, kernel = stage.choice, self._result(stage.since, stage.compiling).id
         if self._model.kasmina_layers[choice.layer].kernel_in_force(choice.seed) == kernel:
             return Staging(stage.since, choice, stage.compiling, kernel)  # of a checkpoint
         request = self._model.request_kernel(
             choice.layer, choice.seed, kernel, alpha=LinearRamp(0.0, 1.0, self._policy.ramp), trainable=True
         )
+        self._stage = stage = Staging(stage.since, choice, stage.compiling, kernel, request)
         if self._policy.lead is not None:
-            request.result(self._policy.timeout)
-        return Staging(stage.since, choice, stage.compiling, kernel, request)
+            self._result(stage.since, request, self._policy.timeout)
+        return stage
 
     def _try(self, stage: Trying) -> Stage:
         choice, policy = stage.choice, self._policy
@@ -196,6 +242,9 @@ class GrowthCycle:
             return stage if taken < 2 * whole else self._let_be(stage, "its alpha is on a schedule of others")
         return stage if taken < whole else self._judge(stage)
 
+    def _new_judgement(self, choice: Choice, losses: Mapping[str, Any] | None = None) -> PartialJudgement:
+        return PartialJudgement(self._model, choice.layer, choice.seed, self._loss, self._judge_batches, losses)
+
     def _let_be(self, stage: Trying, reason: str) -> Stage:
         """Others have taken the kernel over: what they do with it stays."""
         layer, choice = self._model.kasmina_layers[stage.choice.layer], stage.choice
@@ -204,28 +253,31 @@ class GrowthCycle:
         return self._rest()
 
     def _judge(self, stage: Trying) -> Stage:
-        began, choice = time.perf_counter(), stage.choice
-        result = judged(self._model, choice.layer, choice.seed, self._loss, self._judge_batches)
-        self._costs.extra += result.flops
-        lowered = result.loss_without - result.loss_with
-        numbers: dict[str, Any] = {"loss_with": result.loss_with, "loss_without": result.loss_without}
-        if not lowered > self._policy.margin * abs(result.loss_without):  # nor is NaN
-            is_bad = not math.isfinite(result.loss_with)
-            reason = f"the loss is {result.loss_with} with it" if is_bad else "the loss is not lower enough with it"
-            return self._unload(stage, reason, **numbers, began=began)
+        """Judge by one more batch, and decide after the last one."""
+        choice = stage.choice
+        if not isinstance(stage, Judging):
+            stage = Judging(stage.since, choice, stage.kernel, self._new_judgement(choice))
+        self._costs.extra += stage.judgement.take()
+        if not stage.judgement.is_over:
+            return stage
+        loss_with, loss_without = stage.judgement.losses
+        numbers: dict[str, Any] = {"loss_with": loss_with, "loss_without": loss_without}
+        if not loss_without - loss_with > self._policy.margin * abs(loss_without):  # nor is NaN
+            is_bad = not math.isfinite(loss_with)
+            reason = f"the loss is {loss_with} with it" if is_bad else "the loss is not lower enough with it"
+            return self._unload(stage, reason, **numbers)
         if self._policy.keep == "fossilized":
             self._model.fossilize(choice.layer, choice.seed)
         self._misses = 0
-        self._record("kept", **choice.numbers(), **numbers, seconds=time.perf_counter() - began)
+        self._record("kept", **choice.numbers(), **numbers)
         return self._rest()
 
-    def _unload(self, stage: Trying, reason: str, *, began: float | None = None, **numbers: Any) -> Stage:
+    def _unload(self, stage: Trying, reason: str, **numbers: Any) -> Stage:
         choice = stage.choice
         self._model.unload_kernel(choice.layer, choice.seed)
         self._spent -= choice.parameters
         self._costs.extra += 6 * choice.parameters * choice.rows * (self._steps - stage.since)  # forward and backward
-        seconds = 0.0 if began is None else time.perf_counter() - began
-        self._record("unloaded", **choice.numbers(), **numbers, seconds=seconds, reason=reason)
+        self._record("unloaded", **choice.numbers(), **numbers, reason=reason)
         return self._missed()
 
     # -- ends --------------------------------------------------------------------------------------------------------
@@ -244,22 +296,23 @@ class GrowthCycle:
         self._record("stopped", reason=reason)
         return self._stage
 
-    def _withdraw(self) -> None:
+    def _withdraw(self, stage: Stage) -> None:
         """Take back a kernel that was asked for and is not in force."""
-        stage = self._stage
-        if isinstance(stage, Staging) and stage.request is not None:
+        if isinstance(stage, Staging) and stage.kernel:
             self._model.unload_kernel(stage.choice.layer, stage.choice.seed)
 
     def _fail(self, reason: str, error: Exception) -> None:
         """What was begun is undone; training goes on as it was."""
-        if not isinstance(error, EsperError):
+        if not isinstance(error, EsperError) or error.__cause__ is not None:
             _LOG.error("a grower's part of a step failed", exc_info=error)
         stage, numbers = self._stage, {}
         try:
             if isinstance(stage, (Staging, Trying)):
                 numbers = stage.choice.numbers()
-                self._spent -= stage.choice.parameters if isinstance(stage, Trying) else 0
+            if isinstance(stage, Trying):
+                self._spent -= stage.choice.parameters
                 self._model.unload_kernel(stage.choice.layer, stage.choice.seed)
+            self._withdraw(stage)
         except Exception as second:  # noqa: BLE001  # as above
             reason = f"{reason}; and unloading: {type(second).__name__}: {second}"
         self._tell(reason, self._steps, **numbers)
@@ -269,19 +322,27 @@ class GrowthCycle:
         self._record("failed", reason=reason, at=step, **numbers)
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 f"a grower could not do its part at step {step}, and training goes on: {reason}. Further failures are "
                 "in its history",
-                UserWarning,
-                stacklevel=4,
             )
 
     def _record(self, event: GrowthEvent, *, at: int | None = None, **numbers: Any) -> None:
         step = self._steps if at is None else at
-        share = self._costs.share(step)
-        record = GrowthRecord(step, event, loss=self._curve.mean, compute_share=share, **numbers)
+        if self._history:  # a loss on a device is read late, and what a probe came to is known late
+            step = max(step, self._history[-1].step)
+        share, seconds = self._costs.share(step), self._clock.lap()
+        record = GrowthRecord(step, event, loss=self._curve.mean, seconds=seconds, compute_share=share, **numbers)
         self._history.append(record)
         _LOG.info("step %d: %s %s %s", step, event, record.layer, record.reason)
         sink = next(iter(self._model.kasmina_layers.values())).control.sink
         if sink is not None:
             sink.publish(TopicNames.SYSTEM_EVENTS_EPOCH, record.report())
+
+
+def _be_nice() -> None:
+    """Leave the processors to who trains, where a thread can; those that it starts for products are as nice."""
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):  # the process has become less nice since
+            nice = min(19, os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICER)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
-from esper.growth.checks import attach, checked_batches, checked_model, unfit_layers
+from esper.growth.checks import attach, checked_batches, checked_loss_function, checked_model, unfit_layers
 from esper.growth.choosing import candidates
-from esper.growth.costs import Costs, Losses
+from esper.growth.costs import NOTICEABLE, Costs, Losses
 from esper.growth.cycle import GrowthCycle
 from esper.growth.errors import GrowthError
 from esper.growth.history import GrowthRecord, plotted, table
-from esper.growth.measuring import LossFunction
+from esper.growth.measuring import LossFunction, PartialProbe
 from esper.growth.policy import Candidate, GrowthPolicy, Keep, StartOf
 from esper.growth.policy import Place as PlaceOf
-from esper.growth.saving import VERSION, LoadedState, saved_stage
-from esper.growth.stages import Scoring, Staging, Stopped, Trying, Waiting
+from esper.growth.saving import VERSION, LoadedState, Makers, saved_stage
+from esper.growth.stages import Judging, Probing, Scoring, Staging, Stopped, Trying, Waiting
 
 __all__ = ["Grower"]
 
@@ -43,20 +43,21 @@ class Grower(GrowthCycle):
             grower.step(loss)
         print(grower)
 
-    It waits, then probes: `probe_batches` go forward and backward, and candidates at all sites are scored by the
-    decrease of the loss that they promise and the layers' own parameters do not (the natural expansion score of
-    self-expanding networks; Mitchell et al. 2023, arXiv:2307.04526). The best per added parameter is compiled while
-    training goes on, comes into force without changing the model's function, and its alpha rises. After a trial it is
-    judged: the loss on `judge_batches` with its alpha at 1 against that at 0. It stays, or goes. Then it all begins
-    again, until the budget is used, nothing has been worth keeping `patience` times in a row, or the step `until` is
-    over.
+    It waits, then probes: `probe_batches` go forward and backward, one at each step, and candidates at all sites are
+    scored by the decrease of the loss that they promise and the layers' own parameters do not (the natural expansion
+    score of self-expanding networks; Mitchell et al. 2023, arXiv:2307.04526). The best per added parameter is compiled
+    while training goes on, comes into force without changing the model's function, and its alpha rises. After a trial
+    it is judged: the loss on `judge_batches`, one at each step, with its alpha at 1 against that at 0. It stays, or
+    goes. Then it all begins again, until the budget is used, nothing has been worth keeping `patience` times in a row,
+    or the step `until` is over.
 
     Training is left as it was by all of this: probes and judgements run in evaluation mode, uncompiled, and give back
     gradients, modes and random numbers. What fails is recorded, warned of once, and training goes on.
 
     `step` waits for nothing by default: the grower's clock stands still until the kernel is in force, which takes as
-    many steps as compiling takes. With `lead` it takes exactly so many, and `step` waits then if it has to: so the same
-    seeds and data give the same run. One grower a model, on the thread that trains it; not where several ranks do.
+    many steps as compiling takes. With `lead` it takes exactly so many, and `step` waits then if it has to, which it
+    says once: so the same seeds and data give the same run. One grower a model, on the thread that trains it; not where
+    several ranks do.
     """
 
     def __init__(
@@ -98,15 +99,18 @@ class Grower(GrowthCycle):
         """`loss_fn` takes the model and a batch: `lambda model, batch: cross_entropy(model(batch[0]), batch[1])`.
 
         - `budget`: how many parameters may be added in all.
-        - `probe_batches`, `judge_batches`: gone through at each probe, and twice at each judgement; a list, or a loader
-          that gives the same batches each time. Better not those that are trained on. By default one is the other.
+        - `probe_batches`, `judge_batches`: gone through in each probe and each judgement, one batch a step, so that a
+          batch of the size that is trained on makes a step two to five times as long; a list, or a loader that gives
+          the same batches each time. Better not those that are trained on. By default one is the other.
         - `layers`: where to grow, as in `MorphableModel.select_layers`; by default at all sites.
         - `scheduler`, `lr_factor`, `warmup`, `peak`: those of `MorphableModel.attach_optimizer`, which is called unless
           `optimizer` is attached.
-        - `first`: the step of the first probe. `cooldown`: steps between the end of a growth and the next probe.
-        - `ramp`: steps in which alpha rises to 1. `trial`: steps from then to the judgement.
-        - `lead`: steps from a probe to the kernel's first forward; None for as few as compiling takes.
-        - `until`: the last step at which a growth may begin, such as where a schedule begins to decay.
+        - `first`: the step of the first probe's first batch. `cooldown`: steps between the end of a growth and the
+          next probe.
+        - `ramp`: steps in which alpha rises to 1. `trial`: steps from then to the judgement's first batch.
+        - `lead`: steps from the last batch of a probe to the kernel's first forward; None for as few as compiling
+          takes.
+        - `until`: the last step at which a probe may begin, at least `first`, such as where a schedule begins to decay.
         - `patience`: how many probes without a growth that stays, one after the other, end it.
         - `threshold`: the least gain of a candidate, relative to what the layer's own parameters promise.
         - `chance`: how many times what the best of so many random units explains of pure noise is taken off of gains.
@@ -129,8 +133,7 @@ class Grower(GrowthCycle):
         constants = {name: value for name, value in locals().items() if name in GrowthPolicy.names()}
         policy = GrowthPolicy(**constants)
         checked_model(model)
-        if not callable(loss_fn):
-            raise GrowthError(f"loss_fn must be a function of a model and a batch, not {loss_fn!r:.80}")
+        checked_loss_function(loss_fn)
         if step_flops is not None and not step_flops > 0:
             raise GrowthError(f"step_flops must be more than 0, not {step_flops!r}")
         probed_by = judged_by = checked_batches("probe_batches", probe_batches)
@@ -162,11 +165,12 @@ class Grower(GrowthCycle):
         due = isinstance(self._stage, Waiting) and self._steps + 1 >= self._stage.due
         known = self._losses.add(self._steps + 1, loss, now=due or self._is_judged_next())
         self._steps += 1
-        try:
-            self._note_losses(known)
-            self._stage = self._next(self._stage)
-        except Exception as error:  # noqa: BLE001  # recorded and warned of: it must not end a user's training
-            self._fail(f"{type(error).__name__}: {error}", error)
+        with self._clock.holding():
+            try:
+                self._note_losses(known)
+                self._stage = self._next(self._stage)
+            except Exception as error:  # noqa: BLE001  # recorded and warned of: it must not end a user's training
+                self._fail(f"{type(error).__name__}: {error}", error)
 
     def _is_judged_next(self) -> bool:
         stage = self._stage
@@ -198,9 +202,16 @@ class Grower(GrowthCycle):
         """The history as a table."""
         kept = [each for each in self._history if each.event == "kept"]
         spent = f"{self._spent:,} of {self._policy.budget:,} parameters added"
+        stage, clock = self._stage, self._clock
         end = "" if self.stopped is None else f"; stopped: {self.stopped}"
-        if isinstance(self._stage, (Scoring, Staging)):
-            end = f"; what was probed at step {self._stage.since} is not in force yet"
+        if isinstance(stage, Probing):
+            end = f"; a probe has seen {stage.probe.taken} batches since step {stage.since}"
+        elif isinstance(stage, Judging):
+            end = f"; a kernel is judged at layer {stage.choice.layer}"
+        elif isinstance(stage, (Scoring, Staging)):
+            end = f"; what was probed until step {stage.since} is not in force yet"
+        if clock.waited >= NOTICEABLE:
+            end += f"; step {'waits, and has' if clock.is_waiting else 'has'} waited {clock.waited:.1f} s in all"
         head = f"{self._steps:,} steps, {len(kept)} growths kept, {spent}{end}"
         return table(self._history, head)
 
@@ -212,7 +223,7 @@ class Grower(GrowthCycle):
     def close(self) -> None:
         """Decide no more, and leave the model to another grower. What has grown stays, also what is on trial."""
         if not isinstance(self._stage, Stopped):
-            self._withdraw()
+            self._withdraw(self._stage)
             self._stop("closed")
         if (known := _growers.get(self._model)) is not None and known() is self:
             del _growers[self._model]
@@ -222,7 +233,8 @@ class Grower(GrowthCycle):
     def state_dict(self) -> dict[str, Any]:
         """Where it is and all that it did, as data for `torch.save`; also in the middle of a growth.
 
-        Waits for candidates that are being scored.
+        Waits for candidates that are being scored. In the middle of a probe it has a copy of what that has summed up,
+        which may be as large as the model: see :class:`Probe`.
         """
         self._note_losses(self._losses.read())
         return {
@@ -238,7 +250,7 @@ class Grower(GrowthCycle):
             "unseen": sorted(self._unseen),
             "warned": self._warned,
             "bad_loss": self._bad_loss,
-            "probe_seconds": self._probe_seconds,
+            "clock": self._clock.state(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -247,15 +259,18 @@ class Grower(GrowthCycle):
         A kernel that was not in force then is asked for again. The constants are those of this grower. Raises
         :class:`GrowthError` for what is no such state, with nothing changed.
         """
-        loaded = LoadedState(state_dict, self._compile)
-        self._withdraw()
+        loaded = LoadedState(state_dict, Makers(self._compile, self._load_probe, self._new_judgement))
+        self._withdraw(self._stage)
         self._steps, self._spent, self._misses, self._round = loaded.numbers.values()
         self._history, self._curve, self._unseen = loaded.history, loaded.curve, loaded.unseen
         self._costs, self._losses = loaded.costs, Losses()
-        self._bad_loss, self._warned, self._probe_seconds = loaded.bad_loss, loaded.warned, loaded.seconds
+        self._bad_loss, self._warned, self._clock = loaded.bad_loss, loaded.warned, loaded.clock
         self._stage = loaded.stage
         if isinstance(self._stage, Staging):  # as far as it was, so that the kernel comes at the same forward
             try:
                 self._stage = self._await_kernel(self._stage)
             except Exception as error:  # noqa: BLE001  # as in a step
                 self._fail(f"{type(error).__name__}: {error}", error)
+
+    def _load_probe(self, state: Mapping[str, Any]) -> PartialProbe:
+        return self._new_probe(state["layers"], int(state["seed"]), state)

@@ -23,7 +23,10 @@ class GrowthRecord:
     """One decision of a :class:`~esper.growth.Grower`, with its numbers; what does not apply is None or empty."""
 
     step: int
-    """Of the grower: how often its `step` was called."""
+    """Of the grower: how often its `step` was called. Never less than that of the record before.
+
+    What a probe comes to is of the step of its last batch.
+    """
     event: GrowthEvent
     """`nothing` scored; a candidate was `chosen`; it is `in force`; it was `kept` or `unloaded` after its trial; others
     `removed` it; something `failed`; a layer is `left out`; the grower has `stopped`."""
@@ -44,7 +47,7 @@ class GrowthRecord:
     loss_without: float | None = None
     """The same with its alpha at 0."""
     seconds: float = 0.0
-    """That the training thread was held up by this."""
+    """That the training thread was held up by the grower since the record before, waits included."""
     compute_share: float | None = None
     """FLOPs of all probes, scores and trials so far, as a share of those of the whole run."""
     reason: str = ""

@@ -56,6 +56,11 @@ class GrowthPolicy:
         for name, least in _LEAST_OR_NONE.items():
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), least)
+        if self.until is not None and self.until < self.first:
+            raise GrowthError(
+                f"until is {self.until} and first is {self.first}: nothing would grow, as no growth begins after until "
+                "or before first; let until be at least first"
+            )
         _check_whole("seed", self.seed, 0)
         if self.timeout == 0:
             raise GrowthError("timeout must be more than 0 seconds")

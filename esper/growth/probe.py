@@ -63,6 +63,8 @@ class Probe(Mapping[str, SiteStatistics]):
                 )
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._drawn: dict[str, Tensor] = {}
+        """States of generators that were loaded, for when there is one of that device."""
         self._running: dict[str, RunningStatistics] = {}
         self._block: contextlib.ExitStack | None = None
 
@@ -103,6 +105,30 @@ class Probe(Mapping[str, SiteStatistics]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen so far, as data for `torch.save`: a copy, as large as the statistics of all sites are."""
+        drawn = {str(device): each.get_state() for device, each in self._generators.items()}
+        sites = {name: running.state() for name, running in self._running.items()}
+        return {"drawn": {**self._drawn, **drawn}, "sites": sites}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, of a probe for the same layers, `rows` and `seed`.
+
+        Raises :class:`GrowthError` for what is no such state, with nothing changed.
+        """
+        try:
+            drawn = {str(device): torch.as_tensor(each).cpu() for device, each in state_dict["drawn"].items()}
+            running = {}
+            for name, state in state_dict["sites"].items():
+                layer = self._layers[name]
+                running[name] = self._new(name, layer, layer.placement[0])
+                running[name].load(state)
+        except (AttributeError, KeyError, TypeError, ValueError) as cause:
+            raise GrowthError(
+                f"a probe's state is of another one or damaged: {type(cause).__name__}: {cause}"
+            ) from cause
+        self._drawn, self._generators, self._running = drawn, {}, running
+
     # -- while batches go by -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -135,4 +161,6 @@ class Probe(Mapping[str, SiteStatistics]):
         generator = self._generators.get(device)
         if generator is None:
             generator = self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            if (drawn := self._drawn.get(str(device))) is not None:
+                generator.set_state(drawn)
         return generator

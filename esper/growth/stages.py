@@ -1,4 +1,4 @@
-"""Where a `Grower` is in its cycle: waiting, scoring, staging, trying, or at its end."""
+"""Where a `Grower` is in its cycle: waiting, probing, scoring, staging, trying, judging, or at its end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esper.growth.choosing import Choice
+from esper.growth.measuring import PartialJudgement, PartialProbe
 
-__all__ = ["Scores", "Scoring", "Stage", "Staging", "Stopped", "Trying", "Waiting"]
+__all__ = ["Judging", "Probing", "Scores", "Scoring", "Stage", "Staging", "Stopped", "Trying", "Waiting"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,14 @@ class Waiting:
     """Until the step `due`."""
 
     due: int
+
+
+@dataclass(frozen=True)
+class Probing:
+    """A batch goes forward and backward at each step, the first of them at the step `since`."""
+
+    since: int
+    probe: PartialProbe
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Candidates are scored on another thread, and the best one is compiled, since the probe at step `since`."""
+    """Candidates are scored on another thread, and the best one is compiled, since the last batch of the
+    probe at step `since`."""
 
     since: int
     scores: Future[Scores]
@@ -59,10 +69,17 @@ class Trying:
 
 
 @dataclass(frozen=True)
+class Judging(Trying):
+    """The trial is over: the kernel is judged by a batch at each step, and learns on between them."""
+
+    judgement: PartialJudgement
+
+
+@dataclass(frozen=True)
 class Stopped:
     """Nothing more will grow."""
 
     reason: str
 
 
-Stage = Waiting | Scoring | Staging | Trying | Stopped
+Stage = Waiting | Probing | Scoring | Staging | Trying | Judging | Stopped

@@ -37,7 +37,9 @@ class Selection:
     `gains` has, for the first k units, the decrease of the loss that a step along them promises, in the natural metric
     of the gradients (SENN's natural expansion score) and beyond what the layer's own parameters do: `host_gain`, in the
     same unit. Compare the two, of one site or of several; a unit that adds little to `gains` is one too many.
-    `by_chance` is what a unit gains at most, in all likelihood, where there is nothing to be found.
+    `by_chance` is what a unit gains at most, in all likelihood, where there is nothing to be found. What so many
+    parameters of the layer explain of so few rows by chance is not in `host_gain`; with as many inputs as there are
+    rows nothing is told from chance, and `by_chance` is above all gains.
     """
 
     blueprint: Blueprint
@@ -61,7 +63,7 @@ def selected(
     if proposals < width:
         raise GrowthError(f"proposals is {proposals}, and {width} units are to be chosen among them")
     candidates, features = _candidates(statistics, blueprint, proposals)
-    residual, host_gain = _residual(statistics, damping)
+    residual, host_gain, freedom = _residual(statistics, damping)
     if statistics.learns[0] or statistics.learns[1]:
         columns = statistics.host_features()
         features = _without(features, _wide(statistics.row_features())[:, columns])
@@ -74,7 +76,7 @@ def selected(
         Blueprint.from_graph(_with_host(blueprint).graph, weights),
         tuple(gains),
         host_gain,
-        _by_chance(residual, proposals),
+        _by_chance(residual, proposals) / freedom,
     )
 
 
@@ -217,8 +219,12 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     return moment + damping * scale * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
-def _residual(statistics: SiteStatistics, damping: float) -> tuple[Tensor, float]:
-    """What the layer's own parameters cannot do of the rows' descent, in the natural metric; and what they gain."""
+def _residual(statistics: SiteStatistics, damping: float) -> tuple[Tensor, float, float]:
+    """What the layer's own parameters cannot do of the rows' descent, in the natural metric; and what they gain.
+
+    At last, which part of the rows' degrees of freedom is left beside them. A fit of p parameters to n rows explains
+    p / n of pure noise, which is taken off of their gain as in the adjusted coefficient of determination.
+    """
     if not damping > 0:
         raise GrowthError(f"damping must be more than 0, not {damping}")
     columns = statistics.host_features()
@@ -227,11 +233,16 @@ def _residual(statistics: SiteStatistics, damping: float) -> tuple[Tensor, float
     values, vectors = torch.linalg.eigh(_damped(_wide(statistics.gradients), damping))
     metric = vectors * values.clamp_min(torch.finfo(torch.float64).tiny).rsqrt() @ vectors.T
     if not len(columns):
-        return descent @ metric, 0.0
-    step = torch.linalg.solve(_damped(inputs, damping), cross.T)
-    host_gain = float(((metric @ cross) * (metric @ step.T)).sum())
+        return descent @ metric, 0.0, 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(inputs, damping)))
+    step = inverse @ cross.T
+    fitted = float(((metric @ cross) * (metric @ step.T)).sum())
+    total = float((metric @ _wide(statistics.gradients) * metric).sum())
+    used = float((inverse * inputs).sum())  # parameters, those not counted that the damping holds
+    freedom = max(statistics.count - used, 1.0) / statistics.count
+    host_gain = max(fitted - (1 - freedom) / freedom * (total - fitted), 0.0)
     own = _wide(statistics.row_features())[:, columns]
-    return (descent + own @ step) @ metric, host_gain
+    return (descent + own @ step) @ metric, host_gain, freedom
 
 
 def _by_chance(residual: Tensor, proposals: int) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from esper.growth.errors import GrowthError
 
 __all__ = ["RunningStatistics", "SiteStatistics"]
+
+_SUMS = ("inputs", "cross", "gradients")
+_SAMPLED = ("keys", "rows", "outputs", "row_gradients")
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +108,23 @@ class RunningStatistics:
             kept = joined["_keys"].topk(self._most).indices
             joined = {name: tensor[kept] for name, tensor in joined.items()}
         vars(self).update(joined)
+
+    def state(self) -> dict[str, Any]:
+        """The sums and the sample so far, copied."""
+        tensors = {name: getattr(self, f"_{name}").clone() for name in _SUMS + _SAMPLED}
+        return {"count": self._count, "batches": self._batches, **tensors}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` returned. Raises `ValueError` if that is of another site."""
+        found = {name: state[name].to(self.device, torch.float32, copy=True) for name in _SUMS + _SAMPLED}
+        rows = len(found["keys"])
+        for name, tensor in found.items():
+            known = getattr(self, f"_{name}").shape
+            wanted = known if name in _SUMS else (rows, *known[1:])
+            if tensor.shape != torch.Size(wanted):
+                raise ValueError(f"{name} of layer {self._name!r} is of shape {list(tensor.shape)}, not {list(wanted)}")
+        self._count, self._batches = int(state["count"]), int(state["batches"])
+        vars(self).update({f"_{name}": tensor for name, tensor in found.items()})
 
     def finish(self, learns: tuple[bool, bool]) -> SiteStatistics:
         """The statistics so far. Raises :class:`GrowthError` if there are none, or they are not finite."""

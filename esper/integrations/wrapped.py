@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
 
-__all__ = ["attach", "scalars", "wrapped_models"]
+__all__ = ["attach", "optimizer_of", "scalars", "wrapped_models"]
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -29,15 +30,34 @@ def wrapped_models(module: nn.Module) -> dict[str, MorphableModel]:
 
 def attach(module: nn.Module, optimizer: Any, options: dict[str, Any]) -> None:
     """Attach `optimizer`, once, to the wrapped models in `module` that it holds parameters of."""
-    wrapped = getattr(optimizer, "optimizer", None)  # Accelerate's and Lightning's
-    optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
+    optimizer = _plain(optimizer)
     if optimizer in _attached:
         return
-    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     for model in wrapped_models(module).values():
-        if any(id(each) in held for each in model.parameters()):
+        if _holds(optimizer, model):
             model.attach_optimizer(optimizer, **options)
             _attached.add(optimizer)
+
+
+def optimizer_of(model: MorphableModel, optimizers: Iterable[Any]) -> Optimizer:
+    """The one among `optimizers` that holds parameters of `model`. Raises :class:`WrapError` if none does."""
+    found: Optimizer | None = next((each for each in map(_plain, optimizers) if _holds(each, model)), None)
+    if found is None:
+        raise WrapError(
+            f"no optimizer of the trainer holds parameters of {described(model)}: give it model.parameters()"
+        )
+    return found
+
+
+def _plain(optimizer: Any) -> Any:
+    """Without what Accelerate or Lightning have put around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def _holds(optimizer: Any, model: MorphableModel) -> bool:
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    return any(id(each) in held for each in model.parameters())
 
 
 def scalars(module: nn.Module, prefix: str) -> dict[str, float]:

@@ -477,6 +477,35 @@ def test_a_run_is_resumed_bit_for_bit_in_whatever_order_things_are_loaded(
     ]
 
 
+def test_a_scheduler_made_after_attaching_is_resumed_beside_kernels_of_two_commits(
+    shelf: KernelShelf, x: torch.Tensor
+) -> None:
+    """As trainers do it: the model is loaded first, and all its kernels come at one commit, in one group."""
+
+    def begin(model: Any) -> tuple[Any, Any]:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        model.attach_optimizer(optimizer, lr_factor=0.5)
+        return optimizer, schedulers.LambdaLR(optimizer, lambda step: 0.9**step)
+
+    model = wrapped(shelf)
+    run = optimizer, scheduler = begin(model)
+    for seed in (0, 1):
+        grow(shelf, model, seed=seed)
+        step(model, optimizer, x)
+        scheduler.step()
+    state = saved(m=model, o=optimizer, s=scheduler)
+    again = wrapped(shelf)
+    again.load_state_dict(state["m"])
+    resumed = begin(again)
+    for part, name in zip(resumed, "os", strict=True):
+        part.load_state_dict(state[name])
+    for grown, (own, its) in ((model, run), (again, resumed)):
+        step(grown, own, x)
+        its.step()
+    assert same(again.parameters(), model.parameters())
+    assert sorted(resumed[1].get_last_lr()) == pytest.approx([0.05 * 0.9**3] * 2 + [0.1 * 0.9**3])
+
+
 @pytest.mark.parametrize("order", ["mos", "oms", "mso"])
 def test_a_schedule_of_functions_that_are_objects_is_resumed(shelf: KernelShelf, x: torch.Tensor, order: str) -> None:
     """As Hugging Face's are; a LambdaLR loads their attributes, by group."""

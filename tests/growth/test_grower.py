@@ -24,11 +24,8 @@ def test_a_model_grows_the_unit_that_it_lacks(shelf: KernelShelf) -> None:
     run.until("kept")
     assert [each.event for each in run.grower.history] == ["chosen", "in force", "kept"]
     chosen, in_force, kept = run.grower.history
-    assert (chosen.step, in_force.step, kept.step) == (
-        5,
-        9,
-        34,
-    )  # first; lead, and the forward after it; ramp and trial
+    # first, and a step for each further batch; lead, and the forward after it; ramp, trial, and a step for each batch
+    assert (chosen.step, in_force.step, kept.step) == (5 + 1, 6 + 3 + 1, 10 + 5 + 20 + 1)
     assert (kept.layer, kept.seed, kept.width, kept.parameters) == ("0", 0, 2, 23)
     assert chosen.ratio is not None
     assert chosen.ratio > 1
@@ -122,9 +119,46 @@ def test_equal_seeds_give_equal_decisions(lead: int | None, shelf: KernelShelf) 
     if lead is None:
         assert [each.event for each in first] == [each.event for each in second]
         assert first[0] == second[0]
-        assert first[-1].step - first[-2].step == second[-1].step - second[-2].step == 25  # counted from the commit
+        assert first[-1].step - first[-2].step == second[-1].step - second[-2].step == 26  # counted from the commit
     else:
         assert first == second
+
+
+def test_a_step_takes_one_batch(shelf: KernelShelf) -> None:
+    """A probe of five batches goes through one at each step, a judgement of three through one twice at each."""
+    calls: list[int] = []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        calls.append(run.grower.steps)
+        return loss_of(model, batch)
+
+    model = esper.wrap(nn.Sequential(fitted()), platform=shelf.platform)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    batches = [(X[at : at + 60], Y[at : at + 60]) for at in range(0, 300, 60)]
+    grower = esper.Grower(
+        model, optimizer, loss, budget=23, probe_batches=batches, judge_batches=batches[:3], first=5, ramp=5, trial=20,
+        lead=3, widths=(2,),
+    )  # fmt: skip
+    run = Run(model, optimizer, grower)
+    run.steps(7)
+    assert "a probe has seen 3 batches since step 5" in str(grower)
+    run.until("in force")
+    assert [each.step for each in grower.history] == [9, 13]
+    assert calls == [5, 6, 7, 8, 9]
+    run.steps(25)
+    assert "a kernel is judged at layer 0" in str(grower)
+    run.until("kept")
+    assert calls[5:] == [38, 38, 39, 39, 40, 40]
+
+
+def test_a_probe_between_steps_is_as_good_as_one_at_once(shelf: KernelShelf) -> None:
+    """Weights that stay, and batches at one step or at several: as much is found, of units drawn beside other rows."""
+    whole = begin(shelf, rate=0.0, probe_batches=[(X, Y)], lead=0, proposals=1000)
+    batches = list(zip(X.split(50), Y.split(50), strict=True))
+    parts = begin(shelf, rate=0.0, probe_batches=batches, lead=0, proposals=1000)
+    one, other = (each.until("chosen") for each in (whole, parts))
+    assert (one.step, other.step) == (5, 10)
+    assert other.gain == pytest.approx(one.gain, rel=0.1)
 
 
 def saved(run: Run) -> Any:
@@ -139,9 +173,9 @@ def saved(run: Run) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("at", [3, 6, 8, 9, 12, 20, 40, 50])
+@pytest.mark.parametrize("at", [3, 5, 6, 8, 9, 12, 20, 35, 36, 41, 42, 50])
 def test_a_run_goes_on_from_any_step(at: int, shelf: KernelShelf) -> None:
-    """Before the probe, while it is scored, staged, ramping, tried; after that, and in the second growth."""
+    """Before the probe and between its batches, while it is scored, staged, ramping, tried, judged; and once more."""
     whole = begin(shelf)
     whole.steps(at)
     state = saved(whole)
@@ -154,6 +188,18 @@ def test_a_run_goes_on_from_any_step(at: int, shelf: KernelShelf) -> None:
     resumed.steps(90 - at)
     assert decisions(resumed.grower) == decisions(whole.grower)
     assert mean_loss(resumed.model) == mean_loss(whole.model)
+
+
+def test_what_was_saved_stays_as_it_was(shelf: KernelShelf) -> None:
+    run = begin(shelf)
+    run.steps(5)
+    state = run.grower.state_dict()
+    before = copy.deepcopy(state)
+    run.until("kept")
+    torch.testing.assert_close(state["stage"]["probe"]["seen"], before["stage"]["probe"]["seen"])
+    run.grower.load_state_dict(state)
+    run.until("kept")
+    assert [each.step for each in run.grower.history] == [6, 10, 36]
 
 
 def test_decisions_are_published(shelf: KernelShelf) -> None:
@@ -170,7 +216,7 @@ def test_the_history_is_a_table_and_a_picture(shelf: KernelShelf, tmp_path: Any)
     run = begin(shelf)
     run.until("kept")
     text = str(run.grower)
-    assert text.startswith("34 steps, 1 growths kept, 23 of 200 parameters added\n")
+    assert text.startswith("36 steps, 1 growths kept, 23 of 200 parameters added\n")
     assert [line.split()[1] for line in text.splitlines()[2:]] == ["chosen", "in", "kept"]
     picture = run.grower.plot(tmp_path / "growth.png")
     assert picture.read_bytes().startswith(b"\x89PNG")

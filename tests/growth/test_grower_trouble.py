@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -32,6 +34,7 @@ pytestmark = pytest.mark.xdist_group("growth")
         ({"ramp": 0}, "ramp must be a whole number, at least 1"),
         ({"lead": -1}, "lead must be a whole number, at least 0"),
         ({"until": "end"}, "until must be a whole number"),
+        ({"until": 4}, "until is 4 and first is 5: nothing would grow"),
         ({"patience": True}, "patience must be a whole number"),
         ({"threshold": float("nan")}, "threshold must be a number, at least 0, not nan"),
         ({"margin": -1.0}, "margin must be a number"),
@@ -61,8 +64,11 @@ def test_what_it_is_not_for(shelf: KernelShelf) -> None:
     wanted: Any = {"budget": 9, "probe_batches": BATCHES}
     with pytest.raises(GrowthError, match=r"what esper\.wrap\(\) returned, not for a Sequential"):
         esper.Grower(nn.Sequential(fitted()), optimizer, loss_of, **wanted)  # type: ignore[arg-type]  # a mistake
-    with pytest.raises(GrowthError, match="loss_fn must be a function of a model and a batch"):
+    called = r"loss_fn is called as loss_fn\(model, batch\) and must return a scalar tensor; "
+    with pytest.raises(GrowthError, match=called + "'mse' is no function"):
         esper.Grower(model, optimizer, "mse", **wanted)  # type: ignore[arg-type]  # as above
+    with pytest.raises(GrowthError, match=called + r"this one takes \(x, y, z\): missing a required argument: 'z'"):
+        esper.Grower(model, optimizer, lambda x, y, z: x, **wanted)  # type: ignore[arg-type, misc]  # as above
     with pytest.raises(TargetError, match="no layer with seeds is selected by 'fc'"):
         esper.Grower(model, optimizer, loss_of, layers="fc", **wanted)
     with pytest.raises(OptimizerError, match="holds none of the model's parameters"):
@@ -166,14 +172,18 @@ def test_layers_that_nothing_reaches_are_left_out(shelf: KernelShelf) -> None:
 
 
 class Failing(list[Any]):
-    """Batches that fail from a certain time on."""
-
-    fails = True
+    """Batches after which there are to be more."""
 
     def __iter__(self) -> Iterator[Any]:
-        yield BATCHES[0]
-        if self.fails:
-            raise OSError("the disk is gone")
+        yield from super().__iter__()
+        raise OSError("the disk is gone")
+
+
+class Empty:
+    """What has batches at other times."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 def _nan(model: Any, batch: Any) -> Tensor:
@@ -188,11 +198,14 @@ def _vector(model: Any, batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"probe_batches": Failing(BATCHES[:1])}, "OSError: the disk is gone"),
         ({"probe_batches": Failing(BATCHES)}, "OSError: the disk is gone"),
+        ({"probe_batches": Empty()}, "probe_batches gave no batch: pass some"),
         ({"loss_fn": _nan}, "infinite or NaN"),
-        ({"loss_fn": _vector}, r"loss_fn must return one number as a tensor .* not a tensor of shape \[150, 3\]"),
+        ({"loss_fn": _vector}, r"\(model, batch\) and must return a scalar tensor, not a tensor of shape \[150, 3\]"),
+        ({"loss_fn": nn.MSELoss()}, r"loss_fn\(model, batch\) and must return a scalar tensor, and raised "),
     ],
-    ids=["batches", "nan", "vector"],
+    ids=["first batch", "later batch", "no batch", "nan", "vector", "torch's"],
 )
 def test_what_fails_in_a_probe_is_told_once(options: dict[str, Any], told: str, shelf: KernelShelf) -> None:
     model = esper.wrap(nn.Sequential(fitted()), platform=shelf.platform)
@@ -212,8 +225,9 @@ def test_what_fails_in_a_probe_is_told_once(options: dict[str, Any], told: str, 
     assert mean_loss(model) == mean_loss(plain.model)
 
 
-def test_a_judgement_that_fails_takes_the_kernel_back(shelf: KernelShelf) -> None:
-    run = begin(shelf, judge_batches=Failing(BATCHES))
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_judgement_that_fails_takes_the_kernel_back(at: int, shelf: KernelShelf) -> None:
+    run = begin(shelf, judge_batches=Failing(BATCHES[:at]))
     with pytest.warns(UserWarning, match="the disk is gone"):
         record = run.until("failed")
     assert (record.layer, record.seed, record.width) == ("0", 0, 2)
@@ -267,6 +281,97 @@ def test_a_loss_that_becomes_nan_takes_the_kernel_back(shelf: KernelShelf) -> No
     assert run.model.kasmina_layers["0"].state.lifecycle(0).name == "DORMANT"
 
 
+@pytest.mark.parametrize("at", [5, 6, 8])
+def test_a_loss_that_is_nan_during_a_probe_and_after_it_lets_nothing_grow(at: int, shelf: KernelShelf) -> None:
+    """Between the batches, while candidates are scored, and with the step at which there would be a choice."""
+    run = begin(shelf)
+    run.steps(at)
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        run.grower.step(float("nan"))
+    run.grower.step(float("nan"))
+    run.grower.step(float("nan"))
+    run.grower.step(float("nan"))
+    assert [each.event for each in run.grower.history] == ["failed"]
+    run.until("kept")
+    steps = [each.step for each in run.grower.history]
+    assert steps == sorted(steps)
+    assert run.grower.spent == 23
+
+
+def test_the_history_is_in_the_order_of_steps(shelf: KernelShelf) -> None:
+    """A loss that was NaN once, after the probe and before what came of it is known."""
+    run = begin(shelf)
+    run.steps(6)
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        run.grower.step(float("nan"))
+    run.until("kept")
+    assert [each.event for each in run.grower.history] == ["failed", "chosen", "in force", "kept"]
+    assert [each.step for each in run.grower.history] == [7, 7, 10, 36]
+
+
+def test_a_kernel_that_is_coming_when_the_loss_becomes_nan_is_taken_back(shelf: KernelShelf) -> None:
+    run = begin(shelf)
+    run.until("chosen")
+    with pytest.warns(UserWarning, match="the loss is nan"):
+        run.grower.step(float("nan"))
+    assert [each.event for each in run.grower.history] == ["chosen", "failed", "failed"]
+    assert run.grower.history[-1].reason == "the loss is nan before it is in force"
+    assert run.grower.history[-1].layer == "0"
+    run.steps(3)
+    assert run.grower.spent == 0
+    assert run.model.kasmina_layers["0"].state.lifecycle(0).name == "DORMANT"
+    run.until("kept")
+
+
+class Slow:
+    """A platform that compiles when it is let."""
+
+    def __init__(self, platform: Any) -> None:
+        self.platform, self.requests = platform, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.platform, name)
+
+    def request(self, blueprint: esper.Blueprint, timeout: float) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.requests.append((blueprint, timeout, future))
+        return future
+
+    def compile_now(self) -> None:
+        for blueprint, timeout, future in self.requests:
+            future.set_result(self.platform.request(blueprint, timeout=timeout).result())
+        self.requests.clear()
+
+
+def test_a_step_that_waits_says_so(shelf: KernelShelf, caplog: pytest.LogCaptureFixture) -> None:
+    platform, shown = Slow(shelf.platform), []
+    model = esper.wrap(nn.Sequential(fitted()), platform=platform)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    grower = esper.Grower(
+        model, optimizer, loss_of, budget=200, probe_batches=BATCHES, first=5, cooldown=1, ramp=1, trial=1, lead=3,
+        widths=(2,),
+    )  # fmt: skip
+
+    class Reader(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.WARNING:
+                shown.append((record.getMessage(), str(grower)))
+                platform.compile_now()
+
+    logger = logging.getLogger("esper.growth")
+    reader = Reader()
+    logger.addHandler(reader)
+    try:
+        in_force = Run(model, optimizer, grower).until("in force")
+    finally:
+        logger.removeHandler(reader)
+    ((told, table),) = shown
+    assert told.startswith("step 9 waits for what grows by the probe until step 6, as lead=3 says")
+    assert "; what was probed until step 6 is not in force yet; step waits, and has waited 1." in table
+    assert in_force.seconds > 1, "the wait is in the record"
+    assert "; step has waited 1." in str(grower)
+
+
 @pytest.mark.parametrize("loss", ["high", None, True, torch.ones(2)])
 def test_what_is_no_loss_is_refused(loss: Any, shelf: KernelShelf) -> None:
     run = begin(shelf)
@@ -317,5 +422,5 @@ def test_a_state_that_is_none(shelf: KernelShelf) -> None:
         with pytest.raises(GrowthError, match=r"not what Grower\.state_dict\(\)|damaged|none of"):
             run.grower.load_state_dict(bad)  # type: ignore[arg-type]  # a mistake
     assert decisions(run.grower) == before
-    assert dataclasses.asdict(before[0])["step"] == 5
+    assert dataclasses.asdict(before[0])["step"] == 6
     assert len(X) == len(Y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -155,6 +156,32 @@ def test_nothing_is_left_of_a_probe(fresh_dynamo: None) -> None:
     with probe:
         train(model)
     assert probe["0"].count == 2 * ROWS
+
+
+def test_a_probe_goes_on_from_its_state() -> None:
+    model, batches = esper.wrap(mlp(8, 6, 4)), [*BATCHES, *BATCHES]
+    whole = Probe(model, rows=20, seed=3)
+    with whole:
+        train(model, batches[:2])
+    state = whole.state_dict()
+    with whole:
+        train(model, batches[2:])
+    resumed = Probe(model, rows=20, seed=3)
+    for _ in range(2):  # what was loaded is a copy
+        resumed.load_state_dict(state)
+        with resumed:
+            train(model, batches[2:])
+    for name, found in whole.items():
+        for field in dataclasses.fields(found):
+            one, other = getattr(found, field.name), getattr(resumed[name], field.name)
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    narrow = Probe(esper.wrap(mlp(6, 6, 4)))
+    for bad in ({}, None, {"drawn": {}, "sites": {"5": {}}}):
+        with pytest.raises(GrowthError, match="a probe's state is of another one or damaged"):
+            narrow.load_state_dict(bad)  # type: ignore[arg-type]  # a mistake
+    with pytest.raises(GrowthError, match=r"inputs of layer '0' is of shape \[9, 9\], not \[7, 7\]"):
+        narrow.load_state_dict(state)
+    assert not narrow.reached
 
 
 def test_a_block_that_raises_ends_the_probe() -> None:

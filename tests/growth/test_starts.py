@@ -104,6 +104,26 @@ def test_what_chance_gives_is_told_from_what_is_there(model: esper.MorphableMode
     assert noise.by_chance > noise.gains[0] > 0.3 * noise.by_chance
 
 
+def test_what_many_parameters_explain_of_few_rows_counts_for_nothing(shelf: KernelShelf) -> None:
+    model = esper.wrap(nn.Linear(200, 3), platform=shelf.platform)
+    (name,) = model.kasmina_layers
+    with Probe(model) as probe:
+        x = torch.randn(400, 200)
+        (model(x) - model(x).detach() - torch.randn(400, 3)).square().mean().backward()
+    noise = selected(probe[name], Blueprint.bottleneck(200, 3, rank=1), proposals=200)
+    assert noise.host_gain < 0.5, "the layer explains half of the three outputs' noise, which adds up to 1.5"
+    assert noise.by_chance > noise.gains[0] > 0.3 * noise.by_chance
+
+
+def test_fewer_rows_than_inputs_tell_nothing(shelf: KernelShelf) -> None:
+    model = esper.wrap(nn.Linear(50, 3), platform=shelf.platform)
+    (name,) = model.kasmina_layers
+    with Probe(model) as probe:
+        model(torch.randn(20, 50)).square().mean().backward()
+    found = selected(probe[name], Blueprint.bottleneck(50, 3, rank=1))
+    assert found.by_chance > found.gains[0]
+
+
 def test_training_goes_further_from_there(shelf: KernelShelf, model: esper.MorphableModel) -> None:
     plain = Blueprint.bottleneck(6, 3, rank=2, activation="relu")
     losses = {}

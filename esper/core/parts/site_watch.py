@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from esper.core.sites.targets import unfit_reason
 from esper.core.wrapping import WrappedModel
 from esper.execution import site_marker
 from esper.execution.kasmina_layer import KasminaLayer, LinearSite
+from esper.user_warnings import warn_user
 
 __all__ = ["SiteWatch"]
 
@@ -104,11 +104,10 @@ class SiteWatch:
         if not isinstance(old, LinearSite):
             return
         if new is old and old in self._moved:
-            warnings.warn(
+            warn_user(
                 f"layer {old.layer_name!r} has the weights of the layer that replaced it: setting it again does not "
                 "bring back those that it had before. Keep them in a state dict, or a copy, before it is replaced",
-                UserWarning, stacklevel=5,
-            )  # fmt: skip
+            )
         elif isinstance(new, nn.Linear) and not isinstance(new, KasminaLayer):
             _awaited[new] = weakref.ref(old), new.register_forward_hook(_called_before_it_is_known, with_kwargs=True)
 
@@ -153,7 +152,7 @@ class SiteWatch:
         lost = layer.drop_kernels()
         if lost:
             seeds = ", ".join(map(str, lost))
-            warnings.warn(
+            warn_user(
                 f"the kernels in seeds {seeds} of layer {name!r} are unloaded, since {why}: they computed nothing any "
-                "more", UserWarning, stacklevel=2,
-            )  # fmt: skip
+                "more"
+            )

@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ from esper.execution.seeds.active_kernels import BANK_NAME
 from esper.execution.site_forward import kernels_have_hooks
 from esper.execution.site_marker import marked_by_esper
 from esper.execution.site_paths import SitePath, alive
+from esper.user_warnings import warn_user
 from esper_passes import TAGGED_MODULE_SITE
 
 __all__ = ["ModuleSite", "taken_name", "unfit_call"]
@@ -106,11 +106,9 @@ class ModuleSite(KasminaLayer):
                 "as its kernels do: unload them, and leave its features out of target_layers"
             )
         if known is not None and known != features:
-            warnings.warn(
+            warn_user(
                 f"{self.layer_name!r} maps {features[0]} to {features[1]} features, and not {known[0]} to {known[1]} "
                 "as was told: it is taken for what it does",
-                UserWarning,
-                stacklevel=2,
             )
         self.runtime.features_seen[self.site] = features
         self._is_seen = True

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
 from esper.core.sites.targets import Selection
+from esper.user_warnings import warn_user
 
 __all__ = ["report_share"]
 
@@ -54,11 +54,9 @@ def report_share(model: nn.Module, selection: Selection, *, chosen: bool) -> Non
     if chosen or not sites or not linear_maps or (share >= _SMALL and linear_maps.total() <= sites):
         return
     classes = _listed(f"{count} {name}" for name, count in linear_maps.most_common(_SHOWN))
-    warnings.warn(
+    warn_user(
         f"{told}: passed over {classes}, since without target_layers only nn.Linear carries seeds. Name their types, "
         "names or patterns too, as in target_layers=[nn.Linear, Conv1D], or those layers alone that are to have seeds",
-        UserWarning,
-        stacklevel=3,
     )
 
 

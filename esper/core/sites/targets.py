@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from esper.core.errors import TargetError
 from esper.core.replica.replace_modules import opaque_reason
 from esper.core.sites.features import Features, told_features
 from esper.core.sites.module_site import taken_name, unfit_call
+from esper.user_warnings import warn_user
 
 __all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
 
@@ -63,7 +63,7 @@ def select_targets(
     if target_layers is None:
         chosen = dict.fromkeys(possible)
         if not possible:
-            warnings.warn(f"no layer can carry seeds: {_candidates(linears, reasons)}", UserWarning, stacklevel=3)
+            warn_user(f"no layer can carry seeds: {_candidates(linears, reasons)}")
     else:
         matching = _Matching(model, possible, reasons, inside)
         chosen = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -36,6 +35,7 @@ from esper.execution.kernels.param_groups import (
 )
 from esper.execution.kernels.rate_schedulers import kept_lists, own_ones, rearrange, refuse_unable, schedulers_of
 from esper.execution.kernels.saved_groups import SavedGroups
+from esper.user_warnings import warn_user
 
 __all__ = ["AttachedOptimizer", "GrowingModel", "refuse_optimizer"]
 
@@ -269,6 +269,7 @@ class AttachedOptimizer:
         self._place_saved(at_last=True)
         if self._may_be_stale:
             self._may_be_stale = False
+            self._look_for_schedulers()  # one that was made later has loaded lists for groups that are others here
             rearrange(self._schedulers, self._groups, self._groups)
         self._stepping = threading.get_ident()
         if self._options.warmup:
@@ -358,18 +359,14 @@ class AttachedOptimizer:
         if at_last or not (saved.labels or saved.unsaved):
             self._saved = None
         if at_last and saved.unsaved:
-            warnings.warn(
+            warn_user(
                 f"the optimizer's loaded state has nothing for {_listed(saved.unsaved)}, which begin without: it was "
                 "saved with other kernels",
-                UserWarning,
-                stacklevel=3,
             )
         if at_last and saved.labels:
-            warnings.warn(
+            warn_user(
                 f"the optimizer's loaded state has parts for {_listed(saved.labels)}, kernels that the model does not "
                 "have, which are dropped: load the model's checkpoint of the same moment",
-                UserWarning,
-                stacklevel=3,
             )
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import warnings
 import weakref
 from collections.abc import Iterable, MutableMapping
 from concurrent.futures import Future
@@ -34,6 +33,7 @@ from esper.execution.kernels.optimizer_search import look_for_optimizers
 from esper.execution.kernels.optimizer_state import KernelParameter, give_back, name_states
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.forking import ModuleLock, reset_after_fork
+from esper.user_warnings import warn_user
 
 __all__ = ["KernelParameter", "Kernels", "count_steps", "kernels_changed"]
 
@@ -152,11 +152,9 @@ class _Optimizers:
         except Exception:  # noqa: BLE001  # a fault of ours must not end a user's step
             _LOG.exception("an optimizer's kernels could not be looked at")
         if left:
-            warnings.warn(
+            warn_user(
                 f"the optimizer's loaded state has nothing for {_listed(left)}, which begin without: it was saved with "
                 "other kernels",
-                UserWarning,
-                stacklevel=2,
             )
 
     def _look(self, optimizer: Optimizer, seen: _Seen) -> list[str]:
@@ -221,12 +219,10 @@ class _Optimizers:
         except Exception:  # noqa: BLE001  # as above
             _LOG.exception("gradients of kernels in no optimizer could not be dropped")
         if found:
-            warnings.warn(
+            warn_user(
                 f"the kernels of {_listed(found)} are trainable and stand in no optimizer, so they do not learn: "
                 "model.attach_optimizer(optimizer) has them in it as they come and go. Their gradients are dropped "
                 "after each step meanwhile, or they would add up",
-                UserWarning,
-                stacklevel=2,
             )
 
     def _drop_gradients(self, seen: _Seen) -> list[str]:
