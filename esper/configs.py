@@ -251,17 +251,10 @@ class EsperConfig(BaseSettings):
     logging: LoggingConfig = LoggingConfig()
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *given: Any, **named: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """As pydantic has it: what is given, then the environment, without variables of no setting."""
-        del settings_cls, dotenv_settings, file_secret_settings  # there are no files of these kinds
-        return init_settings, _known_only(env_settings)
+        arguments, environment, *_ = super().settings_customise_sources(*given, **named)  # nor are there other sources
+        return arguments, _known_only(environment)
 
 
 def load_config(path: str | Path | None = None) -> EsperConfig:
@@ -281,16 +274,9 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
 
     class _Layered(EsperConfig):
         @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del init_settings, dotenv_settings, file_secret_settings
-            return _known_only(env_settings), InitSettingsSource(settings_cls, content)  # the first has the last word
+        def settings_customise_sources(cls, *given: Any, **named: Any) -> tuple[PydanticBaseSettingsSource, ...]:
+            environment = super().settings_customise_sources(*given, **named)[1]
+            return environment, InitSettingsSource(cls, content)  # the first has the last word
 
     try:
         settings = _Layered()

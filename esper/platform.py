@@ -11,7 +11,6 @@ import time
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 
 from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, checked_settings, load_config
@@ -285,17 +284,13 @@ class Platform:
     def __enter__(self) -> Platform:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Platform:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
     @property
