@@ -24,6 +24,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from esper.errors import shown
 from esper.settings_file import ConfigError, Location, read_settings
 from esper.user_warnings import warn_user
 from esper.variables import CONFIG_VARIABLE, DEBUG_DIR_VARIABLE, LOGS_VARIABLE
@@ -267,7 +268,7 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
         path = os.environ.get(CONFIG_VARIABLE) or None
     elif not isinstance(path, (str, os.PathLike)):
         raise TypeError(
-            f"load_config takes the path of a YAML file, not {path!r:.80}; EsperConfig.model_validate(...) takes a dict"
+            f"load_config takes the path of a YAML file, not {shown(path)}: EsperConfig.model_validate takes a dict"
         )
     _warn_of_unknown_variables()
     content, lines = ({}, {}) if path is None else read_settings(Path(path).expanduser())

@@ -15,6 +15,7 @@ from pathlib import Path
 from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, checked_settings, load_config
 from esper.contracts.messages import BlueprintSubmitted, TopicNames
+from esper.errors import shown
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
 from esper.futures import in_thread
@@ -80,7 +81,7 @@ class Platform:
         """
         config = load_config() if config is None else checked_settings(config)
         if root is not None and not isinstance(root, (str, os.PathLike)):
-            raise TypeError(f"root must be the path of a folder, not {root!r:.80}; settings are passed as config=...")
+            raise TypeError(f"root must be the path of a folder, not {shown(root)}; settings are passed as config=...")
         return cls(data_folder(config, root), config, InMemoryBus())
 
     @classmethod

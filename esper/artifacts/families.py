@@ -174,9 +174,12 @@ def _affine(builder: GraphBuilder, options: Options, inner: Init, last: Init) ->
 
 
 def _read_deepen(reader: JsonReader, limits: Limits) -> dict[str, Json]:
+    norm = reader.choice("norm", NORMS, "layer_norm")
+    if norm != "none" and reader.integer("out_features", 1, limits.max_dimension) == 1:
+        raise reader.refuse("norm", "'none' where out_features is 1, since a norm of one feature is a constant", norm)
     return {
         "hidden": reader.integer("hidden", 1, limits.max_dimension),
-        "norm": reader.choice("norm", NORMS, "layer_norm"),
+        "norm": norm,
         "activation": reader.choice("activation", ACTIVATIONS, "gelu"),
         "bias": reader.boolean("bias", True),
     }

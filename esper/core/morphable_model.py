@@ -28,6 +28,7 @@ from esper.core.replica.subclassing import undisguised
 from esper.core.reports.explain import Explanation
 from esper.core.wrapping import Wrapping
 from esper.distributed.ranks import Ranks, RanksError
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule
@@ -304,9 +305,9 @@ class MorphableModel(ManyLayers, LearningModel):
         """
         chosen = platform or self._wrapping.options.platform or default_platform()
         if not hasattr(chosen, "oona"):
-            raise TypeError(f"platform must be one that esper.Platform makes, not {chosen!r:.80}, which has no `oona`")
+            raise TypeError(f"platform must be one that esper.Platform makes, not {shown(chosen)}, which has no `oona`")
         if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be the string that commands name this model by, not {name!r:.80}")
+            raise TypeError(f"name must be the string that commands name this model by, not {shown(name)}")
         if not leading:
             return Listener(self, chosen.oona, name)
         if self.ranks is None:

@@ -13,6 +13,7 @@ from torch import nn
 from esper import torch_internals
 from esper.core.errors import RegionError, described
 from esper.core.morphable_model import MorphableModel
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer, LinearSite
 
 __all__ = ["compile_blocks"]
@@ -94,7 +95,7 @@ def _matching(modules: dict[str, nn.Module], block: object) -> list[str]:
     elif isinstance(block, str):
         names = [name for name in modules if name == block or fnmatch.fnmatchcase(name, block)]
     else:
-        raise RegionError(f"blocks takes module types, names and patterns, not {block!r:.80}")
+        raise RegionError(f"blocks takes module types, names and patterns, not {shown(block)}")
     lists = [name for name in names if isinstance(modules[name], nn.ModuleList)]
     names = [name for name in names if name not in lists]
     names += [f"{name}.{key}" for name in lists for key, _ in modules[name].named_children()]

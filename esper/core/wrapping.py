@@ -12,6 +12,7 @@ from esper.core.errors import WrapError
 from esper.core.remote_control import default_platform
 from esper.core.reports.overview import html_overview, seed_scalars
 from esper.core.sites.targets import Selection
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.plans.runtime import CommitMode, Runtime
 from esper.execution.seeds.active_kernels import ActiveKernels
@@ -107,7 +108,7 @@ class WrappedModel(nn.Module):
 
 def _check(telemetry_enabled: object, platform: object, config: object) -> None:
     if telemetry_enabled is not None and not isinstance(telemetry_enabled, bool):
-        raise ValueError(f"telemetry_enabled must be True, False or None, not {telemetry_enabled!r:.80}")
+        raise ValueError(f"telemetry_enabled must be True, False or None, not {shown(telemetry_enabled)}")
     if config is not None:
         from esper.configs import checked_settings  # as below
 
@@ -117,7 +118,7 @@ def _check(telemetry_enabled: object, platform: object, config: object) -> None:
     if platform is not None and missing:
         raise WrapError(
             "platform must be what esper.Platform.embedded() or esper.Platform.connect() returns, not "
-            f"{platform!r:.80}, which has no `{missing[0]}`; settings are passed as config=..."
+            f"{shown(platform)}, which has no `{missing[0]}`; settings are passed as config=..."
         )
 
 

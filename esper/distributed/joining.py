@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from esper.distributed.meeting import Site, meet
 from esper.distributed.ranks import Ranks, RanksError
+from esper.errors import shown
 from esper.execution.plans.runtime import Runtime
 
 __all__ = ["checked_group", "join"]
@@ -36,7 +37,7 @@ def checked_group(group: Any) -> Any:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise RanksError("process_group is one that this process is not in")
     if not isinstance(group, dist.ProcessGroup):
-        raise RanksError(f"process_group must be a torch.distributed.ProcessGroup, not {group!r:.80}")
+        raise RanksError(f"process_group must be a torch.distributed.ProcessGroup, not {shown(group)}")
     return group
 
 

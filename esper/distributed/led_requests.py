@@ -6,7 +6,7 @@ import json
 import threading
 from typing import Any
 
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.plans.alpha import SavedRamp, Schedule
 
 __all__ = ["Leading", "RanksError", "as_text"]
@@ -29,7 +29,7 @@ def as_text(request: dict[str, Any]) -> str:
         ramp = SavedRamp.of(Schedule(alpha))
         if ramp is None:
             raise RanksError(
-                f"other ranks cannot be led to the alpha schedule {alpha!r:.80}, which is code: use a LinearRamp or a "
+                f"other ranks cannot be led to the alpha schedule {shown(alpha)}, which is code: use a LinearRamp or a "
                 "CosineRamp, or ask on every rank"
             )
         request = {**request, "alpha": ramp.model_dump()}

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.lifecycle import (
     LifecycleError,
     SeedLifecycleState,
@@ -86,9 +86,10 @@ def kernel_number(artifact_id: str) -> int:
 
 def seed_number(seed: object) -> int:
     """The number of a seed as it was given, which any kind of integer may be. Raises ``TypeError`` for others."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(f"a seed is given by its number, a whole number from 0 on, not {seed!r:.60}")
-    return operator.index(seed)
+    try:
+        return operator.index(seed if not isinstance(seed, bool) else None)  # type: ignore[arg-type]  # which raises
+    except TypeError:
+        raise TypeError(f"a seed is given by its number, a whole number from 0 on, not {shown(seed)}") from None
 
 
 class KasminaStateLayout:

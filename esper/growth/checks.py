@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
+from esper.errors import shown
 from esper.execution.kernels.rate_schedulers import checked_schedulers, refuse_fixed_groups, schedulers_of
 from esper.growth.errors import GrowthError
 from esper.growth.measuring import CALLED
@@ -23,7 +24,7 @@ def checked_model(model: Any) -> MorphableModel:
         raise GrowthError(f"a grower is for what esper.wrap() returned, not for a {type(model).__name__}")
     platform = model._wrapping.options.platform
     if platform is not None and not hasattr(platform, "request"):
-        raise GrowthError(f"kernels are compiled by what esper.Platform makes, not by {platform!r:.80}")
+        raise GrowthError(f"kernels are compiled by what esper.Platform makes, not by {shown(platform)}")
     refuse_ranks(model)
     return model
 
@@ -31,7 +32,7 @@ def checked_model(model: Any) -> MorphableModel:
 def checked_loss_function(loss_function: Any) -> None:
     """Raise :class:`GrowthError` for what cannot be called with a model and a batch, as far as one can tell."""
     if not callable(loss_function):
-        raise GrowthError(f"{CALLED}; {loss_function!r:.80} is no function")
+        raise GrowthError(f"{CALLED}; {shown(loss_function)} is no function")
     try:
         signature = inspect.signature(loss_function)
     except (TypeError, ValueError):  # of a function in C
@@ -54,7 +55,7 @@ def refuse_ranks(model: MorphableModel) -> None:
 def checked_batches(name: str, batches: Any) -> Iterable[Any]:
     """`batches`, if they can be gone through again and again. Raises :class:`GrowthError`."""
     if not isinstance(batches, Iterable) or isinstance(batches, (str, Mapping)):
-        raise GrowthError(f"{name} must be batches, such as a list of (input, target), not {batches!r:.80}")
+        raise GrowthError(f"{name} must be batches, such as a list of (input, target), not {shown(batches)}")
     if isinstance(batches, Iterator):
         raise GrowthError(f"{name} is an iterator, which is empty after the first probe: pass list(...) of it")
     if isinstance(batches, Sized) and not len(batches):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.artifacts import Blueprint
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.policy import GrowthPolicy
@@ -103,7 +104,7 @@ def _candidate(layer: KasminaLayer, policy: GrowthPolicy, width: int, seed: int)
     if callable(policy.family):
         blueprint = policy.family(layer, width)
         if not isinstance(blueprint, Blueprint):
-            raise GrowthError(f"family must return a Blueprint for a layer and a width, not {blueprint!r:.80}")
+            raise GrowthError(f"family must return a Blueprint for a layer and a width, not {shown(blueprint)}")
         if blueprint.family not in SELECTED_FAMILIES:
             raise GrowthError(
                 f"a grower selects the hidden units of {', '.join(SELECTED_FAMILIES)} blueprints, and family returned "

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.errors import shown
 from esper.growth.errors import GrowthError
 
 __all__ = ["NOTICEABLE", "Clock", "Costs", "Losses"]
@@ -39,7 +40,7 @@ class Losses:
                 return self.read() if now or len(self.waiting) >= _TOGETHER else []
             loss = float(loss.detach())
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
-            raise GrowthError(f"a loss is a tensor or a number, not {loss!r:.80}")
+            raise GrowthError(f"a loss is a tensor or a number, not {shown(loss)}")
         return [*self.read(), (step, float(loss))]
 
     def read(self) -> list[tuple[int, float]]:

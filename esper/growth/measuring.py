@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from esper import torch_internals
 from esper.core.morphable_model import MorphableModel
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 from esper.growth.probe import Probe
@@ -245,4 +246,4 @@ def _loss_of(loss_function: LossFunction, model: MorphableModel, batch: Any) -> 
 
 
 def _described(value: Any) -> str:
-    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.80}"
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)

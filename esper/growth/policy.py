@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from esper.artifacts import Blueprint
+from esper.errors import shown
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.growth.errors import GrowthError
 
@@ -67,20 +68,20 @@ class GrowthPolicy:
         for name in _FRACTIONS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise GrowthError(f"{name} must be a number, at least 0, not {value!r:.80}")
+                raise GrowthError(f"{name} must be a number, at least 0, not {shown(value)}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 allowed = " or ".join(map(repr, choices))
-                raise GrowthError(f"{name} must be {allowed}, not {getattr(self, name)!r:.80}")
+                raise GrowthError(f"{name} must be {allowed}, not {shown(getattr(self, name))}")
         if isinstance(self.widths, str) or not isinstance(self.widths, Sequence) or not self.widths:
-            raise GrowthError(f"widths must be numbers of hidden units, such as (4, 16), not {self.widths!r:.80}")
+            raise GrowthError(f"widths must be numbers of hidden units, such as (4, 16), not {shown(self.widths)}")
         for width in self.widths:
             _check_whole("each of widths", width, 1)
         object.__setattr__(self, "widths", tuple(sorted(set(self.widths))))
         if not callable(self.family) and self.family not in ("bottleneck", "gated_mlp"):
             raise GrowthError(
                 f"family must be 'bottleneck', 'gated_mlp', or a function of a layer and a width that returns a "
-                f"blueprint, not {self.family!r:.80}"
+                f"blueprint, not {shown(self.family)}"
             )
 
     def draw(self, number: int) -> int:
@@ -95,4 +96,4 @@ class GrowthPolicy:
 
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise GrowthError(f"{name} must be a whole number, at least {least}, not {value!r:.80}")
+        raise GrowthError(f"{name} must be a whole number, at least {least}, not {shown(value)}")

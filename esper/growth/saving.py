@@ -9,6 +9,7 @@ from typing import Any
 
 from esper.artifacts import Blueprint
 from esper.core.errors import TargetError
+from esper.errors import shown
 from esper.futures import InterruptSafeFuture
 from esper.growth.choosing import Choice
 from esper.growth.costs import Clock, Costs
@@ -76,7 +77,7 @@ def loaded_stage(state: Mapping[str, Any], makers: Makers) -> Stage:
     if kind == "judging":
         judgement = makers.judgement(choice, state["losses"])
         return Judging(int(state["since"]), choice, str(state["kernel"]), judgement)
-    raise GrowthError(f"a grower's stage is none of {kind!r:.80}")
+    raise GrowthError(f"a grower's stage is none of {shown(kind)}")
 
 
 def _scores(state: Mapping[str, Any], compiler: Compile) -> Future[Scores]:

@@ -28,7 +28,7 @@ from esper.artifacts.graph import KernelGraph
 from esper.core.errors import described
 from esper.core.morphable_model import MorphableModel
 from esper.core.sites.features import told_features
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.kasmina_layer import KasminaLayer
 
 __all__ = ["AdapterError", "load", "save"]
@@ -169,7 +169,7 @@ def _read_config(folder: Path) -> _Config:
         values |= {f"{name}[{pattern!r}]": value for pattern, value in patterns.items()}
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(f"{path} has {name}={value!r:.80}; it is to be a number")
+            raise AdapterError(f"{path} has {name}={shown(value)}; it is to be a number")
         if value < 1 and "alpha" not in name:
             raise AdapterError(f"{path} has {name}={value!r}; a rank is at least 1")
     return _Config(rank, alpha, ranks, alphas, bool(fields.get("use_rslora")))
@@ -192,7 +192,7 @@ def _read_weights(path: Path, hosts: Mapping[str, Tensor]) -> dict[str, dict[str
         if match is not None:
             layers.setdefault(match["layer"], {})[match["name"]] = tensor
         elif not _is_hosts_own(key, tensor, hosts):
-            raise AdapterError(f"{path} has {key!r:.200}, which is of no linear layer's LoRA; kernels cannot do that")
+            raise AdapterError(f"{path} has {shown(key)}, which is of no linear layer's LoRA; kernels cannot do that")
     for layer, parts in layers.items():
         missing = {"lora_A.weight", "lora_B.weight"} - parts.keys()
         if missing:

@@ -130,7 +130,7 @@ def test_blocks_are_named(blocks: Any, found: list[str]) -> None:
         (Stack(), nn.Conv1d, "nothing in the model is 'Conv1d'"),
         (Stack(), [3], "takes module types, names and patterns, not 3"),
         (Stack(), 3, "takes module types, names and patterns, not 3"),
-        (Stack(), nn.Sequential(nn.ReLU()), "takes module types, names and patterns, not Sequential"),
+        (Stack(), nn.Sequential(nn.ReLU()), "takes module types, names and patterns, not a Sequential"),
         (Stack(), [], "name them with blocks=..."),
     ],
 )

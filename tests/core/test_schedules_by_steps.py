@@ -294,6 +294,17 @@ def test_a_resumed_ramp_goes_on_by_steps(shelf: KernelShelf, kernel: str, x: tor
     assert seen[1:] == [[each / 8] * 2 for each in (4, 5, 6, 7, 8, 8)]
 
 
+def test_an_attached_optimizer_is_known_before_its_first_step(shelf: KernelShelf, kernel: str, x: torch.Tensor) -> None:
+    model, fresh = (esper.wrap(mlp(8, 6, 4), platform=shelf.platform) for _ in range(2))
+    optimizer, resumed = sgd(model), sgd(fresh)
+    model.attach_optimizer(optimizer)
+    load(model, "0", 0, kernel, alpha=ramp(8))
+    assert [iterate(model, x, optimizer, forwards=2) for _ in range(3)] == [[each / 8] * 2 for each in (0, 1, 2)]
+    fresh.attach_optimizer(resumed)
+    fresh.load_state_dict(model.state_dict())
+    assert [iterate(fresh, x, resumed, forwards=2) for _ in range(2)] == [[each / 8] * 2 for each in (3, 4)]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_activations_see_the_alpha_of_their_forward(
     shelf: KernelShelf, kernel: str, x: torch.Tensor, reentrant: bool

@@ -26,7 +26,7 @@ WRAPPING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "commit": ({"commit": "later"}, ValueError, "commit must be"),
     "a number as target": ({"target_layers": 3}, TargetError, "not 3"),
     "a module as target": ({"target_layers": nn.Linear(3, 3)}, TargetError, "names and patterns, not Linear"),
-    "modules as target": ({"target_layers": nn.Sequential(nn.Linear(3, 3))}, TargetError, "patterns, not Sequential"),
+    "modules as target": ({"target_layers": nn.Sequential(nn.Linear(3, 3))}, TargetError, "patterns, not a Sequential"),
 }
 
 
@@ -62,7 +62,7 @@ PLATFORMS: dict[str, tuple[Callable[[], Any], str]] = {
     "connect to an address": (lambda: Platform.connect("http://urza:8321"), "not a str: esper.load_config"),  # type: ignore[arg-type]  # the wrong kind
     "connect with a dict": (lambda: Platform.connect({"urza": {}}), "not a dict"),  # type: ignore[arg-type]  # as above
     "embed with a path": (lambda: Platform.embedded(config="esper.yaml"), "not a str"),  # type: ignore[arg-type]  # as above
-    "embed in settings": (lambda: Platform.embedded(EsperConfig()), "folder, not EsperConfig.*config=..."),  # type: ignore[arg-type]  # as above
+    "embed in settings": (lambda: Platform.embedded(EsperConfig()), "folder, not an EsperConfig.*config=..."),  # type: ignore[arg-type]  # as above
     "settings of a dict": (lambda: esper.load_config({"name": "me"}), "path of a YAML file, not {'name'"),  # type: ignore[arg-type]  # as above
 }
 

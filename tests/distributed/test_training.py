@@ -9,12 +9,13 @@ from tests.distributed.ranks import Launched, launch
 pytestmark = pytest.mark.slow
 
 ALIKE = [
-    "ddp", "ddp_at_a_block", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend", "fsdp", "fsdp_at_a_block",
+    "ddp", "ddp_at_a_block", "ddp_that_accumulates", "ddp_around_a_part", "ddp_with_backend",
+    "ddp_with_backend_at_a_block", "ddp_with_backend_at_a_broken_block", "fsdp", "fsdp_at_a_block",
     "fsdp_before_wrapping", "fsdp_that_accumulates",
 ]  # fmt: skip
 GROWN = ["ddp_made_with_a_kernel_in_force", "fsdp_of_a_model_that_has_grown"]
 OTHERS = [*GROWN, "what_is_refused", "fsdp_in_bfloat16"]
-OF_FOUR = ["ddp", "fsdp", "hsdp"]
+OF_FOUR = ["ddp", "ddp_at_a_block", "fsdp", "fsdp_at_a_block", "hsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 def assert_alike(ranks: Launched, scenario: str, tolerance: float = 1e-5) -> None:
     for each in ranks.of(scenario):
-        assert each["flips"] == [[3, 6, 12]] * 2
+        assert each["flips"] == [[3, 6, 9, 12] if "block" in scenario else [3, 6, 12]] * 2
         assert each["between"] == 0.0
         assert each["alone"] < tolerance
         assert each["norms"] < tolerance

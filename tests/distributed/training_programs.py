@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
+from esper import Blueprint
 from tests.core.seeds import blueprint, load, states
 from tests.distributed.ranks import Rank
 from tests.models import mlp
@@ -41,7 +42,10 @@ class _Swaps:
 
     def __init__(self, here: Rank, model: esper.MorphableModel) -> None:
         self._model = model
-        self._first = here.shelf.put(blueprint(start="identity")).id
+        self._at_block = not isinstance(model.kasmina_layers["0"], nn.Linear)
+        first = Blueprint.deepen(8, 6, 5) if self._at_block else blueprint(start="identity")
+        self._first = here.shelf.put(first).id
+        self._other = here.shelf.put(Blueprint.widen(8, 6, 3, activation="tanh", start="kaiming")).id
         self._second = here.shelf.put(blueprint(6, 4, seed=2)).id
 
     def before(self, step: int) -> None:
@@ -50,16 +54,18 @@ class _Swaps:
             assert model.request_kernel("0", 0, self._first, trainable=True).result(30)
         elif step == 6:
             assert model.request_kernel("2", 1, self._second, trainable=True, alpha=0.5).result(30)
+        elif step == 9 and self._at_block:
+            assert model.request_kernel("0", 0, self._other, trainable=True, alpha=0.5).result(30)
         elif step == 12:
             assert model.unload_kernel("2", 1)
 
 
-def _trained(here: Rank, wrap: Any, steps: int = 16, at_block: bool = False, **how: Any) -> Any:
+def _trained(here: Rank, wrap: Any, steps: int = 16, at_block: bool | str = False, **how: Any) -> Any:
     """Train with swaps; returns the largest difference of parameters among ranks, and to one process alone."""
     torch.manual_seed(0)
     host = mlp(8, 6, 4)
     if at_block:
-        host[0] = nn.Sequential(host[0], nn.Tanh())
+        host[0] = Broken(host[0], nn.Tanh()) if at_block == "broken" else nn.Sequential(host[0], nn.Tanh())
     alone = esper.wrap(copy.deepcopy(host), ["0", "2"], platform=here.shelf.platform)
     model, run = wrap(here, host)
     _run(here, model, run, steps, **how)
@@ -153,6 +159,23 @@ def ddp_at_a_block(here: Rank) -> Any:
     return _trained(here, _ddp, at_block=True)
 
 
+class Broken(nn.Sequential):
+    """A block whose graph is broken."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self[0](x)
+        torch._dynamo.graph_break()
+        return self[1](x)
+
+
+def ddp_with_backend_at_a_broken_block(here: Rank) -> Any:
+    return _trained(here, _ddp_with_backend, at_block="broken")
+
+
+def ddp_with_backend_at_a_block(here: Rank) -> Any:
+    return _trained(here, _ddp_with_backend, at_block=True)
+
+
 def fsdp_at_a_block(here: Rank) -> Any:
     return _trained(here, _fsdp, at_block=True)
 
@@ -169,12 +192,13 @@ def ddp_around_a_part(here: Rank) -> Any:
     return _trained(here, wrap)
 
 
-def ddp_with_backend(here: Rank) -> Any:
-    def wrap(here: Rank, host: nn.Module) -> Any:
-        model, run = _ddp(here, host)
-        return model, torch.compile(run, backend="esper", options={"inner": "aot_eager"})
+def _ddp_with_backend(here: Rank, host: nn.Module) -> Any:
+    model, run = _ddp(here, host)
+    return model, torch.compile(run, backend="esper", options={"inner": "aot_eager"})
 
-    return _trained(here, wrap)
+
+def ddp_with_backend(here: Rank) -> Any:
+    return _trained(here, _ddp_with_backend)
 
 
 def ddp_made_with_a_kernel_in_force(here: Rank) -> Any:

@@ -47,6 +47,7 @@ class LearningModel(WrappedModel):
             optimizer, scheduler, lr_factor=lr_factor, warmup=warmup, warmup_start=warmup_start, peak=peak,
             **group_options,
         )  # fmt: skip
+        self.runtime.optimizer_steps.know(optimizer, holds=True)
 
     def has_optimizer(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` is attached."""

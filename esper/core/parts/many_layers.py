@@ -17,8 +17,9 @@ from esper.core.copies.copying import layer_places
 from esper.core.errors import TargetError, UnknownLayerError
 from esper.core.remote_control import default_platform
 from esper.core.wrapping import WrappedModel
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.kasmina_layer import KasminaLayer
+from esper.execution.kernels.loaded_kernel import KernelMismatchError, check_features
 from esper.execution.plans.alpha import AlphaSchedule
 from esper.execution.seeds.load_groups import GroupedLoad, KernelsRequest, LoadGroup
 from esper.execution.seeds.progress import Stage
@@ -65,7 +66,7 @@ class ManyLayers(WrappedModel):
             shares = dict(self._wrapping.host.named_modules())
             hits = {name for name, module in (*modules.items(), *shares.items()) if module is target}
         else:
-            raise TargetError(f"layers are named by names, patterns, types and modules, not by {target!r:.80}")
+            raise TargetError(f"layers are named by names, patterns, types and modules, not by {shown(target)}")
         known = {name: (name, place) for name, place in places.items()}
         around = hits - known.keys() - set(places.values())
         found = {
@@ -130,7 +131,7 @@ class ManyLayers(WrappedModel):
     def _compiler(self) -> Callable[[Blueprint], Future[Any]]:
         platform: Any = self._wrapping.options.platform or default_platform()
         if not hasattr(platform, "request"):
-            raise TypeError(f"blueprints are compiled by what esper.Platform makes, not by {platform!r:.80}: pass ids")
+            raise TypeError(f"blueprints are compiled by what esper.Platform makes, not by {shown(platform)}: pass ids")
         compiler: Callable[[Blueprint], Future[Any]] = platform.request
         return compiler
 
@@ -216,7 +217,7 @@ def _kernel_for(kernel: Any, name: str, layer: KasminaLayer) -> Any:
         found = kernel(layer) if callable(kernel) and not isinstance(kernel, Blueprint) else kernel
     if not isinstance(found, (str, Blueprint)):
         hint = "; pass its id" if hasattr(found, "id") else ""
-        raise TypeError(f"layer {name!r} is to have an id, a name or a Blueprint, not {found!r:.60}{hint}")
+        raise TypeError(f"layer {name!r} is to have an id, a name or a Blueprint, not {shown(found)}{hint}")
     return found
 
 
@@ -226,7 +227,14 @@ def _compile_first(
     compiler: Callable[[Blueprint], Future[Any]],
     go_on: Callable[[], None],
 ) -> None:
-    """Have `blueprints` compiled, each once, and then `go_on`; if one fails, nothing of `group` is loaded."""
+    """Have `blueprints` compiled, each once, and then `go_on`; if one fails, nothing of `group` is loaded.
+
+    None is compiled if there is one that cannot stand at its layer.
+    """
+    misfits = {load: error for load in group.loads if (error := _misfit(load.seed, blueprints)) is not None}
+    if misfits:
+        group.refuse(misfits)
+        return
     compiled = {blueprint: compiler(blueprint) for blueprint in set(blueprints.values())}
     left, lock = set(compiled), threading.Lock()
     group.request.note_blueprints(0, len(compiled))
@@ -255,3 +263,14 @@ def _compile_first(
 
     for blueprint, future in compiled.items():
         future.add_done_callback(lambda _, each=blueprint: end(each))  # type: ignore[misc]  # mypy cannot infer it
+
+
+def _misfit(seed: Seed, blueprints: Mapping[Seed, Blueprint]) -> KernelMismatchError | None:
+    """Why the kernel of the blueprint for `seed` could not stand there, as far as is known before it has run."""
+    features = seed.layer.features
+    if seed in blueprints and features is not None:
+        try:
+            check_features(blueprints[seed].graph, features, seed.layer_name, "the blueprint's kernel")
+        except KernelMismatchError as error:
+            return error
+    return None

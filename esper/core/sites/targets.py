@@ -16,6 +16,7 @@ from esper.core.errors import TargetError
 from esper.core.replica.replace_modules import opaque_reason
 from esper.core.sites.features import Features, told_features
 from esper.core.sites.module_site import taken_name, unfit_call
+from esper.errors import shown
 from esper.user_warnings import warn_user
 
 __all__ = ["Selection", "Target", "select_targets", "unfit_reason"]
@@ -92,7 +93,7 @@ def _wanted(target_layers: Any) -> dict[Target, Features | None]:
         counted = [each for each in pair if isinstance(each, int) and not isinstance(each, bool) and each > 0]
         if sizes is not None and (len(pair), len(counted)) != (2, 2):
             raise TargetError(
-                f"target_layers gives {target!r} the features {sizes!r:.80}, which are no two whole numbers above 0: "
+                f"target_layers gives {target!r} the features {shown(sizes)}, which are no two whole numbers above 0: "
                 "the sizes of the last dimension of its input and output, or None"
             )
     return {target: None if sizes is None else (sizes[0], sizes[1]) for target, sizes in wanted.items()}
@@ -198,7 +199,7 @@ class _Matching:
         if isinstance(target, str):
             return [name for name in self._modules if name == target or fnmatch.fnmatchcase(name, target)]
         hint = "; pass it as platform=..." if hasattr(target, "kernel_source") else ""
-        raise TargetError(f"target_layers takes module types, names and patterns, not {target!r:.80}{hint}")
+        raise TargetError(f"target_layers takes module types, names and patterns, not {shown(target)}{hint}")
 
     def _linears_in(self, roots: Iterable[str]) -> set[str]:
         """Of linear layers and of what only holds others, those that can be sites."""

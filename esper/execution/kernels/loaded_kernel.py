@@ -29,6 +29,7 @@ __all__ = [
     "KernelModule",
     "KernelTemplate",
     "LoadedKernel",
+    "check_features",
 ]
 
 
@@ -329,12 +330,7 @@ class LoadedKernel:
     def check_fits(self, in_features: int, out_features: int, dtype: torch.dtype, layer: str) -> None:
         """Raise `KernelMismatchError` unless the kernel can stand at a linear layer of these features and dtype."""
         graph, who = self.graph, f"kernel {self.artifact_id[:12]}"
-        if (graph.in_features, graph.out_features) != (in_features, out_features):
-            raise KernelMismatchError(
-                f"{who} maps {graph.in_features} to {graph.out_features} features, but layer {layer!r} maps "
-                f"{in_features} to {out_features}; compile a blueprint with in_features={in_features}, "
-                f"out_features={out_features}."
-            )
+        check_features(graph, (in_features, out_features), layer, who)
         wanted = str(dtype).removeprefix("torch.")
         if graph.dtype != wanted:
             raise KernelMismatchError(
@@ -356,3 +352,12 @@ def _rows(tensor: Tensor) -> Tensor:
     """`[*, features]` as contiguous `[n, features]`."""
     flat = tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     return flat.contiguous()
+
+
+def check_features(graph: KernelGraph, features: tuple[int, int], layer: str, who: str) -> None:
+    """Raise `KernelMismatchError` unless kernels of `graph` can stand at a layer of these features."""
+    if (graph.in_features, graph.out_features) != features:
+        raise KernelMismatchError(
+            f"{who} maps {graph.in_features} to {graph.out_features} features, but layer {layer!r} maps {features[0]} "
+            f"to {features[1]}; compile a blueprint with in_features={features[0]}, out_features={features[1]}."
+        )

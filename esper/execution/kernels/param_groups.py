@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.errors import EsperError
+from esper.errors import EsperError, shown
 from esper.execution.kernels.optimizer_state import KernelParameter
 
 __all__ = [
@@ -73,14 +73,14 @@ class GroupOptions:
             known = ", ".join(sorted({"lr_factor", "warmup", "warmup_start", "peak", *defaults}))
             raise TypeError(f"this optimizer's groups have no option {unknown[0]!r}; there are {known}")
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise OptimizerError(f"warmup is a whole number of the optimizer's steps, 0 for none, not {warmup!r:.60}")
+            raise OptimizerError(f"warmup is a whole number of the optimizer's steps, 0 for none, not {shown(warmup)}")
         options = dict(others)
         lr = options.pop("lr", None)
         numbers = {**rates, **({"lr": lr} if lr is not None else {}), "weight_decay": options.get("weight_decay", 0.0)}
         for name, value in numbers.items():
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not 0 <= value < math.inf:
-                raise OptimizerError(f"{name} must be a number of at least 0, not {value!r:.60}")
+                raise OptimizerError(f"{name} must be a number of at least 0, not {shown(value)}")
         if lr is not None and rates["lr_factor"] != 1.0:
             raise OptimizerError("lr and lr_factor both say what the kernels' rate is: pass one of them")
         return cls(lr=lr, warmup=warmup, others=options, **rates)

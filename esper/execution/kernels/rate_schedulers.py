@@ -15,6 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from esper.errors import shown
 from esper.execution.kernels.param_groups import BESIDE, FACTOR, LABELS, Group, OptimizerError, scaled
 
 __all__ = [
@@ -44,7 +45,7 @@ def checked_schedulers(given: Any, optimizer: Optimizer) -> list[LRScheduler]:
             scheduler = getattr(scheduler, "scheduler", None)  # Accelerate's
         if not isinstance(scheduler, LRScheduler):
             raise TypeError(
-                f"scheduler must be one of torch.optim.lr_scheduler, or several of them, not {each!r:.80}; others set "
+                f"scheduler must be one of torch.optim.lr_scheduler, or several of them, not {shown(each)}; others set "
                 "the rates of all groups by themselves, and need not be named"
             )
         if not _is_for(scheduler, optimizer):

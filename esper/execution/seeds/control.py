@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from esper.artifacts import Blueprint
+from esper.errors import shown
 from esper.execution.kernels.service_locator import AttachKernel, TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plans.alpha import AlphaSchedule
@@ -87,10 +88,10 @@ class SeedControl:
                 hint = "; compile it first, and pass the kernel's id, or use request_kernels(), which takes blueprints"
             else:
                 hint = "; pass its id" if hasattr(reference, "id") else ""
-            raise TypeError(f"a kernel is asked for by its id or name, a string, not by {reference!r:.60}{hint}")
+            raise TypeError(f"a kernel is asked for by its id or name, a string, not by {shown(reference)}{hint}")
         if not isinstance(trainable, bool) or not isinstance(isolate, bool):
             name, flag = ("isolate", isolate) if isinstance(trainable, bool) else ("trainable", trainable)
-            raise TypeError(f"{name} must be True or False, not {flag!r:.60}")
+            raise TypeError(f"{name} must be True or False, not {shown(flag)}")
         first = checked_alpha(alpha(0) if callable(alpha) else alpha)
         if callable(alpha):
             self._runtime.model.count_steps()
