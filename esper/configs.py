@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml  # type: ignore[import-untyped]  # PyYAML ships no types
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
@@ -25,9 +24,8 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from esper.errors import EsperError, shown
-from esper.ownership import UnsafePathError, check_own
-from esper.regular_files import read_regular
+from esper.errors import shown
+from esper.settings_file import ConfigError, Location, read_settings
 from esper.user_warnings import warn_user
 from esper.variables import CONFIG_VARIABLE, DEBUG_DIR_VARIABLE, LOGS_VARIABLE
 
@@ -54,11 +52,6 @@ __all__ = [
 _PREFIX = "ESPER_"
 _DELIMITER = "__"
 _WHERE_THEY_ARE = "`esper config show` lists the settings"
-_MOST_BYTES = 2**22  # of a file of settings
-
-
-class ConfigError(EsperError, ValueError):
-    """A setting that cannot be used: unknown, of the wrong type or out of range, or a file that cannot be read."""
 
 
 class _Section(BaseModel):
@@ -259,17 +252,10 @@ class EsperConfig(BaseSettings):
     logging: LoggingConfig = LoggingConfig()
 
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
+    def settings_customise_sources(cls, *given: Any, **named: Any) -> tuple[PydanticBaseSettingsSource, ...]:
         """As pydantic has it: what is given, then the environment, without variables of no setting."""
-        del settings_cls, dotenv_settings, file_secret_settings  # there are no files of these kinds
-        return init_settings, _known_only(env_settings)
+        arguments, environment, *_ = super().settings_customise_sources(*given, **named)  # nor are there other sources
+        return arguments, _known_only(environment)
 
 
 def load_config(path: str | Path | None = None) -> EsperConfig:
@@ -285,20 +271,13 @@ def load_config(path: str | Path | None = None) -> EsperConfig:
             f"load_config takes the path of a YAML file, not {shown(path)}: EsperConfig.model_validate takes a dict"
         )
     _warn_of_unknown_variables()
-    content, lines = ({}, {}) if path is None else _read_yaml(Path(path).expanduser())
+    content, lines = ({}, {}) if path is None else read_settings(Path(path).expanduser())
 
     class _Layered(EsperConfig):
         @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            del init_settings, dotenv_settings, file_secret_settings
-            return _known_only(env_settings), InitSettingsSource(settings_cls, content)  # the first has the last word
+        def settings_customise_sources(cls, *given: Any, **named: Any) -> tuple[PydanticBaseSettingsSource, ...]:
+            environment = super().settings_customise_sources(*given, **named)[1]
+            return environment, InitSettingsSource(cls, content)  # the first has the last word
 
     try:
         settings = _Layered()
@@ -329,50 +308,6 @@ def _explain_section(cause: SettingsError) -> str:
     )
 
 
-_Location = tuple[str, ...]
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[_Location, int]]:
-    """What the file says, and the line of each setting in it."""
-    try:
-        text = read_regular(path, _MOST_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"the configuration file {path} cannot be read: {cause}") from cause
-    try:
-        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"the configuration file {path} is not YAML: {cause}") from cause
-    if content is None:
-        return {}, {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"the configuration file {path} does not hold settings; write lines like `name: value`")
-    _check_trust_list(path, content)
-    return content, dict(_lines(tree, ()))
-
-
-def _check_trust_list(path: Path, content: Mapping[str, Any]) -> None:
-    """Whoever can write down which keys are trusted decides which machine code runs here."""
-    platform = content.get("platform")
-    if isinstance(platform, dict) and platform.get("trusted_keys"):
-        try:
-            check_own(path, f"the trust list platform.trusted_keys in {path}")
-        except UnsafePathError as cause:
-            raise ConfigError(str(cause)) from cause
-
-
-def _lines(node: yaml.Node, location: _Location) -> Iterator[tuple[_Location, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            within = (*location, str(key.value))
-            yield within, key.start_mark.line + 1
-            yield from _lines(value, within)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            within = (*location, str(index))
-            yield within, value.start_mark.line + 1
-            yield from _lines(value, within)
-
-
 def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
     for name, field in fields.items():
         variable = f"{prefix}{name}".upper()
@@ -381,7 +316,7 @@ def _variables(fields: dict[str, Any], prefix: str) -> Iterator[str]:
             yield from _variables(field.annotation.model_fields, f"{variable}{_DELIMITER}")
 
 
-def _variable(location: _Location) -> str:
+def _variable(location: Location) -> str:
     return f"{_PREFIX}{_DELIMITER.join(location)}".upper()
 
 
@@ -409,7 +344,7 @@ def unknown_variables() -> str:
     return f"there is no setting for {', '.join(unknown)}; {hint}"
 
 
-def _no_such_setting(location: _Location) -> str:
+def _no_such_setting(location: Location) -> str:
     """What to say of a key that no setting has, with the one that may have been meant."""
     known = [*_variables(EsperConfig.model_fields, ""), *_variables(UrzaToken.model_fields, "URZA__TOKENS__")]
     wish = _DELIMITER.join(each for each in location if not each.isdigit()).upper()
@@ -429,7 +364,7 @@ def _warn_of_unknown_variables() -> None:
         warn_user(f"{told} (it is not read)")
 
 
-def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[_Location, int]) -> str:
+def _explain(error: ValidationError, path: str | Path | None, lines: Mapping[Location, int]) -> str:
     problems = []
     for each in error.errors():
         location = tuple(map(str, each["loc"]))

@@ -1,14 +1,17 @@
-"""Futures that stay usable when Ctrl-C interrupts who asks them."""
+"""Futures that stay usable when Ctrl-C interrupts who asks them, and work on a thread that answers one."""
 
 from __future__ import annotations
 
 import operator
 import threading
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import TypeVar
 
-__all__ = ["InterruptSafeFuture"]
+__all__ = ["InterruptSafeFuture", "in_thread"]
 
+_LATE_SECONDS = 0.5  # for a timeout to be noticed by the work, which knows what it is waiting for
 _Result = TypeVar("_Result")
 
 
@@ -34,3 +37,32 @@ class InterruptSafeFuture(Future[_Result]):
     def __init__(self) -> None:
         super().__init__()
         self._condition = _Condition()
+
+
+def in_thread(
+    work: Callable[[], _Result], timeout: float | None, late: Callable[[float], Exception]
+) -> Future[_Result]:
+    """Run `work`, which knows of `timeout`; soon after that, the future has the error `late` and waits no more."""
+    future: Future[_Result] = InterruptSafeFuture()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
+            fail(error)
+        else:
+            with suppress(InvalidStateError):
+                future.set_result(result)
+
+    def fail(error: BaseException) -> None:
+        with suppress(InvalidStateError):
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="esper-request", daemon=True).start()
+    if timeout is not None:
+        timer = threading.Timer(timeout + _LATE_SECONDS, lambda: fail(late(timeout)))
+        timer.name, timer.daemon = "esper-request-timeout", True
+        timer.start()
+        future.add_done_callback(lambda _: timer.cancel())
+    return future

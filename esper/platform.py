@@ -9,11 +9,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
 
 from esper.artifacts import Blueprint, BlueprintError, TrustStore, artifact_message
 from esper.configs import ConfigError, EsperConfig, checked_settings, load_config
@@ -21,7 +18,7 @@ from esper.contracts.messages import BlueprintSubmitted, TopicNames
 from esper.errors import shown
 from esper.execution.sources import KernelSource
 from esper.forking import ModuleLock, reset_after_fork
-from esper.futures import InterruptSafeFuture
+from esper.futures import in_thread
 from esper.services.contracts import BlueprintRecord, BlueprintStatus, CompiledKernelArtifact
 from esper.services.errors import (
     CompilationFailedError,
@@ -43,7 +40,6 @@ __all__ = ["Platform", "default_platform", "opened_default_platform"]
 
 _log = logging.getLogger(__name__)
 
-_LATE_SECONDS = 0.5  # for a timeout to be noticed where it is known what the blueprint is waiting for
 _POLL_SECONDS = 0.5
 """How often the store is looked at for what another process finished. This process's own work is noticed at once."""
 
@@ -216,7 +212,7 @@ class Platform:
         """:meth:`wait` for code that is not async: blocks the calling thread, for `timeout` seconds at most."""
         if timeout is None:
             return self._wait_here(blueprint_id, None)
-        return _in_thread(lambda: self._wait_here(blueprint_id, timeout), timeout).result()
+        return in_thread(lambda: self._wait_here(blueprint_id, timeout), timeout, _late).result()
 
     def _wait_here(self, blueprint_id: str, timeout: float | None) -> CompiledKernelArtifact:
         changed, deadline = threading.Event(), _Deadline(blueprint_id, timeout)
@@ -244,7 +240,7 @@ class Platform:
             left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
             return self._wait_here(blueprint_id, left)
 
-        return _in_thread(work, timeout)
+        return in_thread(work, timeout, _late)
 
     async def compile(
         self, blueprint: Blueprint, name: str | None = None, *, timeout: float | None = None
@@ -289,17 +285,13 @@ class Platform:
     def __enter__(self) -> Platform:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Platform:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
     @property
@@ -347,33 +339,8 @@ def _check_blueprint(blueprint: object) -> None:
         raise BlueprintError(f"a {type(blueprint).__name__} was submitted; make a Blueprint, e.g. by from_json()")
 
 
-def _in_thread(work: Callable[[], CompiledKernelArtifact], timeout: float | None) -> Future[CompiledKernelArtifact]:
-    """Run `work`, which knows of `timeout`; soon after that, the future does not wait for it any more."""
-    future: Future[CompiledKernelArtifact] = InterruptSafeFuture()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            kernel = work()
-        except BaseException as error:  # noqa: BLE001  # the future carries it to whoever asks
-            with suppress(InvalidStateError):
-                future.set_exception(error)
-        else:
-            with suppress(InvalidStateError):
-                future.set_result(kernel)
-
-    def give_up() -> None:
-        late = CompilationTimeoutError(f"the store has not answered for {timeout:g} s; look at it, or ask again")
-        with suppress(InvalidStateError):
-            future.set_exception(late)
-
-    threading.Thread(target=run, name="esper-request", daemon=True).start()
-    if timeout is not None:
-        timer = threading.Timer(timeout + _LATE_SECONDS, give_up)
-        timer.name, timer.daemon = "esper-request-timeout", True
-        timer.start()
-        future.add_done_callback(lambda _: timer.cancel())
-    return future
+def _late(timeout: float) -> CompilationTimeoutError:
+    return CompilationTimeoutError(f"the store has not answered for {timeout:g} s; look at it, or ask again")
 
 
 def _wake(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Branching", "TransformerBlock", "mlp", "small_transformer"]
+__all__ = ["Branching", "TransformerBlock", "Twice", "mlp", "small_transformer"]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -40,6 +40,19 @@ class TransformerBlock(nn.Module):
 def small_transformer(width: int = 16, heads: int = 2, blocks: int = 2) -> nn.Sequential:
     """Transformer blocks and a head of 4 outputs."""
     return nn.Sequential(*[TransformerBlock(width, heads) for _ in range(blocks)], nn.Linear(width, 4))
+
+
+class Twice(nn.Module):
+    """One layer that runs twice in a forward, so that a change of plan in between would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = self.layer(x).tanh()
+        return x
 
 
 class Branching(nn.Module):

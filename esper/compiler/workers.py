@@ -7,7 +7,6 @@ import logging
 import threading
 from collections import Counter, deque
 from concurrent.futures import Future
-from types import TracebackType
 
 from esper.compiler.errors import (
     CompileWorkerError,
@@ -138,9 +137,7 @@ class CompileWorkers:
     def __enter__(self) -> CompileWorkers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -1,5 +1,10 @@
 """Errors of wrapping and of the wrapped model."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 from torch import nn
 
 from esper import torch_internals
@@ -26,6 +31,16 @@ class SiteCallError(EsperError, TypeError):
 
 class UnknownLayerError(EsperError, KeyError):
     """No layer of this name has seeds."""
+
+    @classmethod
+    def of(cls, name: object, layers: Iterable[str]) -> UnknownLayerError:
+        """What to say of `name`, where `layers` have seeds."""
+        names = list(layers)
+        near = difflib.get_close_matches(str(name), names, n=3)
+        shown = ", ".join(map(repr, near or names[:8]))
+        more = f" and {len(names) - 8} more" if not near and len(names) > 8 else ""
+        hint = f"did you mean {shown}?" if near else f"there are {shown}{more}"
+        return cls(f"there is no layer {name!r} with seeds; {hint}")
 
 
 def described(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import sys
 from collections import OrderedDict
@@ -224,11 +223,7 @@ class MorphableModel(ManyLayers, LearningModel):
         try:
             return self.kasmina_layers[name]
         except KeyError:
-            near = difflib.get_close_matches(str(name), self.kasmina_layers, n=3)
-            hint = (
-                f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {_listed(self.kasmina_layers)}"
-            )
-            raise UnknownLayerError(f"there is no layer {name!r} with seeds; {hint}") from None
+            raise UnknownLayerError.of(name, self.kasmina_layers) from None
 
     def request_kernel(
         self,
@@ -397,8 +392,3 @@ class WrappedModelLink(ModelLink[MorphableModel]):
 
     def runs_eagerly(self) -> bool:
         return (model := self.model) is None or model._eager.runs_eagerly()
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    shown = ", ".join(map(repr, list(names)[:8]))
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")

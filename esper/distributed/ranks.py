@@ -20,8 +20,10 @@ from typing import Any
 
 from esper.distributed import agreement
 from esper.distributed.agreement import Ballot, Coordinator, Member, Steps
+from esper.distributed.led_requests import Leading, RanksError, as_text
+from esper.distributed.pace import WINDOW, Pace
 from esper.distributed.store import Connection, StoreGoneError
-from esper.errors import EsperError, shown
+from esper.errors import EsperError
 from esper.execution.plans.runtime import Runtime
 from esper.forking import reset_after_fork
 
@@ -31,12 +33,6 @@ _LOG = logging.getLogger("esper.distributed")
 PATIENCE = 30.0
 """Seconds after which a rank says that it waits for others, and again after as long."""
 _FIRST_LOOK, _LONGEST_LOOK = 0.002, 0.25
-_WINDOW = 0.02
-"""Seconds over which it is counted how fast forwards begin."""
-
-
-class RanksError(EsperError, RuntimeError):
-    """The ranks of a process group did not change together, or cannot be asked to; the message names them."""
 
 
 class _Change:
@@ -47,12 +43,6 @@ class _Change:
         self.operations = operations
         self.is_published = False
         self.since = time.monotonic()
-
-
-class _Leading(threading.local):
-    """How many blocks of `Ranks.leading` this thread is in."""
-
-    depth = 0
 
 
 class Ranks:
@@ -81,7 +71,7 @@ class Ranks:
         self._to_send: deque[Steps] = deque()
         self._broken = ""
         self._is_closed = False
-        self._leading = _Leading()
+        self._leading = Leading()
         self._seconds = 0.01  # that a ballot takes
         self._told = time.monotonic()
         self._waiting, sending = Connection(store, rank), Connection(store, rank)
@@ -198,7 +188,7 @@ class Ranks:
 
     def lead(self, request: Callable[[], dict[str, Any]]) -> None:
         if self._coordinator is not None and self._leading.depth:
-            text = _as_text(request())
+            text = as_text(request())
             with self._lock:
                 self._coordinator.ask(text)
                 self._post(_nothing())
@@ -254,7 +244,7 @@ class Ranks:
         coordinator = None if self._coordinator is None else self._coordinator.run()
         if coordinator is not None:
             next(coordinator)
-        look, samples = _WINDOW, deque[tuple[float, int]](maxlen=64)
+        look, pace = WINDOW, Pace()
         while True:
             with self._lock:
                 idle = self._coordinator is None or self._coordinator.is_idle
@@ -265,18 +255,15 @@ class Ranks:
             for steps in to_send:
                 self._drive(steps, connection, self._perform)
             self._say_who_is_missing(connection)
-            if self._coordinator is None or coordinator is None:
+            if self._coordinator is None or coordinator is None or self._coordinator.is_idle:
                 continue
-            if self._coordinator.is_idle:
-                continue
-            if not samples:  # before anything is decided, see how fast forwards begin
-                look = _WINDOW
-                samples.append((time.monotonic(), self.forward))
+            if pace.begin(self.forward):  # before anything is decided, see how fast forwards begin
+                look = WINDOW
                 continue
             look = _FIRST_LOOK if to_send else min(look * 1.3, _LONGEST_LOOK)
-            self._count_votes(coordinator, connection, self._lead_of(samples))
+            self._count_votes(coordinator, connection, pace.lead(self.forward, 3 * min(self._seconds, 5.0)))
             if self._coordinator.is_idle:
-                samples.clear()
+                pace.end()
         connection.wake(self._waiting)
         atexit.unregister(self.close)
 
@@ -297,16 +284,6 @@ class Ranks:
             if isinstance(step, agreement.Decide):
                 self._seconds += (time.monotonic() - self._opened - self._seconds) / 2
 
-    def _lead_of(self, samples: deque[tuple[float, int]]) -> int:
-        """How many forwards begin on this rank, as it goes now, in thrice the time that a ballot takes."""
-        now, forward = time.monotonic(), self.forward
-        if now - samples[-1][0] >= _WINDOW:
-            samples.append((now, forward))
-        earlier = [each for each in samples if now - each[0] >= _WINDOW] or [samples[0]]
-        since, before = next((each for each in earlier if now - each[0] <= 1.0), earlier[-1])
-        rate = (forward - before) / max(now - since, 1e-3)
-        return round(rate * 3 * min(self._seconds, 5.0) + 0.5) if rate else 0
-
     def _drive(
         self, steps: Steps, connection: Connection, perform: Callable[[agreement.Step, Connection], Any]
     ) -> None:
@@ -323,23 +300,12 @@ class Ranks:
 
     def _perform(self, step: agreement.Step, connection: Connection) -> Any:
         match step:
-            case agreement.Get(key):
-                return connection.get(key, lambda: self._is_closed)
-            case agreement.GetAll(keys):
-                return connection.get_all(keys)
-            case agreement.There(keys):
-                return connection.has(keys)
-            case agreement.Set(key, value):
-                connection.set(key, value)
-            case agreement.Decide(key, value):
-                return connection.decide(key, value)
-            case agreement.Delete(keys):
-                connection.delete(keys)
             case agreement.Prepare(changes):
                 return self._prepare(changes)
             case agreement.Learn(ballot, go):
-                self._learn(ballot, go)
-        return None
+                return self._learn(ballot, go)
+            case _:
+                return connection.perform(step, lambda: self._is_closed)
 
     def _learn(self, ballot: Ballot, go: bool | None) -> None:
         if go is None:
@@ -431,19 +397,3 @@ class Ranks:
 def _nothing() -> Steps:
     """Nothing to send: whoever sends looks what there is to do."""
     yield from ()
-
-
-def _as_text(request: dict[str, Any]) -> str:
-    """A request as JSON. Raises :class:`RanksError` for an alpha that is code, which cannot be sent."""
-    from esper.execution.plans.alpha import SavedRamp, Schedule
-
-    alpha = request.get("alpha")
-    if callable(alpha):
-        ramp = SavedRamp.of(Schedule(alpha))
-        if ramp is None:
-            raise RanksError(
-                f"other ranks cannot be led to the alpha schedule {shown(alpha)}, which is code: use a LinearRamp or a "
-                "CosineRamp, or ask on every rank"
-            )
-        request = {**request, "alpha": ramp.model_dump()}
-    return json.dumps(request)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import distributed as dist
 
+from esper.distributed import agreement
 from esper.errors import EsperError
 
 __all__ = ["Connection", "StoreGoneError"]
@@ -47,6 +48,23 @@ class Connection:
         """Wake `waiting`, which is another connection of the same rank, once and for all."""
         for number in range(waiting.heard, waiting.heard + 2):
             self.set(_bell(self._rank, number), "1")
+
+    def perform(self, step: agreement.Step, given_up: Callable[[], bool]) -> Any:
+        """What a step of `agreement` asks of the store."""
+        match step:
+            case agreement.Get(key):
+                return self.get(key, given_up)
+            case agreement.GetAll(keys):
+                return self.get_all(keys)
+            case agreement.There(keys):
+                return self.has(keys)
+            case agreement.Set(key, value):
+                self.set(key, value)
+            case agreement.Decide(key, value):
+                return self.decide(key, value)
+            case agreement.Delete(keys):
+                self.delete(keys)
+        return None
 
     def set(self, key: str, value: str) -> None:
         self._ask(lambda: self._store.set(key, value))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import threading
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,28 +13,23 @@ from torch import nn
 from esper.errors import EsperError
 from esper.execution import site_marker
 from esper.execution.assembly import Assembly, LayerParts
-from esper.execution.kernel_cache import KernelCache
 from esper.execution.kernels import service_locator
 from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
-from esper.execution.plans.alpha import AlphaSchedule
-from esper.execution.plans.executor import PlanOwner
-from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.model_link import ModelLink
-from esper.execution.plans.plan import Plan, SeedPlan
-from esper.execution.plans.runtime import CommitMode, Runtime
+from esper.execution.plans.plan import SeedPlan
+from esper.execution.plans.runtime import CommitMode
+from esper.execution.plans.site_executor import SiteExecutor
 from esper.execution.seeds.active_kernels import BANK_NAME, ActiveKernels
-from esper.execution.seeds.control import SeedControl
-from esper.execution.seeds.copying import LayerSeeds, copy_schedules, restore_seeds
-from esper.execution.seeds.progress import KernelRequest
+from esper.execution.seeds.copying import PackedLayer, copy_schedules
+from esper.execution.seeds.layer_control import LayerControl
 from esper.execution.seeds.seed import Seed
 from esper.execution.site_forward import kernels_have_hooks, site_forward
 from esper.execution.site_marker import commit_while_tracing, enter_uncompiled, marked_by_esper
 from esper.execution.site_paths import SitePath, active_path, blended, dormant_path, with_backward_hooks
 from esper.execution.sources import KernelSource
-from esper.execution.state_layout import KasminaStateLayout, seed_number
 from esper.execution.telemetry import CallCounter, Telemetry
 from esper_passes import TAGGED_ENTER, TAGGED_SITE
 
@@ -48,7 +40,7 @@ class UnknownFeaturesError(EsperError, RuntimeError):
     """It is not known yet how many features a module has."""
 
 
-class KasminaLayer(nn.Module):
+class KasminaLayer(SiteExecutor, LayerControl, nn.Module):
     """A layer with `num_seeds` seeds, `[*, input_dim] -> [*, output_dim]`.
 
     In a wrapped model it stands where the host's `nn.Linear`, or another module, stood and shares that module's
@@ -69,18 +61,7 @@ class KasminaLayer(nn.Module):
     out_features: int
     weight: torch.Tensor
     """Of a linear layer, as those two; in the place of another module only if that has it."""
-    layer_id: int
-    """Its number in the model, in the order of the sites."""
-    layer_name: str
-    """The host's dotted name for it; of a layer that stands alone what it was given, by default its number."""
-    site: int
     first_seed: int
-    runtime: Runtime
-    control: SeedControl
-    seeds: tuple[Seed, ...]
-    kernel_cache: KernelCache
-    state: KasminaStateLayout
-    seed_errors: dict[int, str]
     _esper: ActiveKernels
     """The kernels in force, of a layer that stands alone."""
 
@@ -156,12 +137,7 @@ class KasminaLayer(nn.Module):
         self._runtime_tag = parts.runtime_tag
         self._site_tag = registry.make_tag(parts.site, alone=alone)
         self._stands_alone = alone
-        self._meter = meter
-        self._has_entry_hook = False
-        self._seeds: tuple[SeedPlan, ...] = ()
-        self._alphas = state.alpha_blend
-        self._current = self._host_path()
-        self._run = self._untimed()
+        self._begin_without_seeds(meter)
         runtime.add_executor(self)
         if runtime.telemetry is not None:
             runtime.telemetry.add(self)
@@ -170,9 +146,8 @@ class KasminaLayer(nn.Module):
 
     # -- what it computes ------------------------------------------------------------------------------------------
 
-    def _host_path(self) -> SitePath:
-        """What it computes without seeds. For as long as the layer lives, which has it."""
-        raise NotImplementedError
+    def _path_with(self, seeds: Sequence[SeedPlan], alphas: Callable[[], torch.Tensor]) -> SitePath:
+        return active_path(self, self._host_path(), self._callbacks(), self.layer_name, seeds, alphas)
 
     def _callbacks(self) -> tuple[Mapping[int, Any], ...]:
         """Hooks that are to see the gradients of what the host computes, and not of what kernels make of it."""
@@ -196,118 +171,6 @@ class KasminaLayer(nn.Module):
             y = blended(y, seed, seed.kernel.module, self._alphas[seed.seed].clone(), x)
         return y
 
-    # -- Executor --------------------------------------------------------------------------------------------------
-
-    def ready(self, plan: Plan, runtime: PlanOwner) -> bool:
-        """Always: the layer calls its kernels one by one."""
-        del plan, runtime
-        return True
-
-    def prepare(self, plan: Plan, runtime: PlanOwner) -> None:
-        """Nothing to prepare."""
-        del plan, runtime
-
-    def follow(self, plan: Plan) -> None:
-        """Switch to `plan`. The seeds come last, so that what was interrupted is done when it is asked for again."""
-        seeds, before = plan.sites.get(self.site, ()), self._current
-        if not seeds and not self._seeds:
-            return
-        current = self._host_path()
-        if seeds:
-            alphas = self.runtime.alpha_reader(plan.restricted([self.site]))
-            current = active_path(self, current, self._callbacks(), self.layer_name, seeds, alphas)
-        if self.runtime.has_graph_breaks:
-            current = PlanHandover([self.runtime], before, current, self._finish)
-        self._current = current
-        self._alphas = self.state.alpha_blend
-        self._run = self._untimed()
-        self._seeds = seeds
-
-    def _finish(self, handover: PlanHandover) -> None:
-        with self.runtime.lock:  # another thread may be committing
-            if self._current is handover:
-                self._current = handover.new
-                self._run = self._untimed()
-
-    def install_entry_hook(self) -> None:
-        self._has_entry_hook = True
-        self._run = self._untimed()
-
-    def remove_entry_hook(self) -> None:
-        self._has_entry_hook = False
-        self._run = self._untimed()
-
-    def _untimed(self) -> SitePath:
-        """What `_run` is while nothing is timed."""
-        if self._has_entry_hook:
-            return self._enter
-        if self.site not in self.runtime.called:
-            return self._first
-        return self._current if self._meter is None else self._counted
-
-    def _first(self, x: torch.Tensor) -> torch.Tensor:
-        with self.runtime.lock:
-            self.runtime.called.add(self.site)
-            self._run = self._untimed()
-        return self._run(x)
-
-    def _enter(self, x: torch.Tensor) -> torch.Tensor:
-        self.runtime.called.add(self.site)
-        self._begin()
-        return self._counted(x)
-
-    def _begin(self) -> None:
-        if threading.get_ident() not in self.runtime.whole:
-            self.runtime.enter()
-
-    def _counted(self, x: torch.Tensor) -> torch.Tensor:
-        if self._meter is not None:
-            self._meter.counter.tick()
-        return self._current(x)
-
-    def sample(self, telemetry: Telemetry, calls: list[int]) -> None:
-        """Time every call of this thread until :meth:`end_sample`, and note each in `calls` by this layer's site."""
-        thread = threading.get_ident()
-
-        def timed(x: torch.Tensor) -> torch.Tensor:
-            if threading.get_ident() != thread:
-                return self._current(x)
-            calls.append(self.site)
-            watch = telemetry.stopwatch()
-            y = self._current(x)
-            watch.stop()
-            telemetry.record(self.site, watch)
-            return y
-
-        with self.runtime.lock:
-            self._run = timed
-
-    def end_sample(self) -> None:
-        """Stop timing."""
-        with self.runtime.lock:
-            self._run = self._untimed()
-        telemetry = self.runtime.telemetry
-        if telemetry is not None:
-            for seed in self._seeds:
-                self.state.record_latency(seed.seed, telemetry.latency_μs(self.site))
-
-    def sample_next(self, telemetry: Telemetry) -> None:
-        """Time the next call of a layer that stands alone."""
-
-        def timed(x: torch.Tensor) -> torch.Tensor:
-            with self.runtime.lock:
-                self._run = self._untimed()
-            watch = telemetry.stopwatch()
-            y = self._run(x)
-            watch.stop()
-            telemetry.record(self.site, watch)
-            self.end_sample()
-            return y
-
-        with self.runtime.lock:
-            if not self._has_entry_hook:
-                self._run = timed
-
     # -- copies and checkpoints ------------------------------------------------------------------------------------
 
     def as_host(self) -> nn.Module:
@@ -320,13 +183,13 @@ class KasminaLayer(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KasminaLayer:
         """A copy that stands alone, with copies of the kernels in force."""
-        packed = copy.deepcopy(_PackedLayer.of(self), memo)
-        twin = packed.unpack(source=self.kernel_cache.source, sink=self.control.sink)
+        packed = copy.deepcopy(PackedLayer.of(self), memo)
+        twin: KasminaLayer = packed.unpack(source=self.kernel_cache.source, sink=self.control.sink)
         copy_schedules({self.layer_name: self}, {self.layer_name: twin})
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _PackedLayer.unpack, (_PackedLayer.of(self),)
+        return PackedLayer.unpack, (PackedLayer.of(self),)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         bank = self._modules.get(BANK_NAME)
@@ -335,16 +198,6 @@ class KasminaLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     # -- control ---------------------------------------------------------------------------------------------------
-
-    def seed(self, seed_idx: int) -> Seed:
-        """The seed of that number. Raises `TypeError` for what is none, and `IndexError` if there is no such seed."""
-        number = seed_number(seed_idx)
-        self.state.lifecycle(number)  # which raises
-        return self.seeds[number]
-
-    @property
-    def num_seeds(self) -> int:
-        return self.state.num_seeds
 
     @property
     def features(self) -> tuple[int, int] | None:
@@ -392,129 +245,6 @@ class KasminaLayer(nn.Module):
         host, bare = self.as_host(), nn.Module()
         host.__dict__.update({name: value for name, value in bare.__dict__.items() if name.endswith("_hooks")})
         return host
-
-    def request_kernel(
-        self,
-        seed_idx: int,
-        kernel_artifact_id: str,
-        *,
-        alpha: float | AlphaSchedule = 1.0,
-        trainable: bool = False,
-        isolate: bool = False,
-    ) -> KernelRequest:
-        """Ask for a kernel and go on; the `concurrent.futures.Future[bool]` tells whether it is staged, and how far it
-        is.
-
-        A staged kernel comes into force with the next forward (`commit="auto"`) or at `commit()`. Parameters and
-        errors as for :meth:`load_kernel`.
-        """
-        seed = self.seed(seed_idx)
-        return self.control.load(seed, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
-
-    async def load_kernel(
-        self,
-        seed_idx: int,
-        kernel_artifact_id: str,
-        *,
-        alpha: float | AlphaSchedule = 1.0,
-        trainable: bool = False,
-        isolate: bool = False,
-    ) -> bool:
-        """Load a kernel into seed `seed_idx`.
-
-        `kernel_artifact_id` is a full id, a unique prefix of at least 12 hex digits, or a registered name. `alpha` is
-        the kernel's share in the output, a number from 0 to 1 or a schedule. With `trainable` the kernel's parameters
-        learn; with `isolate` its input is detached, so that the host gets no gradient through it.
-
-        Returns whether the kernel is staged; awaited on the thread that runs the model, between its forwards (and with
-        `commit="auto"`), it is in force then. False leaves the layer as it was, with the reason in `seed_errors`.
-        Raises `IndexError` for a seed that does not exist, `AlphaError`, and `LifecycleError` for a fossilized seed. A
-        task that is cancelled here cancels the load.
-        """
-        future = self.request_kernel(seed_idx, kernel_artifact_id, alpha=alpha, trainable=trainable, isolate=isolate)
-        try:
-            staged: bool = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            self.control.cancel(self.seed(seed_idx), future)
-            raise
-        if staged:
-            self.runtime.commit_if_idle()
-        return staged
-
-    def unload_kernel(self, seed_idx: int) -> bool:
-        """Make seed `seed_idx` dormant again, or cancel its load; False if there is nothing to unload.
-
-        True means staged, as for :meth:`fossilize`. Where the seed keeps its place until a variant is compiled, its
-        alpha is 0 meanwhile (`commit="auto"`). Raises `LifecycleError` for a fossilized seed.
-        """
-        staged = self.control.unload(self.seed(seed_idx))
-        self.runtime.commit_if_idle()
-        return staged
-
-    def fossilize(self, seed_idx: int) -> bool:
-        """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
-
-        True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
-        Called on the thread that runs the model, between its forwards, it is in force at the return and the seed
-        `FOSSILIZED`; with `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until
-        the variant is compiled: the seed is `ACTIVE` meanwhile, and computes the same. Should that fail it stays so,
-        with the reason in `seed_errors`.
-        """
-        staged = self.control.fossilize(self.seed(seed_idx))
-        self.runtime.commit_if_idle()
-        return staged
-
-    def set_alpha(self, seed_idx: int, value: float | AlphaSchedule) -> None:
-        """Set the share of seed `seed_idx` in the output, or a schedule that moves it with the optimizer's steps.
-
-        Takes effect at the next forward and never recompiles. During a load it is for the kernel that is loaded. A seed
-        without either has no use for one, since each load brings its own `alpha`: that is logged as a warning, once
-        for each seed. Raises `IndexError`, `AlphaError`, and `LifecycleError` for a fossilized seed.
-        """
-        self.control.set_alpha(self.seed(seed_idx), value)
-
-    def drop_kernels(self) -> list[int]:
-        """Make every seed dormant at once, fossils too; the seeds that held or awaited a kernel."""
-        held = [seed.index for seed in self.seeds if seed.lifecycle is not SeedLifecycleState.DORMANT]
-        if held:
-            self.control.restore(self.seeds, [])
-        return held
-
-    def kernel_parameters(self, seed_idx: int) -> tuple[nn.Parameter, ...]:
-        """The parameters of the kernel in force at a seed, in the order of its graph's tensors; empty if dormant."""
-        seed = next((each for each in self._seeds if each.seed == seed_idx), None)
-        return seed.kernel.parameters if seed is not None else ()
-
-    def kernel_in_force(self, seed_idx: int) -> str | None:
-        """The id of the artifact that runs at a seed; None for a fossil that the layer's own weight has taken in."""
-        return next((each.kernel.artifact_id for each in self._seeds if each.seed == seed_idx), None)
-
-    def memory_bytes(self) -> int:
-        """Bytes of this layer's seed state and of the kernels in its seeds; not of the host's parameters."""
-        kernels = sum(p.numel() * p.element_size() for seed in self._seeds for p in seed.kernel.parameters)
-        return self.state.nbytes + kernels
-
-    def get_layer_stats(self) -> dict[str, Any]:
-        """Counts and averages of this layer.
-
-        `execution_count` and `avg_latency_μs` (microseconds, mean over the last sampled executions) are measured with
-        telemetry on and 0 without; cache sizes are those of the whole model's cache, hits and misses this layer's.
-        `seeds` has for each seed its `state`, `alpha` (its share in the output as it is in force: 0.0 without a
-        kernel), `kernel` (the id of the artifact that runs, or None),
-        `error_count`, and the `reason` why its last load failed.
-        """
-        telemetry = self.runtime.telemetry
-        return {
-            "layer_id": self.layer_id,
-            "layer_name": self.layer_name,
-            "num_seeds": self.num_seeds,
-            "active_seeds": len(self.state.active_seeds()),
-            "error_seeds": len(self.state.error_seeds()),
-            "execution_count": telemetry.executions(self.site) if telemetry else 0,
-            "avg_latency_μs": telemetry.latency_μs(self.site) if telemetry else 0.0,
-            **self.kernel_cache.get_cache_stats(),
-            "seeds": [seed.stats(self.kernel_in_force(seed.index)) for seed in self.seeds],
-        }
 
     def extra_repr(self) -> str:
         active, fossils = len(self.state.active_seeds()), len(self.state.seeds_in(SeedLifecycleState.FOSSILIZED))
@@ -646,37 +376,6 @@ class _LayerMeter:
         layer = self._layer()
         if layer is not None:
             layer.sample_next(telemetry)
-
-
-@dataclass(frozen=True, slots=True)
-class _PackedLayer:
-    """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
-
-    alone: Callable[..., KasminaLayer]
-    """Makes the layer again, of its host."""
-    host: nn.Module
-    options: dict[str, Any]
-    seeds: LayerSeeds
-
-    @classmethod
-    def of(cls, layer: KasminaLayer) -> _PackedLayer:
-        """`layer`, with its parameters and kernels, not copies of them."""
-        options = {
-            "layer_id": layer.layer_id,
-            "layer_name": layer.layer_name,
-            "num_seeds": layer.num_seeds,
-            "cache_size_mb": layer.kernel_cache.max_cache_size_mb,
-            "telemetry_enabled": layer.runtime.telemetry is not None,
-            "commit": layer.runtime.commit_mode,
-        }
-        alone, more = layer._packing()
-        return cls(alone, layer.as_host(), {**options, **more}, LayerSeeds.of(layer))
-
-    def unpack(self, **outside: Any) -> KasminaLayer:
-        """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
-        layer = self.alone(self.host, **self.options, **outside)
-        restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
-        return layer
 
 
 def _checked_name(layer_id: object, layer_name: str) -> str:

@@ -31,7 +31,14 @@ from esper.execution.lifecycle import (
     after_failed_load,
     check_transition,
 )
-from esper.execution.state_storage import FIELDS, StateStorage
+from esper.execution.state_storage import (
+    FIELDS,
+    WITH_KERNEL,
+    WITHOUT_KERNEL,
+    StateDictError,
+    StateStorage,
+    checked_values,
+)
 
 __all__ = [
     "FIELDS",
@@ -49,16 +56,10 @@ HEALTH_WEIGHT = 0.1
 
 _INT16_MAX = 32767
 _INT32_MAX = 2**31 - 1
-_WITHOUT_KERNEL = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
-_WITH_KERNEL = (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
 
 
 class AlphaError(EsperError, ValueError):
     """A blend factor that is no finite number in [0, 1]."""
-
-
-class StateDictError(EsperError, ValueError):
-    """A saved seed state that does not fit this layout; nothing was loaded."""
 
 
 def checked_alpha(value: object) -> float:
@@ -111,9 +112,8 @@ class KasminaStateLayout:
         if storage.behind:
             storage.catch_up()
         tensor = storage.tensors[name]
-        whole = self._stop - self._start == len(
-            storage.mirror[name]
-        )  # a tensor's size is a tensor to `torch.jit.trace`
+        size = len(storage.mirror[name])  # the tensor's own is a tensor to `torch.jit.trace`
+        whole = self._stop - self._start == size
         return tensor if whole else tensor[self._start : self._stop]
 
     @property
@@ -163,11 +163,6 @@ class KasminaStateLayout:
     @property
     def device(self) -> torch.device:
         return self._storage.tensors["alpha_blend"].device
-
-    @property
-    def generation(self) -> int:
-        """How often the storage has moved. The tensors stay the same objects in memory between two moves."""
-        return self._storage.generation
 
     @property
     def nbytes(self) -> int:
@@ -283,9 +278,9 @@ class KasminaStateLayout:
         who = f"seed {seed}" + (f" of {self._label}" if self._label else "")
         check_transition(old, new, who)
         number = storage.mirror["active_kernel_id"].item(index) if kernel is None else kernel_number(kernel)
-        if new in _WITHOUT_KERNEL:
+        if new in WITHOUT_KERNEL:
             number = 0
-        elif new in _WITH_KERNEL and number == 0:
+        elif new in WITH_KERNEL and number == 0:
             raise LifecycleError(f"{who} cannot become {new.name} without a kernel; pass its artifact id.")
         elif kernel is not None and new is not SeedLifecycleState.ACTIVE:
             raise LifecycleError(f"{who} gets its kernel when it becomes ACTIVE, not {new.name}.")
@@ -376,36 +371,10 @@ class KasminaStateLayout:
 
         All fields are checked before the first is written. The transition table is not asked.
         """
-        if state.keys() != FIELDS.keys():
-            missing, unknown = sorted(FIELDS.keys() - state.keys()), sorted(state.keys() - FIELDS.keys())
-            raise StateDictError(f"a seed state needs exactly its eight fields; missing {missing}, unknown {unknown}.")
-        for name, tensor in state.items():
-            if tensor.dtype != FIELDS[name] or tuple(tensor.shape) != (self.num_seeds,):
-                raise StateDictError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}; this layout has {FIELDS[name]} [{self.num_seeds}]."
-                )
-        values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
-        _check_values(values)
+        values = checked_values(state, self.num_seeds)
         self._storage.write_range(self._start, self._stop, values)
 
     def __repr__(self) -> str:
         of = f" of {self._label}" if self._label else ""
         active = len(self.active_seeds())
         return f"{type(self).__name__}({self.num_seeds} seeds{of} on {self.device}, {active} active)"
-
-
-def _check_values(values: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Raise `StateDictError` where a saved field holds what no setter would have written."""
-    alpha = values["alpha_blend"]
-    states, kernels = values["lifecycle_states"], values["active_kernel_id"] != 0
-    wrong = {
-        "lifecycle_states": states > max(SeedLifecycleState),
-        "alpha_blend": ~((alpha >= 0) & (alpha <= 1)),
-        "health_accumulator": ~np.isfinite(values["health_accumulator"]),
-        "active_kernel_id": (np.isin(states, _WITH_KERNEL) & ~kernels) | (np.isin(states, _WITHOUT_KERNEL) & kernels),
-        **{name: values[name] < 0 for name in ("last_update_epoch", "exec_latency_μs", "error_count")},
-    }
-    for name, bad in wrong.items():
-        if bad.any():
-            seed = int(np.argmax(bad))
-            raise StateDictError(f"{name} of seed {seed} is {values[name][seed]}, which no seed in its state can have.")

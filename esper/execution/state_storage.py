@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from esper.errors import EsperError
+from esper.execution.lifecycle import SeedLifecycleState
 from esper.forking import reset_after_fork
 
-__all__ = ["FIELDS", "StateStorage"]
+__all__ = ["FIELDS", "WITHOUT_KERNEL", "WITH_KERNEL", "StateDictError", "StateStorage", "checked_values"]
 
 FIELDS: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -41,6 +43,41 @@ _NUMPY: Mapping[torch.dtype, type[np.generic]] = {
 }
 
 
+WITHOUT_KERNEL = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
+WITH_KERNEL = (SeedLifecycleState.ACTIVE, SeedLifecycleState.FOSSILIZED)
+
+
+class StateDictError(EsperError, ValueError):
+    """A saved seed state that does not fit this layout; nothing was loaded."""
+
+
+def checked_values(state: Mapping[str, Tensor], num_seeds: int) -> dict[str, npt.NDArray[Any]]:
+    """The fields of a saved state of so many seeds; `StateDictError` for one that no setter would have written."""
+    if state.keys() != FIELDS.keys():
+        missing, unknown = sorted(FIELDS.keys() - state.keys()), sorted(state.keys() - FIELDS.keys())
+        raise StateDictError(f"a seed state needs exactly its eight fields; missing {missing}, unknown {unknown}.")
+    for name, tensor in state.items():
+        if tensor.dtype != FIELDS[name] or tuple(tensor.shape) != (num_seeds,):
+            raise StateDictError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; this layout has {FIELDS[name]} [{num_seeds}]."
+            )
+    values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+    alpha = values["alpha_blend"]
+    states, kernels = values["lifecycle_states"], values["active_kernel_id"] != 0
+    wrong = {
+        "lifecycle_states": states > max(SeedLifecycleState),
+        "alpha_blend": ~((alpha >= 0) & (alpha <= 1)),
+        "health_accumulator": ~np.isfinite(values["health_accumulator"]),
+        "active_kernel_id": (np.isin(states, WITH_KERNEL) & ~kernels) | (np.isin(states, WITHOUT_KERNEL) & kernels),
+        **{name: values[name] < 0 for name in ("last_update_epoch", "exec_latency_μs", "error_count")},
+    }
+    for name, bad in wrong.items():
+        if bad.any():
+            seed = int(np.argmax(bad))
+            raise StateDictError(f"{name} of seed {seed} is {values[name][seed]}, which no seed in its state can have.")
+    return values
+
+
 class StateStorage:
     """The tensors and mirrors of a whole model, with the lock under which they change. Shared by all views."""
 
@@ -50,7 +87,6 @@ class StateStorage:
         }
         self.mirror["alpha_blend"].fill(1.0)
         self.lock = threading.RLock()
-        self.generation = 0
         self.behind: dict[str, set[int]] = {}
         """By field, the seeds for which its tensor has not got what the mirror has; see :meth:`catch_up`."""
         self.together = False
@@ -78,7 +114,6 @@ class StateStorage:
             if torch.empty(0, device=device).device != self.tensors["alpha_blend"].device:
                 self.tensors = self._placed(device)
                 self.behind.clear()
-                self.generation += 1
 
     def write(self, name: str, index: int, value: float | int | bool) -> None:
         """Change the mirror and enqueue the device write: if that fails, nothing changed. Lock held.
@@ -111,7 +146,7 @@ class StateStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
-        return {"mirror": self.mirror, "tensors": self.tensors, "generation": self.generation}
+        return {"mirror": self.mirror, "tensors": self.tensors}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, behind={}, together=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,3 +73,15 @@ GRAPH_BLUEPRINT = {
     },
     "seed": 4,
 }
+
+
+def node(index: int, **changes: Any) -> Callable[[Any], None]:
+    return lambda manifest: manifest["graph"]["nodes"][index].update(changes)
+
+
+def graph(**changes: Any) -> Callable[[Any], None]:
+    return lambda manifest: manifest["graph"].update(changes)
+
+
+def top(**changes: Any) -> Callable[[Any], None]:
+    return lambda manifest: manifest.update(changes)

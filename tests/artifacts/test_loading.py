@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,7 +27,18 @@ from esper.artifacts import (
     build_artifact,
     load_artifact,
 )
-from tests.artifacts.crafted import ARTIFACT, BLUEPRINT, join, split, with_header, with_manifest, with_weights
+from tests.artifacts.crafted import (
+    ARTIFACT,
+    BLUEPRINT,
+    graph,
+    join,
+    node,
+    split,
+    top,
+    with_header,
+    with_manifest,
+    with_weights,
+)
 
 KEY = SigningKey.generate()
 TRUST = TrustStore([KEY.public_bytes])
@@ -188,18 +198,6 @@ def test_weights_must_be_finite(value: float, position: int) -> None:
 def test_every_limit_is_kept(limits: Limits) -> None:
     with pytest.raises((ArtifactLimitError, ArtifactGraphError), match=r"but Limits|from 1 to 7"):
         load_artifact(ARTIFACT.data, limits=limits)
-
-
-def node(index: int, **changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest["graph"]["nodes"][index].update(changes)
-
-
-def graph(**changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest["graph"].update(changes)
-
-
-def top(**changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest.update(changes)
 
 
 def test_refusing_costs_little_memory() -> None:

@@ -10,20 +10,7 @@ import pytest
 
 from esper.artifacts import ArtifactCorruptError, ArtifactError, ArtifactGraphError, ArtifactLimitError, load_artifact
 from esper.errors import EsperError
-from tests.artifacts.crafted import ARTIFACT, join, split, with_header, with_manifest
-
-
-def node(index: int, **changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest["graph"]["nodes"][index].update(changes)
-
-
-def graph(**changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest["graph"].update(changes)
-
-
-def top(**changes: Any) -> Callable[[Any], None]:
-    return lambda manifest: manifest.update(changes)
-
+from tests.artifacts.crafted import ARTIFACT, graph, join, node, split, top, with_header, with_manifest
 
 RELUS = [{"name": f"n{i}", "op": "relu", "inputs": [f"n{i - 1}" if i else "x"], "attributes": {}} for i in range(2049)]
 

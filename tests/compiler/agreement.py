@@ -8,17 +8,65 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import esper
 from esper.artifacts import Blueprint
 from tests.kernel_shelf import KernelShelf
 
-__all__ = ["agrees", "agrees_through_a_swap", "compiled", "load", "outcome", "put", "unload"]
+__all__ = [
+    "Block",
+    "Counting",
+    "agrees",
+    "agrees_through_a_swap",
+    "compiled",
+    "each_inner",
+    "in_the_middle",
+    "load",
+    "middle",
+    "outcome",
+    "put",
+    "unload",
+]
 
 Run = Callable[..., Tensor]
 Context = Callable[[], AbstractContextManager[Any]]
+
+each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+
+in_the_middle: list[Callable[[], object]] = []
+
+
+@torch.compiler.disable
+def middle() -> None:
+    """What breaks a host's graph, and does what a test has put into `in_the_middle`."""
+    if in_the_middle:
+        assert in_the_middle.pop()()
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(x).relu()
+
+
+class Counting:
+    """An inner compiler that runs graphs as they are and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, module: fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        self.graphs += 1
+        forward: Callable[..., Any] = module.forward
+        return forward
 
 
 def put(

@@ -1,4 +1,4 @@
-"""Fixtures for tests that look at compile workers and at the store of variants."""
+"""A small model and a batch for it, and what tests of compile workers and of the store of variants need."""
 
 from __future__ import annotations
 
@@ -10,10 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import esper
 from tests.compiler.moody_compiler import MoodyCompiler
 from tests.compiler.variants import workers
+from tests.kernel_shelf import KernelShelf
+from tests.models import mlp
 from tests.services.children import wait_until_gone
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 8)
+
+
+@pytest.fixture
+def model(shelf: KernelShelf) -> esper.MorphableModel:
+    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -23,16 +23,6 @@ from tests.models import mlp
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-
-
 # -- functional transforms ---------------------------------------------------------------------------------------------
 
 
@@ -103,7 +93,10 @@ def test_a_functional_call_with_other_host_parameters(
 # -- copies, files, resets ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+each_copy = pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+
+
+@each_copy
 def test_copies_of_a_model_that_is_compiled_in_place(
     copied: Callable[[Any], Any], model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
 ) -> None:
@@ -118,11 +111,17 @@ def test_copies_of_a_model_that_is_compiled_in_place(
     assert torch.equal(agrees(model, model, x), active)
 
 
-def test_a_pickle_of_the_compiled_model(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
+@each_copy
+def test_a_copy_of_the_compiled_model_is_compiled(
+    copied: Callable[[Any], Any], model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+) -> None:
     run = compiled(model)
     load(model, "0", 0, put(shelf))
     active = agrees(run, model, x)
-    twin = pickle.loads(pickle.dumps(run))
+    twin = copied(run)
+    assert type(twin) is type(run)
+    assert isinstance(twin._orig_mod, esper.MorphableModel)
+    assert twin._orig_mod is not model
     torch.testing.assert_close(agrees(twin, twin._orig_mod, x), active)
 
 

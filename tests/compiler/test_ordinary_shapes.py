@@ -18,11 +18,6 @@ from tests.models import mlp
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-
-
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 

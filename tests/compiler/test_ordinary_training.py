@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import esper
-from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, load, put, unload
+from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, each_inner, load, put, unload
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
 
 
 # -- precisions --------------------------------------------------------------------------------------------------------
@@ -49,6 +35,7 @@ def bfloat16() -> torch.autocast:
         (False, "aot_eager"),
         (True, "aot_eager"),
         pytest.param(False, "inductor", marks=pytest.mark.slow),
+        pytest.param(True, "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_autocast(inside: bool, inner: str, model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
@@ -77,21 +64,21 @@ def test_models_of_other_precisions(dtype: torch.dtype, shelf: KernelShelf, x: T
     agrees_through_a_swap(compiled(model), model, kernels, x.to(dtype), **tolerance)
 
 
-@pytest.mark.parametrize("replacing", [False, True])
+@pytest.mark.parametrize("way", [None, "overwrite", "swap"])
 def test_a_change_of_precision_between_two_steps(
-    replacing: bool, model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
+    way: str | None, model: esper.MorphableModel, shelf: KernelShelf, x: Tensor
 ) -> None:
     run = compiled(model)
     load(model, "0", 0, put(shelf))
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(replacing)
+    convert = getattr(torch.__future__, f"set_{way}_module_params_on_conversion", lambda _: None)
+    convert(True)
     try:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
             model.to(dtype)
             tolerance = {"rtol": 2e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
             agrees(run, model, x.to(dtype), **tolerance)
     finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(before)
+        convert(False)
     unload(model, "0", 0)
     agrees(run, model, x)
 
@@ -354,27 +341,18 @@ def test_a_compiled_optimizer_step(shelf: KernelShelf) -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_distributed_data_parallel(shelf: KernelShelf, group: None) -> None:
     model = esper.wrap(mlp(256, 1100, 256, 4), platform=shelf.platform)
     parallel = DistributedDataParallel(model, bucket_cap_mb=1)
-    graphs = 0
+    graphs = []
 
     def counting(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
+        graphs.append(module)
         return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
 
     run, x = compiled(parallel, counting), torch.randn(3, 256)
     dormant = agrees(run, model, x)
-    assert graphs > 1  # one for each bucket of gradients
+    assert len(graphs) > 1  # one for each bucket of gradients
     for layer, kernel in {"0": put(shelf, 256, 1100), "4": put(shelf, 256, 4)}.items():
         load(model, layer, 0, kernel)
         agrees(run, model, x)

@@ -11,39 +11,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import esper
 from esper.execution.kasmina_layer import KasminaLayer
-from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, load, put, unload
+from tests.compiler.agreement import (
+    Block,
+    Counting,
+    agrees,
+    agrees_through_a_swap,
+    compiled,
+    each_inner,
+    in_the_middle,
+    load,
+    middle,
+    put,
+    unload,
+)
 from tests.kernel_shelf import KernelShelf
 from tests.models import Branching, mlp, small_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-each_inner = pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-
-
-class Counting:
-    """An inner compiler that runs graphs as they are and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, module: fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        self.graphs += 1
-        forward: Callable[..., Any] = module.forward
-        return forward
 
 
 # -- modes and options -------------------------------------------------------------------------------------------------
@@ -89,15 +77,18 @@ def test_modes_with_cuda_graphs(mode: str, model: esper.MorphableModel, shelf: K
                 torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_unknown_option_is_refused_by_inductor(x: Tensor) -> None:
-    model = esper.wrap(mlp(8, 4))
-    with pytest.raises(Exception, match="no_such_option"):
-        torch.compile(model, backend="esper", options={"no_such_option": True})(x)
-
-
-def test_an_unknown_mode_is_refused_by_inductor(x: Tensor) -> None:
-    with pytest.raises(Exception, match="fastest"):
-        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", mode="fastest")(x)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"options": {"no_such_option": True}}, "there is no option 'no_such_option'"),
+        ({"options": {"epilogue_fusion": "yes"}}, "epilogue_fusion"),
+        ({"mode": "fastest"}, "fastest"),
+    ],
+    ids=str,
+)
+def test_what_inductor_does_not_know_is_refused(arguments: dict[str, Any], said: str, x: Tensor) -> None:
+    with pytest.raises(Exception, match=said):
+        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", **arguments)(x)
 
 
 @pytest.mark.slow
@@ -131,16 +122,6 @@ def test_full_graphs(inner: str, mode: Any, shelf: KernelShelf) -> None:
     model = esper.wrap(small_transformer(blocks=1), platform=shelf.platform, mode=mode)
     kernels = {"0.qkv": put(shelf, 16, 48), "0.fc2": put(shelf, 32, 16), "1": put(shelf, 16, 4)}
     agrees_through_a_swap(compiled(model, inner, fullgraph=True), model, kernels, torch.randn(2, 5, 16))
-
-
-in_the_middle: list[Callable[[], object]] = []
-
-
-@torch.compiler.disable
-def middle() -> None:
-    """What :class:`Broken` does between its layers."""
-    if in_the_middle:
-        assert in_the_middle.pop()()
 
 
 class Broken(nn.Module):
@@ -273,17 +254,6 @@ def test_the_forward_compiled(model: esper.MorphableModel, shelf: KernelShelf, x
     assert counting.graphs == 2
 
 
-class Block(nn.Module):
-    """A residual block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc(x).relu()
-
-
 def test_a_part_of_the_model_called_by_itself(shelf: KernelShelf, x: Tensor) -> None:
     model = esper.wrap(nn.Sequential(Block(), nn.Linear(8, 4)), platform=shelf.platform)
     agrees_through_a_swap(compiled(model[0]), model, {"0.fc": put(shelf, 8, 8)}, x, eager=model[0])
@@ -329,12 +299,13 @@ def test_a_layer_that_stands_alone(shelf: KernelShelf, x: Tensor) -> None:
     assert torch.equal(agrees(run, layer, x), dormant)
 
 
-def test_two_models_in_one_function(shelf: KernelShelf, x: Tensor) -> None:
+@pytest.mark.parametrize("as_wrapped", [True, False])
+def test_two_models_in_one_function_in_either_order(as_wrapped: bool, shelf: KernelShelf, x: Tensor) -> None:
     first, second = (esper.wrap(mlp(8, 6, 8), platform=shelf.platform) for _ in range(2))
     both = nn.ModuleList([first, second])
 
     def chain(x: Tensor) -> Tensor:
-        return second(first(x))
+        return second(first(x)) if as_wrapped else first(second(x))
 
     run = compiled(chain, fullgraph=True)
     seen = [agrees(run, both, x, eager=chain)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from dataclasses import replace
@@ -10,42 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
-from tests.compiler.agreement import agrees, agrees_through_a_swap, compiled, load, put, unload
+from tests.compiler.agreement import (
+    Block,
+    Counting,
+    agrees,
+    agrees_through_a_swap,
+    compiled,
+    each_inner,
+    in_the_middle,
+    load,
+    middle,
+    put,
+    unload,
+)
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
-@pytest.fixture
-def model(shelf: KernelShelf) -> esper.MorphableModel:
-    return esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-
-
-def test_two_models_in_one_function_in_either_order(shelf: KernelShelf, x: Tensor) -> None:
-    first, second = (esper.wrap(mlp(8, 6, 8), platform=shelf.platform) for _ in range(2))
-    both = nn.ModuleList([first, second])
-
-    def chain(x: Tensor) -> Tensor:
-        return first(second(x))  # not the order in which they were wrapped
-
-    run = compiled(chain, fullgraph=True)
-    agrees(run, both, x, eager=chain)
-    load(first, "0", 1, put(shelf), alpha=0.25)
-    agrees(run, both, x, eager=chain)
-    load(second, "0", 1, put(shelf, seed=2), alpha=0.75)
-    agrees(run, both, x, eager=chain)
 
 
 def test_functional_call_with_other_kernel_parameters(
@@ -106,13 +91,6 @@ def test_kernel_parameters_that_are_thawed_one_by_one(
         agrees(run, model, x)
 
 
-@pytest.fixture
-def group(tmp_path: Any) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def test_a_swap_under_ddp_is_no_recompilation(shelf: KernelShelf, group: None) -> None:
     model = esper.wrap(mlp(256, 1100, 256, 4), platform=shelf.platform)
     run, x = compiled(DistributedDataParallel(model, bucket_cap_mb=1)), torch.randn(3, 256)
@@ -139,44 +117,12 @@ def test_a_compiled_model_that_is_dropped_is_freed(active: bool, shelf: KernelSh
     assert weight() is None  # as with a plain model under aot_eager
 
 
-def test_a_change_of_precision_that_swaps_tensors(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
-    run = compiled(model)
-    load(model, "0", 0, put(shelf))
-    agrees(run, model, x)
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        model.to(torch.float64)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    agrees(run, model, x.double())
-
-
 def test_a_forward_replaced_by_its_compiled_self(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
     expected = model(x)
     model.forward = compiled(model.forward)
     torch.testing.assert_close(model(x), expected)
     load(model, "0", 0, put(shelf))
     assert not torch.allclose(model(x), expected)
-
-
-def test_a_copy_of_a_compiled_model_is_compiled(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
-    run = compiled(model)
-    load(model, "0", 0, put(shelf))
-    run(x)
-    twin = copy.deepcopy(run)
-    assert type(twin) is type(run)
-    assert isinstance(twin._orig_mod, esper.MorphableModel)
-    assert twin._orig_mod is not model
-    agrees(twin, twin._orig_mod, x)
-
-
-in_the_middle: list[Any] = []
-
-
-@torch.compiler.disable
-def middle() -> None:
-    if in_the_middle:
-        assert in_the_middle.pop()()
 
 
 class Broken(nn.Module):
@@ -206,18 +152,12 @@ def test_two_forwards_in_one_graph_with_nested_breaks(shelf: KernelShelf, x: Ten
 
 
 def test_a_dozen_models_are_compiled(x: Tensor) -> None:
-    graphs = 0
-
-    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
-
+    counting = Counting()
     kinds = [type(f"Host{index}", (nn.Sequential,), {}) for index in range(12)]  # twelve classes, as plain hosts have
     models = [esper.wrap(kind(nn.Linear(8, 6 + index))) for index, kind in enumerate(kinds)]
     for model in models:
-        compiled(model, inner)(x)
-    assert graphs == 12
+        compiled(model, counting)(x)
+    assert counting.graphs == 12
 
 
 class Fast(nn.Module):
@@ -248,7 +188,7 @@ def test_eager_hosts_that_call_dynamo_themselves(kind: type[nn.Module], x: Tenso
     assert torch.equal(esper.wrap(host)(x), host(x))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@each_inner
 def test_a_kernel_where_none_can_be_inlined(inner: str, shelf: KernelShelf, x: Tensor) -> None:
     model = esper.wrap(Choosing(), platform=shelf.platform, mode="module")
     run, kernel = compiled(model, inner), put(shelf, 8, 8)
@@ -273,17 +213,6 @@ class Region(nn.Module):
 def test_nested_compile_regions(shelf: KernelShelf, x: Tensor) -> None:
     model = esper.wrap(nn.Sequential(*[Region() for _ in range(4)]), platform=shelf.platform)
     agrees_through_a_swap(compiled(model), model, {"1.fc": put(shelf, 8, 8)}, x)
-
-
-@pytest.mark.slow
-def test_autocast_inside_what_a_worker_compiles(model: esper.MorphableModel, shelf: KernelShelf, x: Tensor) -> None:
-    def cast(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output: Tensor = model(x)
-        return output
-
-    run = compiled(cast, "inductor")
-    agrees_through_a_swap(run, model, {"0": put(shelf)}, x, eager=cast, rtol=2e-2, atol=1e-2)
 
 
 class Double(torch.autograd.Function):
@@ -321,35 +250,13 @@ def test_what_a_worker_cannot_compile_is_compiled_here(special: Any, shelf: Kern
     agrees_through_a_swap(compiled(model, "inductor"), model, {"first": put(shelf)}, x)
 
 
-def test_an_option_of_the_wrong_type_is_refused(x: Tensor) -> None:
-    with pytest.raises(Exception, match="epilogue_fusion"):
-        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"epilogue_fusion": "yes"})(x)
-    with pytest.raises(Exception, match="there is no option 'no_such_option'"):
-        torch.compile(esper.wrap(mlp(8, 4)), backend="esper", options={"no_such_option": True})(x)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc(x).relu()
-
-
 def test_parts_compiled_in_place_before_the_first_forward(x: Tensor) -> None:
-    graphs = 0
-
-    def inner(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return module.forward
-
+    counting = Counting()
     model = esper.wrap(nn.Sequential(Block(), Block()))  # mode="fx"
     for block in model:
-        block.compile(backend="esper", options={"inner": inner})
+        block.compile(backend="esper", options={"inner": counting})
     model(x)
-    assert graphs == 2
+    assert counting.graphs == 2
 
 
 def test_the_model_compiled_in_place_keeps_its_region(

@@ -21,11 +21,6 @@ from tests.models import mlp
 pytestmark = pytest.mark.usefixtures("counted_dynamo")
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
 def graphs() -> int:
     """How many graphs Dynamo has captured since the test began."""
     return int(counters["stats"]["unique_graphs"])

@@ -15,11 +15,6 @@ from tests.models import mlp
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 8)
-
-
 @pytest.mark.slow
 def test_a_kernel_with_which_the_graph_was_first_compiled_has_no_effect_once_it_is_unloaded(
     compiler: MoodyCompiler, shelf: KernelShelf, x: Tensor

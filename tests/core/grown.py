@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 import esper
 from tests.core.seeds import RecordingSink, blueprint, load
+from tests.core.training import through_a_file
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
@@ -33,10 +33,7 @@ def grown(shelf: KernelShelf, **options: Any) -> esper.MorphableModel:
 
 def saved(model: nn.Module) -> dict[str, Any]:
     """The state dict after a round through a file, read as data only."""
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    state: dict[str, Any] = torch.load(file, weights_only=True)
+    state: dict[str, Any] = through_a_file(model.state_dict())
     return state
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
-import io
 import pickle
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,54 +18,26 @@ from torch.optim import lr_scheduler as schedulers
 import esper
 from esper.execution.kernels.param_groups import OptimizerError
 from tests.core.seeds import blueprint, load
+from tests.core.training import (
+    SCHEDULERS,
+    Picky,
+    grow,
+    ids,
+    same,
+    step,
+    through_a_file,
+    values,
+    wrapped,
+)
 from tests.kernel_shelf import KernelShelf
-from tests.models import mlp
 
-
-@pytest.fixture(autouse=True)
-def _nothing_is_said_unless_expected() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("nothing_is_said")
 
 
 @pytest.fixture
 def x() -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(16, 8)
-
-
-def wrapped(shelf: KernelShelf, **options: Any) -> Any:
-    torch.manual_seed(0)
-    return esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=shelf.platform, **options)
-
-
-def grow(shelf: KernelShelf, model: Any, layer: str = "0", seed: int = 0, **options: Any) -> list[nn.Parameter]:
-    """Load a trainable kernel; its parameters."""
-    shape = (8, 6) if layer == "0" else (6, 4)
-    kernel = shelf.put(blueprint(*shape, seed=seed + 1)).id
-    load(model, layer, seed, kernel, **{"alpha": 0.5, "trainable": True, **options})
-    return list(model.kasmina_layers[layer].kernel_parameters(seed))
-
-
-def step(model: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor, run: Any = None) -> float:
-    optimizer.zero_grad()
-    loss = (run or model)(x).square().mean()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-def ids(parameters: Any) -> list[int]:
-    return [id(each) for each in parameters]
-
-
-def values(parameters: Any) -> list[torch.Tensor]:
-    return [each.detach().clone() for each in parameters]
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -84,6 +54,18 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "ASGD": lambda p: torch.optim.ASGD(p, lr=1e-2),
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
 }
+
+
+def plain_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-2)
+
+
+def attached(shelf: KernelShelf, make: Callable[[Any], Any] = OPTIMIZERS["AdamW"], **options: Any) -> tuple[Any, Any]:
+    """A model, and the optimizer that is attached to it."""
+    model = wrapped(shelf)
+    optimizer = make(model.parameters())
+    model.attach_optimizer(optimizer, **options)
+    return model, optimizer
 
 
 # -- kernels come and go -----------------------------------------------------------------------------------------------
@@ -190,9 +172,7 @@ def test_kernels_of_one_commit_share_a_group(shelf: KernelShelf, x: torch.Tensor
 
 
 def test_a_replaced_kernel_leaves_and_its_successor_begins(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     old = grow(shelf, model)
     step(model, optimizer, x)
     load(model, "0", 0, shelf.put(blueprint(seed=9)).id, trainable=True)
@@ -202,9 +182,7 @@ def test_a_replaced_kernel_leaves_and_its_successor_begins(shelf: KernelShelf, x
 
 
 def test_a_frozen_kernel_enters_no_optimizer(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     grow(shelf, model, trainable=False)
     assert len(optimizer.param_groups) == 1
 
@@ -212,9 +190,7 @@ def test_a_frozen_kernel_enters_no_optimizer(shelf: KernelShelf, x: torch.Tensor
 def test_a_fossil_in_the_weights_leaves_and_one_that_goes_on_learning_stays(
     shelf: KernelShelf, x: torch.Tensor
 ) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     load(model, "2", 0, shelf.put(esper.Blueprint.affine(6, 4)).id, alpha=0.5, trainable=True)
     bottleneck = grow(shelf, model)
     step(model, optimizer, x)
@@ -302,18 +278,18 @@ def test_a_compiled_model(shelf: KernelShelf, x: torch.Tensor) -> None:
     run = torch.compile(model, backend="esper", options={"inner": "aot_eager"})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model.attach_optimizer(optimizer, warmup=2)
-    step(model, optimizer, x, run)
+    step(run, optimizer, x)
     kernel = shelf.put(blueprint()).id
     assert model.request_kernel("0", 0, kernel, trainable=True).result()
-    step(model, optimizer, x, run)
+    step(run, optimizer, x)
     learning = list(model.seed_parameters())
     before = values(learning)
     assert ids(optimizer.param_groups[1]["params"]) == ids(learning)
-    step(model, optimizer, x, run)
+    step(run, optimizer, x)
     assert not same(before, learning)
     model.unload_kernel("0", 0)
     while model.runtime.plan.sites:
-        step(model, optimizer, x, run)
+        step(run, optimizer, x)
     assert len(optimizer.param_groups) == 1
 
 
@@ -341,9 +317,7 @@ def test_a_commit_of_another_threads_in_the_middle_of_a_step_is_followed_at_its_
 
 
 def test_gradients_are_unscaled_by_a_grad_scaler(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf, plain_sgd)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     assert model.request_kernel("0", 0, shelf.put(blueprint()).id, trainable=True).result()
     loss = model(x).square().mean()
@@ -356,29 +330,6 @@ def test_gradients_are_unscaled_by_a_grad_scaler(shelf: KernelShelf, x: torch.Te
 
 
 # -- schedulers --------------------------------------------------------------------------------------------------------
-
-
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda i: 0.9**i),
-    "LambdaLR by group": lambda o: schedulers.LambdaLR(o, [lambda i: 0.9**i]),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda i: 0.9),
-    "SequentialLR": lambda o: schedulers.SequentialLR(
-        o, [schedulers.LinearLR(o, total_iters=3), schedulers.CosineAnnealingLR(o, 10)], [3]
-    ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, 0.5, 4), schedulers.ExponentialLR(o, 0.9)], o
-    ),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 5),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=20),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, step_size_up=3),
-    "StepLR": lambda o: schedulers.StepLR(o, 2),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5]),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, 15),
-    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 10),
-    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0),
-    "ReduceLROnPlateau by group": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, min_lr=[1e-9]),
-}
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
@@ -416,9 +367,7 @@ def test_a_scheduler_goes_on_for_the_host_and_for_the_kernels(
 
 
 def test_a_scheduler_that_is_made_after_attaching(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf, plain_sgd)
     scheduler = schedulers.LambdaLR(optimizer, lambda step: 0.9**step)
     step(model, optimizer, x)
     scheduler.step()
@@ -455,9 +404,7 @@ def test_new_parameters_alone_are_warmed_up(shelf: KernelShelf, x: torch.Tensor,
 
 
 def test_a_step_that_raises_leaves_the_rate_as_it_was(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer, warmup=4, warmup_start=0.0, peak=1.0)
+    model, optimizer = attached(shelf, plain_sgd, warmup=4, warmup_start=0.0, peak=1.0)
     grow(shelf, model)
 
     def closure() -> float:
@@ -475,15 +422,12 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was(shelf: KernelShelf, x: tor
 
 def saved(**parts: Any) -> dict[str, Any]:
     """What a process finds that loads `parts` from a file."""
-    file = io.BytesIO()
-    torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    loaded: dict[str, Any] = through_a_file({name: part.state_dict() for name, part in parts.items()})
     return loaded
 
 
 RESUMED = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "SGD": plain_sgd,
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
@@ -589,15 +533,11 @@ def test_a_schedule_of_functions_that_are_objects_is_resumed(shelf: KernelShelf,
 
 
 def test_a_state_is_saved_again_before_its_kernels_have_come(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     grow(shelf, model)
     step(model, optimizer, x)
     state = saved(m=model, o=optimizer)
-    fresh = wrapped(shelf)
-    other = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
-    fresh.attach_optimizer(other)
+    fresh, other = attached(shelf)
     other.load_state_dict(state["o"])
     other.state_dict()
     fresh.load_state_dict(state["m"])
@@ -608,9 +548,7 @@ def test_a_state_is_saved_again_before_its_kernels_have_come(shelf: KernelShelf,
 
 
 def test_going_back_to_a_checkpoint_of_before_a_kernel(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     step(model, optimizer, x)
     state = saved(m=model, o=optimizer)
     step(model, optimizer, x)
@@ -625,9 +563,7 @@ def test_going_back_to_a_checkpoint_of_before_a_kernel(shelf: KernelShelf, x: to
 
 
 def test_a_state_that_does_not_belong_to_the_model_is_told_of(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     step(model, optimizer, x)
     before = saved(o=optimizer)["o"]
     grow(shelf, model, "0", 1)
@@ -645,9 +581,7 @@ def test_a_state_that_does_not_belong_to_the_model_is_told_of(shelf: KernelShelf
 
 
 def test_a_state_that_does_not_fit_raises_as_ever_and_changes_nothing(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     kernel = grow(shelf, model)
     step(model, optimizer, x)
     state = saved(o=optimizer)["o"]
@@ -660,9 +594,7 @@ def test_a_state_that_does_not_fit_raises_as_ever_and_changes_nothing(shelf: Ker
 
 
 def test_copies_share_nothing_of_the_attachment(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     grow(shelf, model)
     step(model, optimizer, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -733,17 +665,6 @@ def test_an_optimizer_that_divides_its_parameters_among_ranks(shelf: KernelShelf
         distributed.destroy_process_group()
 
 
-class Picky(torch.optim.SGD):
-    """Takes no groups once it is told so."""
-
-    full = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.full:
-            raise RuntimeError("no more groups")
-        super().add_param_group(param_group)
-
-
 def test_a_kernel_whose_optimizer_refuses_it_does_not_come_into_force(shelf: KernelShelf, x: torch.Tensor) -> None:
     model = wrapped(shelf)
     optimizer = Picky(model.parameters(), lr=1e-2)
@@ -812,9 +733,7 @@ def test_muon_takes_no_vectors(shelf: KernelShelf, x: torch.Tensor) -> None:
 
 
 def test_a_detached_optimizer_keeps_its_groups_and_may_be_attached_again(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     kernel = grow(shelf, model)
     step(model, optimizer, x)
     model.detach_optimizer(optimizer)
@@ -829,9 +748,7 @@ def test_neither_model_nor_optimizer_is_kept_alive(shelf: KernelShelf) -> None:
     import gc
     import weakref
 
-    model = wrapped(shelf)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model.attach_optimizer(optimizer)
+    model, optimizer = attached(shelf)
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
 import esper
+from tests.core.grown import saved
 from tests.core.seeds import blueprint, load
+from tests.core.training import wrapped
 from tests.kernel_shelf import KernelShelf
-from tests.models import mlp
 
 AVERAGES: dict[str, dict[str, Any]] = {
     "avg_fn": {"avg_fn": get_ema_avg_fn(0.5)},
@@ -29,11 +29,6 @@ def x() -> torch.Tensor:
     return torch.randn(16, 8)
 
 
-def wrapped(shelf: KernelShelf) -> Any:
-    torch.manual_seed(0)
-    return esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=shelf.platform)
-
-
 def ema(model: nn.Module) -> Any:
     """An average that has been updated once."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -46,14 +41,6 @@ def nudge(model: nn.Module) -> None:
         for each in model.parameters():
             if each.requires_grad:
                 each.add_(0.1 * torch.randn_like(each))
-
-
-def saved(model: nn.Module) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    return state
 
 
 @pytest.mark.parametrize("kind", AVERAGES)

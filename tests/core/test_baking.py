@@ -23,11 +23,6 @@ from tests.models import mlp, small_transformer
 MODES = pytest.mark.parametrize("mode", ["module", "fx"])
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 @MODES
 def test_a_baked_model_computes_what_the_wrapped_one_does(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
     model = grown(shelf, mode=mode)

@@ -21,11 +21,6 @@ from tests.models import mlp, small_transformer
 OWN = "_esper."
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 # -- law 6 -------------------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +128,16 @@ def test_the_host_part_of_a_grown_model_loads_into_the_vanilla_model(shelf: Kern
     assert all(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def test_a_vanilla_checkpoint_leaves_kernels_in_force(shelf: KernelShelf, x: torch.Tensor) -> None:
+@pytest.mark.parametrize("of", ["vanilla", "grown"])
+def test_a_checkpoint_of_the_host_leaves_kernels_in_force(shelf: KernelShelf, x: torch.Tensor, of: str) -> None:
     model, other = grown(shelf), mlp(8, 6, 4)
+    state = saved(other)
+    if of == "grown":
+        state = {key: value for key, value in saved(model).items() if not key.startswith(OWN)}
+        other.load_state_dict(state)
     plan, before = model.runtime.plan, states(model)
     kernels = [parameter.clone() for parameter in model.seed_parameters()]
-    result = model.load_state_dict(saved(other), strict=True)
+    result = model.load_state_dict(state, strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert model.runtime.plan is plan
@@ -439,16 +439,6 @@ def test_a_checkpoint_from_before_growth_in_a_larger_module(shelf: KernelShelf, 
     assert torch.equal(whole(x), want)
     assert states(model)["0"][0] == "DORMANT"
     nn.Sequential(mlp(8, 6, 4), nn.Linear(4, 4)).load_state_dict(best)  # law 6
-
-
-def test_the_host_part_of_a_grown_checkpoint_leaves_kernels(shelf: KernelShelf) -> None:
-    model = grown(shelf)
-    state = saved(model)
-    for key in [key for key in state if key.startswith(OWN)]:
-        del state[key]
-    before = states(model)
-    model.load_state_dict(state)
-    assert states(model) == before
 
 
 def test_a_rollback_inside_a_backward_is_refused_with_nothing_changed(shelf: KernelShelf, x: torch.Tensor) -> None:

@@ -20,11 +20,6 @@ from tests.models import mlp
 OWN = "_esper."
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 def _flip_byte(tensor: torch.Tensor, at: int) -> torch.Tensor:
     tensor = tensor.clone()
     tensor[at] ^= 1

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import esper
@@ -311,14 +310,3 @@ def test_a_fossil_stays(shelf: KernelShelf, x: torch.Tensor, kernel: str) -> Non
             action()
     assert torch.equal(outputs(model, x), before)
     assert model.get_model_stats()["layers"]["0"]["active_seeds"] == 0
-
-
-def test_a_model_can_be_its_own_layer(shelf: KernelShelf, kernel: str, x: torch.Tensor) -> None:
-    host = nn.Linear(8, 6)
-    model = esper.wrap(host, platform=shelf.platform)
-    assert list(model.kasmina_layers) == [""]
-    assert torch.equal(model(x), host(x))
-    load(model, "", 0, kernel, alpha=0.5)
-    assert not torch.allclose(model(x), host(x))
-    assert model.unload_kernel("", 0)
-    assert torch.equal(model(x), host(x))

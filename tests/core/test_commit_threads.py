@@ -14,22 +14,9 @@ from torch import nn
 import esper
 from tests.core.seeds import blueprint, load, outputs, states
 from tests.kernel_shelf import KernelShelf
-from tests.models import mlp
+from tests.models import Twice, mlp
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Twice(nn.Module):
-    """One layer that runs twice in a forward, so that a change of plan in between would show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(2):
-            x = self.layer(x).tanh()
-        return x
 
 
 @pytest.mark.parametrize("mode", ["fx", "module", "compiled"])

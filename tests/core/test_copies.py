@@ -22,11 +22,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
@@ -251,19 +246,6 @@ def test_a_shallow_copy_shares_parameters(shelf: KernelShelf, x: torch.Tensor) -
     assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
     twin.unload_kernel("0", 0)
     assert states(model)["0"][0] == "ACTIVE"
-
-
-def test_a_moving_average_follows(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = grown(shelf)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    assert torch.equal(average(x), model(x))
-    before = average(x)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in range(3):
-        model(x).square().mean().backward()
-        optimizer.step()
-        average.update_parameters(model)
-    assert not torch.equal(average(x), before)
 
 
 def test_copies_are_compiled_apart(shelf: KernelShelf, x: torch.Tensor, fresh_dynamo: None) -> None:

@@ -90,11 +90,6 @@ def staged(model: Any, shelf: KernelShelf, layer: str = "encoder.first", **optio
     assert states(model)[layer][0] == "LOADING"
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 ENTRIES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "the model": lambda model, x: model(x),
     "forward": lambda model, x: model.forward(x),

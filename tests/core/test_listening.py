@@ -101,11 +101,6 @@ def model(platform: Any) -> esper.MorphableModel:
     return esper.wrap(mlp(8, 6, 4), seeds_per_layer=2, platform=platform)
 
 
-@pytest.fixture
-def kernel(shelf: KernelShelf) -> str:
-    return shelf.put(blueprint()).id
-
-
 class TestSteering:
     def test_a_seed_is_led_through_its_life_while_the_model_runs(
         self, model: esper.MorphableModel, control: Control, kernel: str

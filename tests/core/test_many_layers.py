@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from esper import Blueprint
 from esper.core.errors import TargetError
 from esper.execution.lifecycle import LifecycleError
 from tests.core.seeds import GatedPlatform, blueprint, load, states
+from tests.core.training import Picky
 from tests.kernel_shelf import KernelShelf
 
 
@@ -29,11 +29,6 @@ class Block(nn.Module):
 
 
 QS = ["0.q_proj", "1.q_proj", "2.q_proj"]
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
 
 
 def wrapped(platform: Any, **options: Any) -> Any:
@@ -222,14 +217,6 @@ def test_what_was_in_force_stays_if_its_successors_do_not_come(shelf: KernelShel
     assert model.kasmina_layers[QS[0]].kernel_cache.get_cache_stats()["cache_entries"] >= 1
 
 
-@pytest.fixture
-def gated(shelf: KernelShelf) -> Iterator[GatedPlatform]:
-    platform = GatedPlatform(shelf)
-    yield platform
-    for gate in platform.kernel_source.closed.values():
-        gate.set()
-
-
 def test_something_else_that_is_asked_of_one_calls_all_off(shelf: KernelShelf, gated: GatedPlatform, x: Any) -> None:
     model = wrapped(gated)
     kernels = {name: shelf.put(blueprint(seed=number)).id for number, name in enumerate(QS)}
@@ -363,21 +350,10 @@ def test_many_kernels_are_one_group_of_an_attached_optimizer(shelf: KernelShelf,
     assert [len(group["params"]) for group in optimizer.param_groups] == [18]
 
 
-class Picky(torch.optim.SGD):
-    """Takes no groups once it is made."""
-
-    made = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if self.made:
-            raise RuntimeError("no more groups")
-        super().add_param_group(param_group)
-
-
 def test_an_optimizer_that_refuses_them_keeps_all_out(shelf: KernelShelf, model: Any, x: torch.Tensor) -> None:
     optimizer = Picky(model.parameters(), lr=1e-2)
     model.attach_optimizer(optimizer)
-    optimizer.made = True
+    optimizer.full = True
     expected = model(x)
     request = model.request_kernels("*.q_proj", shelf.put(blueprint()).id, trainable=True)
     assert request.result()  # it was staged

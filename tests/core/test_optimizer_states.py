@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,40 +11,21 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-import esper
-from tests.core.seeds import blueprint, load
+from tests.core.seeds import blueprint
+from tests.core.training import (
+    grow,
+    step,
+    through_a_file,
+    wrapped,
+)
 from tests.kernel_shelf import KernelShelf
-from tests.models import mlp
 
-
-@pytest.fixture(autouse=True)
-def _nothing_is_said_unless_expected() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("nothing_is_said")
 
 
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(16, 8)
-
-
-def wrapped(shelf: KernelShelf) -> Any:
-    torch.manual_seed(0)
-    return esper.wrap(mlp(8, 6, 4), seeds_per_layer=3, platform=shelf.platform)
-
-
-def grow(shelf: KernelShelf, model: Any, layer: str = "0", seed: int = 0) -> list[nn.Parameter]:
-    """Load a trainable kernel; its parameters."""
-    shape = (8, 6) if layer == "0" else (6, 4)
-    load(model, layer, seed, shelf.put(blueprint(*shape, seed=seed + 1)).id, alpha=0.5, trainable=True)
-    return list(model.kasmina_layers[layer].kernel_parameters(seed))
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -102,14 +81,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
     "Rprop": torch.optim.Rprop,
 }
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    read: dict[str, Any] = torch.load(file, weights_only=True)
-    return read
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -38,11 +38,6 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 def changed(shelf: KernelShelf, change: Change) -> esper.MorphableModel:
     model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
     change(model.get_submodule("0"))

@@ -36,11 +36,6 @@ def wrapped(shelf: KernelShelf, mode: str) -> Any:
     return esper.wrap(host, seeds_per_layer=2, platform=shelf.platform, mode=mode)  # type: ignore[arg-type]  # a text among the parameters
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 @MODES
 def test_a_layer_of_the_same_features_takes_the_seeds(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
     model = wrapped(shelf, mode)

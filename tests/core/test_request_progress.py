@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,17 +15,9 @@ import esper
 from esper import Blueprint
 from esper.execution.seeds.progress import Stage
 from tests.compiler.variants import wait_until
-from tests.core.seeds import GatedPlatform, blueprint
+from tests.core.seeds import blueprint
 from tests.kernel_shelf import KernelShelf
 from tests.models import mlp
-
-
-@pytest.fixture
-def gated(shelf: KernelShelf) -> Iterator[GatedPlatform]:
-    platform = GatedPlatform(shelf)
-    yield platform
-    for gate in platform.kernel_source.closed.values():
-        gate.set()
 
 
 class _Held:

@@ -20,11 +20,6 @@ from tests.kernel_shelf import KernelShelf
 Mode = Any
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 def twins(shelf: KernelShelf, change: Change, mode: Mode = "module") -> tuple[esper.MorphableModel, nn.Module]:
     """A wrapped layer and a plain one, to both of which `change` was done."""
     host = nn.Linear(8, 6)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrize, prune
 
 import esper
+from tests.core.test_parametrized_copies import CHANGES as LASTING
+from tests.core.test_parametrized_copies import Change
 
-CHANGES: dict[str, Callable[[nn.Module], object]] = {
-    "weight_norm": parametrizations.weight_norm,
-    "spectral_norm": parametrizations.spectral_norm,
-    "orthogonal": parametrizations.orthogonal,
-    "the older weight_norm": nn.utils.weight_norm,
-    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    "pruning, made permanent": lambda layer: (
-        prune.l1_unstructured(layer, "weight", 0.5),
-        prune.remove(layer, "weight"),
-    ),
+CHANGES: dict[str, Change] = {
+    **{name: LASTING[name] for name in ("weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "pruned")},
+    "pruned for good": lambda layer: (prune.l1_unstructured(layer, "weight", 0.5), prune.remove(layer, "weight")),
 }
 
 
@@ -66,9 +59,9 @@ def test_what_had_been_done_before_wrapping_can_be_taken_off(change: str) -> Non
     model = esper.wrap(host)
     if parametrize.is_parametrized(model.head):
         parametrize.remove_parametrizations(model.head, "weight")
-    elif change == "pruning":
+    elif change == "pruned":
         prune.remove(model.head, "weight")
-    elif change == "the older weight_norm":
+    elif change == "old weight_norm":
         nn.utils.remove_weight_norm(model.head)
     expected = model(X)
     esper.unwrap(model)

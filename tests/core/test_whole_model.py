@@ -18,11 +18,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp, small_transformer
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
-
-
 @pytest.mark.parametrize("mode", ["fx", "module"])
 def test_functional_call_grad_and_vmap(shelf: KernelShelf, x: torch.Tensor, mode: str) -> None:
     model = grown(shelf, mode=mode)
@@ -206,25 +201,6 @@ def test_parameters_replaced_on_the_host_are_seen(shelf: KernelShelf, x: torch.T
         model[2].bias = nn.Parameter(torch.randn(4))
         assert host[2].bias is model[2].bias
         assert torch.equal(model(x), host(x))
-
-
-def test_an_optimizer_gets_kernels_as_they_are_loaded(shelf: KernelShelf, x: torch.Tensor) -> None:
-    model = esper.wrap(mlp(8, 6, 4), platform=shelf.platform)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    model(x).square().mean().backward()
-    optimizer.step()
-    load(model, "0", 0, shelf.put(blueprint()).id, alpha=0.5, trainable=True)
-    load(model, "0", 1, shelf.put(blueprint(seed=2)).id, alpha=0.5)
-    optimizer.add_param_group({"params": model.seed_parameters(), "lr": 0.1})
-    kernel = [parameter.clone() for parameter in model.kasmina_layers["0"].kernel_parameters(0)]
-    frozen = [parameter.clone() for parameter in model.kasmina_layers["0"].kernel_parameters(1)]
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-    layer = model.kasmina_layers["0"]
-    assert not any(torch.equal(a, b) for a, b in zip(kernel, layer.kernel_parameters(0), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(frozen, layer.kernel_parameters(1), strict=True))
 
 
 def test_memory_is_shared_between_processes(shelf: KernelShelf, x: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import esper
-from esper.core.errors import TargetError, UnknownLayerError, WrapError
+from esper.core.errors import UnknownLayerError, WrapError
 from esper.errors import EsperError
 from esper.execution.kasmina_layer import KasminaLayer
 from esper.execution.state_layout import AlphaError
@@ -22,11 +22,6 @@ from tests.kernel_shelf import KernelShelf
 from tests.models import mlp, small_transformer
 
 HEX = "ab" * 32
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 8)
 
 
 # -- wrapping ----------------------------------------------------------------------------------------------------------
@@ -50,44 +45,6 @@ def test_the_wrapped_model_is_the_host_and_the_host_stays(mode: str) -> None:
     assert all(model.get_submodule(name) is layer for name, layer in model.kasmina_layers.items())
     with pytest.raises(TypeError):
         model.kasmina_layers["new"] = None  # type: ignore[index]  # what is refused
-
-
-TARGETS: dict[str, tuple[Any, list[str]]] = {
-    "none": (None, ["0.qkv", "0.proj", "0.fc1", "0.fc2", "1.qkv", "1.proj", "1.fc1", "1.fc2", "2"]),
-    "type": (nn.Linear, ["0.qkv", "0.proj", "0.fc1", "0.fc2", "1.qkv", "1.proj", "1.fc1", "1.fc2", "2"]),
-    "name": ("1.fc1", ["1.fc1"]),
-    "container": ("1", ["1"]),
-    "what is inside": ("1.*", ["1.qkv", "1.proj", "1.fc1", "1.fc2"]),
-    "glob": ("*.fc?", ["0.fc1", "0.fc2", "1.fc1", "1.fc2"]),
-    "several": (["2", "0.*"], ["0.qkv", "0.proj", "0.fc1", "0.fc2", "2"]),
-    "iterator": (iter(["2"]), ["2"]),
-}
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_targets_are_types_names_and_patterns(target: str) -> None:
-    wanted, expected = TARGETS[target]
-    assert list(esper.wrap(small_transformer(), wanted).kasmina_layers) == expected
-
-
-MISSES: dict[str, tuple[Any, str]] = {
-    "misspelt": ("0.fc11", r"'0.fc11' matches nothing in the model; did you mean '0.fc1'"),
-    "nothing alike": ("decoder", r"'decoder' matches nothing in the model; the model has '0.qkv'"),
-    "pattern": ("layers.*", r"'layers.\*' matches nothing in the model"),
-    "type": (nn.Conv2d, "Conv2d"),
-    "one of two": (["0.fc1", "0.fc9"], "'0.fc9' matches nothing"),
-    "empty": ([], "empty"),
-    "no target": ([3], "not 3"),
-}
-
-
-@pytest.mark.parametrize("miss", MISSES)
-def test_a_target_that_names_nothing_says_what_there_is(miss: str) -> None:
-    wanted, message = MISSES[miss]
-    with pytest.raises(TargetError, match=message) as caught:
-        esper.wrap(small_transformer(), wanted)
-    assert isinstance(caught.value, EsperError)
-    assert isinstance(caught.value, ValueError)
 
 
 def test_a_model_without_linear_layers_is_wrapped_with_a_warning() -> None:

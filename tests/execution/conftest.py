@@ -6,6 +6,7 @@ import pytest
 
 from esper.artifacts import Artifact
 from tests.execution.kernel_sources import FolderOfArtifacts, make_artifact
+from tests.execution.small_kernels import bottleneck
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,15 @@ def large() -> Artifact:
 def source(artifacts: list[Artifact]) -> FolderOfArtifacts:
     """A source of the six."""
     return FolderOfArtifacts(*artifacts)
+
+
+@pytest.fixture(scope="session")
+def artifact() -> Artifact:
+    return bottleneck()
+
+
+@pytest.fixture(scope="session")
+def host_artifact() -> Artifact:
+    artifact = bottleneck(start="identity")
+    assert artifact.graph.uses_host
+    return artifact

@@ -12,31 +12,7 @@ from esper.artifacts import Blueprint, KernelGraph, build_artifact
 from esper.errors import EsperError
 from esper.execution.kernels.loaded_kernel import KernelMismatchError, KernelTemplate, LoadedKernel
 from tests.execution.kernel_sources import make_artifact
-
-IN, OUT, RANK = 6, 4, 3
-
-
-def bottleneck(start="kaiming", dtype="float32"):
-    return build_artifact(Blueprint.bottleneck(IN, OUT, RANK, start=start, dtype=dtype, seed=3))
-
-
-@pytest.fixture(scope="module")
-def artifact():
-    return bottleneck()
-
-
-@pytest.fixture(scope="module")
-def host_artifact():
-    artifact = bottleneck(start="identity")
-    assert artifact.graph.uses_host
-    return artifact
-
-
-def reference(artifact, x, host=None):
-    """The artifact's own module in float64."""
-    tensors = {name: tensor.double() for name, tensor in artifact.tensors.items()}
-    module = artifact.graph.to_module(tensors)
-    return module(x.double()) if host is None else module(x.double(), host.double())
+from tests.execution.small_kernels import IN, OUT, RANK, bottleneck, reference
 
 
 @pytest.mark.parametrize("leading", ["a", "b"])

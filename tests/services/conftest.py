@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from esper.services.stores import Store
 from esper.services.urza import UrzaStore
 from tests.services.postgres import Postgres
+from tests.services.remote_stores import remote_of
 from tests.services.s3_server import BUCKET, s3_server
 from tests.services.urza_server import RunningUrza
 
@@ -53,22 +55,19 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def any_store(request: pytest.FixtureRequest, folder: Path, _empty_store: Path) -> Iterator[UrzaStore]:
+def any_store(request: pytest.FixtureRequest, folder: Path) -> Iterator[UrzaStore]:
     """A store with its tables in SQLite, and one with its tables in PostgreSQL."""
-    shutil.copytree(_empty_store, folder)
     if request.param == "sqlite":
-        opened = UrzaStore.in_folder(folder)
-    else:
-        url = request.getfixturevalue("postgres").new_store()
-        opened = UrzaStore(url, folder / "blobs")
-    with opened:
+        yield request.getfixturevalue("store")
+        return
+    with request.getfixturevalue("postgres").store() as url, UrzaStore(url, folder / "blobs") as opened:
         yield opened
 
 
 @pytest.fixture
 def s3_store(postgres: Postgres, s3: str) -> Iterator[UrzaStore]:
     """A store with its tables in PostgreSQL and its blobs in S3."""
-    with UrzaStore(postgres.new_store(), f"{s3}/{uuid.uuid4().hex}") as opened:
+    with postgres.store() as url, UrzaStore(url, f"{s3}/{uuid.uuid4().hex}") as opened:
         yield opened
 
 
@@ -84,3 +83,19 @@ def any_urza(any_store: UrzaStore) -> Iterator[RunningUrza]:
     """Urza without tokens, over SQLite, and over PostgreSQL."""
     with RunningUrza(any_store) as running:
         yield running
+
+
+@pytest.fixture(params=["here", "over HTTP"])
+def either(request: pytest.FixtureRequest, folder: Path) -> Iterator[Store]:
+    """A store in SQLite, and the client of one in PostgreSQL: whatever a store does, both do."""
+    if request.param == "here":
+        yield request.getfixturevalue("store")
+        return
+    with (
+        request.getfixturevalue("postgres").store() as url,
+        UrzaStore(url, folder / "blobs") as store,
+        RunningUrza(store) as urza,
+    ):
+        remote = remote_of(urza)
+        yield remote
+        remote.close()

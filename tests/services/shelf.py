@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
+from sqlalchemy import insert
+
 from esper.artifacts import Artifact, Blueprint, SigningKey, artifact_message, build_artifact
 from esper.contracts.validation import LatencyMeasurement, ValidationReport
 from esper.services.contracts import BlueprintStatus, CompiledKernelArtifact, KernelMetadata
+from esper.services.stores import Store
 from esper.services.urza import UrzaStore
+from esper.services.urza.storage.models import BlueprintRow
 
-__all__ = ["add_kernel", "blueprint", "exponential"]
+__all__ = ["add_kernel", "blueprint", "exponential", "fill"]
 
 
 def blueprint(seed: int = 0, width: int = 4) -> Blueprint:
@@ -35,8 +41,24 @@ def exponential() -> Blueprint:
     )
 
 
+def fill(store: UrzaStore, count: int, at_once: int = 1) -> list[str]:
+    """Waiting blueprints, written straight into the table, so many of each moment; their ids as they were submitted."""
+    ids = [f"{number:064x}" for number in range(count)]
+    now = time.time() - count
+    rows = [
+        {
+            "id": each, "document": each, "status": "unvalidated", "reason": "", "attempts": 0,
+            "submitted_at": now + number // at_once, "updated_at": now,
+        }
+        for number, each in enumerate(ids)
+    ]  # fmt: skip
+    with store.database.writing() as session:
+        session.execute(insert(BlueprintRow), rows)
+    return ids
+
+
 def add_kernel(
-    store: UrzaStore,
+    store: Store,
     of: Blueprint,
     name: str | None = None,
     *,

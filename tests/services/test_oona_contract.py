@@ -162,8 +162,9 @@ class TestGroups:
         shares: list[list[object]] = [[] for _ in members]
 
         def work(member: BusSubscription, share: list[object]) -> None:
-            while messages := member.receive(timeout=3):
-                share += numbers(messages)
+            end = time.monotonic() + 60
+            while sum(map(len, shares)) < 10_000 and time.monotonic() < end:
+                share += numbers(member.receive(timeout=0.1))
 
         threads = [threading.Thread(target=work, args=each, daemon=True) for each in zip(members, shares, strict=True)]
         for thread in threads:

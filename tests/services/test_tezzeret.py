@@ -18,9 +18,9 @@ from esper.contracts.messages import KernelCharacterized, OonaMessage, TopicName
 from esper.services.contracts import BlueprintRecord, BlueprintStatus
 from esper.services.errors import ServiceError
 from esper.services.oona_client import OonaClient
-from esper.services.tezzeret.child_process import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import BLUEPRINT, RESULT
+from esper.services.tezzeret.watchers import StopSignal
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore
 from tests.services.children import child_of, children_of, wait_until_gone
@@ -246,7 +246,7 @@ import sys
 from pathlib import Path
 from esper.artifacts import SigningKey
 from esper.services.oona_client import OonaClient
-from esper.services.tezzeret.child_process import StopSignal
+from esper.services.tezzeret.watchers import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore

@@ -18,8 +18,8 @@ from esper.artifacts import Attachment, SigningKey, Target, TrustStore, load_art
 from esper.services.contracts import BlueprintStatus, KernelQuery
 from esper.services.errors import StoreBusyError
 from esper.services.oona_client import OonaClient
-from esper.services.tezzeret.child_process import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
+from esper.services.tezzeret.watchers import StopSignal
 from esper.services.tezzeret.worker import Worker
 from esper.services.urza import UrzaStore
 from tests.services.shelf import blueprint

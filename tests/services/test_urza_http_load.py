@@ -13,12 +13,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, update
+from sqlalchemy import event, update
 
 from esper.services.urza import UrzaStore
 from esper.services.urza.storage.models import BlueprintRow
 from tests.services.programs import Program
-from tests.services.shelf import blueprint
+from tests.services.shelf import blueprint, fill
 from tests.services.urza_server import RunningUrza
 from tests.services.urza_server_calls import claim, submit
 
@@ -39,27 +39,6 @@ with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
         held = claimed.json()
         print(held["blueprint_id"], held["token"], held["attempt"])
 """
-
-
-def fill(store: UrzaStore, count: int) -> list[str]:
-    """`count` waiting blueprints, written straight into the table; their ids in the order of their submission."""
-    ids = [f"{number:064x}" for number in range(count)]
-    now = time.time() - count
-    rows = [
-        {
-            "id": each,
-            "document": each,
-            "status": "unvalidated",
-            "reason": "",
-            "attempts": 0,
-            "submitted_at": now + number,
-            "updated_at": now,
-        }
-        for number, each in enumerate(ids)
-    ]
-    with store.database.writing() as session:
-        session.execute(insert(BlueprintRow), rows)
-    return ids
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Storing kernels and attachments, and finding them."""
+"""Storing kernels and attachments, and finding them, in the store itself and over HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ from esper.services.errors import (
     UnknownBlueprintError,
     UnknownKernelReferenceError,
 )
+from esper.services.stores import Store
 from esper.services.urza import UrzaStore
+from tests.services.remote_stores import add, report_of
 from tests.services.shelf import add_kernel, blueprint
 
 
@@ -38,21 +40,21 @@ def blob_of(folder: Path, digest: str) -> Path:
 
 
 class TestContent:
-    def test_a_kernel_comes_back_as_it_was_stored_and_its_signature_holds(self, store: UrzaStore) -> None:
+    def test_a_kernel_comes_back_as_it_was_stored_and_its_signature_holds(self, either: Store) -> None:
         key = SigningKey.generate()
-        artifact, kernel = add_kernel(store, blueprint(), "small", key=key)
-        data, (signature,) = store.kernels.content(artifact.id)
+        artifact, kernel = add_kernel(either, blueprint(), "small", key=key)
+        data, (signature,) = either.kernels.content(artifact.id)
         loaded = load_artifact(data, expected_id=artifact.id, signature=signature, trust=TrustStore([key.public_bytes]))
         assert loaded.graph == artifact.graph
-        assert kernel == store.kernels.get(artifact.id)
+        assert kernel == either.kernels.get(artifact.id)
         assert (kernel.id, kernel.blueprint_id, kernel.name) == (artifact.id, blueprint().id, "small")
         assert (kernel.in_features, kernel.out_features, kernel.dtype) == (4, 4, "float32")
         assert kernel.size_bytes == len(artifact.data)
         assert kernel.metadata.graph_digest == artifact.graph.digest
 
-    def test_a_stranger_signature_is_stored_and_refused_by_who_loads_it(self, store: UrzaStore) -> None:
-        artifact, _ = add_kernel(store, blueprint(), key=SigningKey.generate())
-        data, (signature,) = store.kernels.content(artifact.id)
+    def test_a_stranger_signature_is_stored_and_refused_by_who_loads_it(self, either: Store) -> None:
+        artifact, _ = add_kernel(either, blueprint(), key=SigningKey.generate())
+        data, (signature,) = either.kernels.content(artifact.id)
         with pytest.raises(UntrustedArtifactError):
             load_artifact(data, signature=signature, trust=TrustStore([SigningKey.generate().public_bytes]))
 
@@ -72,13 +74,19 @@ class TestContent:
         assert [len(found[each.id].signatures) for each in artifacts[:2]] == [1, 2]
         assert store.kernels.files([]) == {}
 
-    def test_storing_a_kernel_again_changes_nothing(self, store: UrzaStore) -> None:
-        artifact, kernel = add_kernel(store, blueprint())
-        again = store.kernels.add(
+    def test_storing_a_kernel_again_changes_nothing(self, either: Store) -> None:
+        artifact, kernel = add_kernel(either, blueprint())
+        again = either.kernels.add(
             artifact.data, None, blueprint_id=blueprint().id, metadata=kernel.metadata, report=kernel.report
         )
         assert again == kernel
-        assert len(store.kernels.content(artifact.id)[1]) == 1
+        assert len(either.kernels.content(artifact.id)[1]) == 1
+
+    def test_one_without_a_signature(self, either: Store) -> None:
+        either.blueprints.submit(blueprint())
+        artifact = build_artifact(blueprint())
+        add(either, artifact, None, report_of(artifact))
+        assert either.kernels.content(artifact.id) == (artifact.data, ())
 
     @pytest.mark.parametrize("show", [str, repr])
     def test_kernels_and_blueprints_are_printed_as_one_line_with_their_ids(
@@ -91,14 +99,11 @@ class TestContent:
         ours = f"small, validated, kernel={kernel.id[:12]}, id={record.id[:12]}"
         assert show(record) == f"BlueprintRecord({ours})"
 
-    def test_a_kernel_needs_its_blueprint(self, store: UrzaStore) -> None:
-        _, kernel = add_kernel(store, blueprint(0))
-        artifact = build_artifact(blueprint(1))
+    def test_a_kernel_needs_its_blueprint(self, either: Store) -> None:
+        artifact = build_artifact(blueprint())
         with pytest.raises(UnknownBlueprintError, match="submit it first"):
-            store.kernels.add(
-                artifact.data, None, blueprint_id=blueprint(1).id, metadata=kernel.metadata, report=kernel.report
-            )
-        assert store.stats().kernels == 1
+            add(either, artifact, None, report_of(artifact))
+        assert either.stats().kernels == 0
 
     @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
     def test_damaged_content_is_noticed(self, store: UrzaStore, folder: Path, damage: str) -> None:
@@ -133,25 +138,25 @@ class TestContent:
 
 
 class TestReferences:
-    def test_a_kernel_is_found_by_id_prefix_and_name(self, store: UrzaStore) -> None:
-        artifact, _ = add_kernel(store, blueprint(), "small")
-        store.blueprints.submit(blueprint(), "tiny")
+    def test_a_kernel_is_found_by_id_prefix_and_name(self, either: Store) -> None:
+        artifact, _ = add_kernel(either, blueprint(), "small")
+        either.blueprints.submit(blueprint(), "tiny")
         for reference in (artifact.id, artifact.id[:12], artifact.id[:40].upper(), "small", "tiny"):
-            assert store.kernels.resolve(reference) == artifact.id
+            assert either.kernels.resolve(reference) == artifact.id
 
     @pytest.mark.parametrize(
         "reference", ["", "nothing", "0" * 11, "0" * 12, "0" * 64, "0" * 65, "../../etc", "%", "é"]
     )
-    def test_an_unknown_reference_is_an_error_that_names_it(self, store: UrzaStore, reference: str) -> None:
-        add_kernel(store, blueprint(), "small")
+    def test_an_unknown_reference_is_an_error_that_names_it(self, either: Store, reference: str) -> None:
+        add_kernel(either, blueprint(), "small")
         with pytest.raises(UnknownKernelReferenceError) as caught:
-            store.kernels.resolve(reference)
+            either.kernels.resolve(reference)
         assert repr(reference) in str(caught.value)
 
-    def test_a_short_prefix_is_not_enough(self, store: UrzaStore) -> None:
-        artifact, _ = add_kernel(store, blueprint())
+    def test_a_short_prefix_is_not_enough(self, either: Store) -> None:
+        artifact, _ = add_kernel(either, blueprint())
         with pytest.raises(UnknownKernelReferenceError, match="12 or more"):
-            store.kernels.resolve(artifact.id[:11])
+            either.kernels.resolve(artifact.id[:11])
 
     def test_an_ambiguous_prefix_asks_for_more_digits(self, store: UrzaStore, folder: Path) -> None:
         artifact, _ = add_kernel(store, blueprint())
@@ -166,26 +171,28 @@ class TestReferences:
         assert store.kernels.resolve(artifact.id[:21]) == artifact.id
         assert store.kernels.resolve(twin[:21]) == twin
 
-    def test_a_blueprint_id_is_recognised_and_the_kernel_named(self, store: UrzaStore) -> None:
-        artifact, _ = add_kernel(store, blueprint(0))
-        store.blueprints.submit(blueprint(1), "waiting")
+    def test_a_blueprint_id_is_recognised_and_the_kernel_named(self, either: Store) -> None:
+        artifact, _ = add_kernel(either, blueprint(0))
+        either.blueprints.submit(blueprint(1), "waiting")
         with pytest.raises(UnknownKernelReferenceError, match=artifact.id):
-            store.kernels.resolve(blueprint(0).id)
+            either.kernels.resolve(blueprint(0).id)
         with pytest.raises(UnknownKernelReferenceError, match="it is unvalidated"):
-            store.kernels.resolve(blueprint(1).id)
+            either.kernels.resolve(blueprint(1).id)
         with pytest.raises(UnknownKernelReferenceError, match="its blueprint is unvalidated"):
-            store.kernels.resolve("waiting")
+            either.kernels.resolve("waiting")
 
-    def test_a_retired_kernel_is_found_by_its_full_id_only(self, store: UrzaStore) -> None:
-        artifact, _ = add_kernel(store, blueprint(), "small")
-        store.kernels.set_status(artifact.id, KernelStatus.RETIRED)
-        assert store.kernels.resolve(artifact.id) == artifact.id
+    def test_a_retired_kernel_is_found_by_its_full_id_only(self, either: Store) -> None:
+        artifact, _ = add_kernel(either, blueprint(), "small")
+        either.kernels.set_status(artifact.id, KernelStatus.RETIRED)
+        assert either.kernels.resolve(artifact.id) == artifact.id
         for reference in (artifact.id[:12], "small"):
             with pytest.raises(UnknownKernelReferenceError):
-                store.kernels.resolve(reference)
-        assert store.kernels.query(KernelQuery()) == ()
-        store.kernels.set_status(artifact.id, KernelStatus.VALIDATED)
-        assert store.kernels.resolve("small") == artifact.id
+                either.kernels.resolve(reference)
+        assert either.kernels.query(KernelQuery()) == ()
+        for status in (KernelStatus.RETIRED, None):
+            assert [each.id for each in either.kernels.query(KernelQuery(status=status))] == [artifact.id]
+        either.kernels.set_status(artifact.id, KernelStatus.VALIDATED)
+        assert either.kernels.resolve("small") == artifact.id
 
 
 class TestQueries:
@@ -193,8 +200,8 @@ class TestQueries:
         ("condition", "most"),
         [("in_features", 2**31 - 1), ("out_features", 2**31 - 1), ("max_size_bytes", 2**63 - 1), ("limit", 1000)],
     )
-    def test_numbers_that_no_database_holds_are_refused(self, store: UrzaStore, condition: str, most: int) -> None:
-        assert store.kernels.query(KernelQuery.model_validate({condition: most})) == ()
+    def test_numbers_that_no_database_holds_are_refused(self, either: Store, condition: str, most: int) -> None:
+        assert either.kernels.query(KernelQuery.model_validate({condition: most})) == ()
         with pytest.raises(ValidationError, match=f"{condition}\n.*less than or equal to {most}"):
             KernelQuery.model_validate({condition: most + 1})
 
@@ -203,15 +210,15 @@ class TestQueries:
             with pytest.raises(ValidationError, match=condition):
                 KernelQuery.model_validate({condition: "a\0b"})
 
-    def test_conditions_all_hold_and_the_latest_come_first(self, store: UrzaStore) -> None:
+    def test_conditions_all_hold_and_the_latest_come_first(self, either: Store) -> None:
         fast = (LatencyMeasurement(rows=32, graph_us=5.0),)
-        small, _ = add_kernel(store, blueprint(width=4), latencies=fast)
-        large, _ = add_kernel(store, blueprint(width=64), latencies=(LatencyMeasurement(rows=32, graph_us=50.0),))
-        half, _ = add_kernel(store, Blueprint.low_rank(4, 8, 2, dtype="bfloat16"), latencies=fast)
-        host, _ = add_kernel(store, Blueprint.low_rank(4, 4, 2, start="identity"))
+        small, _ = add_kernel(either, blueprint(width=4), latencies=fast)
+        large, _ = add_kernel(either, blueprint(width=64), latencies=(LatencyMeasurement(rows=32, graph_us=50.0),))
+        half, _ = add_kernel(either, Blueprint.low_rank(4, 8, 2, dtype="bfloat16"), latencies=fast)
+        host, _ = add_kernel(either, Blueprint.low_rank(4, 4, 2, start="identity"))
 
         def found(**conditions: object) -> list[str]:
-            return [each.id for each in store.kernels.query(KernelQuery.model_validate(conditions))]
+            return [each.id for each in either.kernels.query(KernelQuery.model_validate(conditions))]
 
         assert found() == [host.id, half.id, large.id, small.id]
         assert found(limit=2) == [host.id, half.id]
@@ -226,36 +233,36 @@ class TestQueries:
 
 
 class TestAttachments:
-    def test_one_per_target_the_last_one_stored(self, store: UrzaStore) -> None:
+    def test_one_per_target_the_last_one_stored(self, either: Store) -> None:
         key = SigningKey.generate()
-        artifact, _ = add_kernel(store, blueprint())
+        artifact, _ = add_kernel(either, blueprint())
         here, elsewhere = Target.current(), Target("9.9", "cpython9", "inductor", "cpu.elsewhere")
-        store.kernels.add_attachment(Attachment.create(artifact.id, here, b"old", key))
-        store.kernels.add_attachment(Attachment.create(artifact.id, here, b"new", key))
-        store.kernels.add_attachment(Attachment.create(artifact.id, elsewhere, b"other", key))
-        packed = store.kernels.attachment(artifact.id, here.key)
+        either.kernels.add_attachment(Attachment.create(artifact.id, here, b"old", key))
+        either.kernels.add_attachment(Attachment.create(artifact.id, here, b"new", key))
+        either.kernels.add_attachment(Attachment.create(artifact.id, elsewhere, b"other", key))
+        packed = either.kernels.attachment(artifact.id, here.key)
         assert packed is not None
         attachment = Attachment.unpack(packed)
         attachment.verify(TrustStore([key.public_bytes]))
         assert attachment.payload == b"new"
-        assert store.kernels.attachment(artifact.id, "another-target") is None
-        assert store.kernels.attachment("0" * 64, here.key) is None
-        assert set(store.kernels.get(artifact.id).attachments) == {here.key, elsewhere.key}
-        assert [each.id for each in store.kernels.query(KernelQuery(target_key=here.key))] == [artifact.id]
-        assert store.kernels.query(KernelQuery(target_key="another-target")) == ()
+        assert either.kernels.attachment(artifact.id, "another-target") is None
+        assert either.kernels.attachment("0" * 64, here.key) is None
+        assert set(either.kernels.get(artifact.id).attachments) == {here.key, elsewhere.key}
+        assert [each.id for each in either.kernels.query(KernelQuery(target_key=here.key))] == [artifact.id]
+        assert either.kernels.query(KernelQuery(target_key="another-target")) == ()
 
-    def test_an_attachment_needs_its_kernel(self, store: UrzaStore) -> None:
+    def test_an_attachment_needs_its_kernel(self, either: Store) -> None:
         attachment = Attachment.create("0" * 64, Target.current(), b"code", SigningKey.generate())
         with pytest.raises(UnknownKernelReferenceError):
-            store.kernels.add_attachment(attachment)
+            either.kernels.add_attachment(attachment)
 
 
-def test_statistics_count_what_is_there(store: UrzaStore) -> None:
-    artifact, _ = add_kernel(store, blueprint(0))
-    store.blueprints.submit(blueprint(1))
+def test_statistics_count_what_is_there(either: Store) -> None:
+    artifact, _ = add_kernel(either, blueprint(0))
+    either.blueprints.submit(blueprint(1))
     attachment = Attachment.create(artifact.id, Target.current(), b"code", SigningKey.generate())
-    store.kernels.add_attachment(attachment)
-    stats = store.stats()
+    either.kernels.add_attachment(attachment)
+    stats = either.stats()
     assert stats.blueprints == {
         BlueprintStatus.UNVALIDATED: 1,
         BlueprintStatus.COMPILING: 0,

@@ -43,6 +43,10 @@ class Entries:
         """Those of the model, kernels' included; one that is used in several places comes several times."""
         return (each for module in self._modules() for each in module._parameters.values() if each is not None)
 
+    def _writes(self) -> int:
+        """How often they were written to."""
+        return sum(0 if each.is_inference() else each._version for each in self.parameters())
+
     def prepare(self) -> None:
         """There is something to commit: learn which calls are the model's own, before anybody is told to look for them.
 
@@ -67,11 +71,11 @@ class Entries:
         self._look = None
         self._prepared = False
 
-    def begins(self, whole: bool, steps: Callable[[], Any]) -> bool:
+    def begins(self, whole: bool) -> bool:
         """Whether the caller, who was entered just now, is the first of a forward that has not begun; it has then.
 
         `whole` says that the model as a whole was entered. A method that trains in itself is a forward for each of its
-        steps: it enters the whole model again after `steps()`, what optimizers have done, is different.
+        steps: it enters the whole model again after its parameters were written to.
         """
         look = self._look  # one and the same until the end, though there may be nothing to commit by then
         if look is None:  # since a moment ago: a part may be in the middle of a forward, the model begins one
@@ -89,7 +93,7 @@ class Entries:
             return watching and look.under_way.pop(thread, None) is not outermost
         if not whole:
             return False
-        now = steps()
+        now = self._writes()
         look.begun[thread] = outermost, now
         return before is not None and before != now
 

@@ -9,16 +9,18 @@ its last forward and call parts of the model by themselves since.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from esper.execution.plans.plan import Plan
 
-__all__ = ["ForwardStarts", "PlanHandover"]
+__all__ = ["FirstForward", "ForwardStarts", "PlanHandover", "UnfinishedHandovers"]
 
 _LONGEST_FORWARD = 60.0  # seconds
 _BEGINNING = -1  # a version before all others
@@ -154,3 +156,36 @@ class PlanHandover:
                 return each.call(*args, **kwargs)
         self.finish_if_over()
         return self.new(*args, **kwargs)
+
+
+class UnfinishedHandovers(deque["weakref.ref[PlanHandover]"]):
+    """Handovers that are not known to have finished, by age; those that nobody has any more are left out."""
+
+    def add(self, handover: PlanHandover) -> None:
+        """`handover` is the latest."""
+        self.append(weakref.ref(handover))
+
+    def finish(self) -> None:
+        """Finish those that can be, from the earliest on. Other threads may be at the same."""
+        with contextlib.suppress(IndexError):
+            while True:
+                each = self.popleft()
+                handover = each()
+                if handover is not None and not handover.finish_if_over():
+                    self.appendleft(each)
+                    return
+
+
+class FirstForward:
+    """The forward in which the beginning of forwards was compiled, on one thread."""
+
+    def __init__(self, thread: int) -> None:
+        self._thread = thread
+        self._has_begun = False
+
+    def is_over(self) -> bool:
+        """Whether the forward that begins now is the thread's next one, or the thread has ended."""
+        if threading.get_ident() != self._thread:
+            return self._thread not in sys._current_frames()
+        begun, self._has_begun = self._has_begun, True
+        return begun

@@ -7,34 +7,27 @@ traced or compiled. A forked child has a lock of its own.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import logging
-import sys
 import threading
-import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal
 
 import torch
 
 from esper import torch_internals
 from esper.errors import EsperError
-from esper.execution import background
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.kernels.optimizer_steps import OptimizerSteps
 from esper.execution.lifecycle import Transition
 from esper.execution.plans.alpha import AlphaSchedule, Schedule
 from esper.execution.plans.alphas import SeedAlphas
 from esper.execution.plans.commit import Commit
-from esper.execution.plans.entries import Entries
-from esper.execution.plans.executor import Executor, Preparation, PreparationCancelledError
+from esper.execution.plans.executors import PlanExecutors
 from esper.execution.plans.gate import Gate
-from esper.execution.plans.handover import ForwardStarts, PlanHandover
+from esper.execution.plans.handover import FirstForward, PlanHandover, UnfinishedHandovers
 from esper.execution.plans.model_link import ModelLink
-from esper.execution.plans.plan import DORMANT, Plan
+from esper.execution.plans.plan import Plan
 from esper.execution.plans.plan_edit import PlanEdit
 from esper.execution.state_layout import KasminaStateLayout
 from esper.execution.telemetry import Telemetry
@@ -46,29 +39,12 @@ _LOG = logging.getLogger("esper.execution")
 
 CommitMode = Literal["auto", "manual"]
 
-_KEPT_PLANS = 64  # of earlier versions, so that a thread that idles for long does not make the list grow
-
 
 class CommitError(EsperError, RuntimeError):
     """A commit was asked for at a moment at which the plan must not change."""
 
 
-class _FirstForward:
-    """The forward in which the beginning of forwards was compiled, on one thread."""
-
-    def __init__(self, thread: int) -> None:
-        self._thread = thread
-        self._has_begun = False
-
-    def is_over(self) -> bool:
-        """Whether the forward that begins now is the thread's next one, or the thread has ended."""
-        if threading.get_ident() != self._thread:
-            return self._thread not in sys._current_frames()
-        begun, self._has_begun = self._has_begun, True
-        return begun
-
-
-class Runtime:
+class Runtime(PlanExecutors):
     """The plan of one model and everything that follows it.
 
     `number` and `sites` are what `registry` calls it and its sites, `state` holds all of the model's seeds, and `model`
@@ -86,23 +62,19 @@ class Runtime:
     ) -> None:
         if commit not in ("auto", "manual"):
             raise ValueError(f'commit must be "auto" or "manual", not {commit!r}')
+        super().__init__(model.modules)
         self.id = number
         self.sites = frozenset(sites)
         self.state = state
         self.model = model
         self.telemetry = telemetry
         self.commit_mode: CommitMode = commit
-        self.version = 0
-        self.starts = ForwardStarts()
         self._layers_changed = False
-        self.entries = Entries(model.modules)
-        self.has_entry_hooks = True
-        """Whether something is to be done where a forward begins: whoever is entered has to call :meth:`enter`."""
         self.whole: dict[int, int] = {}
         """Threads that are inside of a forward of the whole model, while there is something to commit."""
         self.has_graph_breaks = False
         """Whether a forward consists of several parts: then :meth:`note_forward` has to be called where it begins."""
-        self._first_forward: _FirstForward | None = None
+        self._first_forward: FirstForward | None = None
         self.pending = False  # guarded on by graphs of other backends, which re-trace when something is staged
         self.scheduled = False  # as above, for schedules
         self.gate: Gate | None = None
@@ -114,21 +86,10 @@ class Runtime:
         self.features_seen: dict[int, tuple[int, int]] = {}
         """Sizes of input and output of sites at modules of which only a call can tell them."""
         self.begun_while_tracing = False  # see `esper.execution.site_marker`
-        self._plan = DORMANT
-        self._handovers: deque[weakref.ref[PlanHandover]] = deque()  # that are not known to have settled, by age
-        self._earlier: list[tuple[int, weakref.ref[Plan]]] = []  # plans that some forward may have begun with
-        self._target = DORMANT
-        self._staged: list[PlanEdit] = []
-        self._commit: Commit | None = None  # the one under way, or cut short by an interrupt: then it is completed
+        self._handovers = UnfinishedHandovers()
         self._committing = threading.RLock()  # held by whoever carries it out
         self.optimizer_steps = OptimizerSteps()
         self._alphas = SeedAlphas(state, self.optimizer_steps)
-        self._executors: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self._renewed: weakref.WeakSet[Executor] = weakref.WeakSet()
-        self.executors_added = 0
-        """How many executors there have been."""
-        self.lock = threading.RLock()
-        """For short, consistent changes of plan, seeds and requests; locks of the state and the cache come after it."""
         self._thread = threading.get_ident()  # the one that runs the model, as far as is known
         self.settings = contextvars.copy_context()
         """The context, and in it the settings of torch's compilers, that the thread that runs the model was seen in."""
@@ -141,52 +102,9 @@ class Runtime:
         self._committing = threading.RLock()
         self._target = self._edited(self._plan, self._staged)  # the fork may have come between the two
 
-    @property
-    def plan(self) -> Plan:
-        """The plan in force."""
-        return self._plan
-
-    @property
-    def following(self) -> Plan:
-        """The plan that executors are to follow: that in force, or during a commit the one that it leads to."""
-        commit = self._commit
-        return self._plan if commit is None or commit.plan is None else commit.plan
-
-    @property
-    def upcoming(self) -> int:
-        """The version of :attr:`following`."""
-        commit = self._commit
-        return self.version if commit is None or commit.plan is None else commit.version
-
-    @property
-    def begun_with(self) -> Plan:
-        """The plan that this thread's forward goes on with: :attr:`following`, unless a commit has overtaken it."""
-        with self.lock:
-            start = self.starts.of_this_thread(self.upcoming)
-            if start >= self.upcoming:
-                return self.following
-            if start >= self.version:
-                return self._plan
-            earlier = [plan for version, plan in self._earlier if version <= start]
-            found = earlier[-1]() if earlier else None
-            return self.following if found is None else found
-
     def is_passed_over(self, site: int) -> bool:
         """Whether forwards have run, and none has called `site`: code reads its layer's weight, or does without it."""
         return self.has_run and site not in self.called and not self.begun_while_tracing
-
-    @property
-    def target(self) -> Plan:
-        """The plan that will be in force once everything staged is committed."""
-        return self._target
-
-    def add_executor(self, executor: Executor) -> None:
-        """Have `executor` follow this runtime's plan for as long as it lives."""
-        with self.lock:
-            self._executors.add(executor)
-            self.executors_added += 1
-            if self._needs_entry_hooks():
-                executor.install_entry_hook()
 
     def divide(self) -> None:
         """From now on a forward consists of several parts."""
@@ -200,7 +118,7 @@ class Runtime:
         """The beginning of a forward was compiled: until the next one nobody knows whether it is all of it."""
         with self.lock:
             if not self.has_graph_breaks:
-                self._first_forward = _FirstForward(threading.get_ident())
+                self._first_forward = FirstForward(threading.get_ident())
                 self._note_beginnings()
                 if not torch_internals.inside_backward():
                     self.starts.note(self)  # it counts as under way for whoever is told to look from now on
@@ -220,36 +138,22 @@ class Runtime:
             return
         self.starts.note(self)
         if self._handovers:
-            self._finish_handovers()
+            self._handovers.finish()
         first = self._first_forward
         if first is not None and first.is_over():
             self._stays_whole(first)
 
     def note_handover(self, handover: PlanHandover) -> None:
         """Have `handover` finish, also where nobody calls it: what is not run any more keeps no kernels."""
-        self._handovers.append(weakref.ref(handover))
+        self._handovers.add(handover)
 
-    def _finish_handovers(self) -> None:
-        with contextlib.suppress(IndexError):  # other threads may be at the same
-            while True:
-                each = self._handovers.popleft()
-                handover = each()
-                if handover is not None and not handover.finish_if_over():
-                    self._handovers.appendleft(each)
-                    return
-
-    def _stays_whole(self, first: _FirstForward) -> None:
+    def _stays_whole(self, first: FirstForward) -> None:
         with self.lock:
             if self._first_forward is first:
                 self._first_forward, self.has_graph_breaks = None, False
                 if not self.has_entry_hooks:
                     for executor in list(self._executors):
                         executor.remove_entry_hook()
-
-    def executors(self) -> list[Any]:
-        """Those alive now."""
-        with self.lock:
-            return list(self._executors)
 
     def note_settings(self) -> None:
         """A change is asked for, or a forward begins: take the settings under which to compile, if on its thread."""
@@ -258,47 +162,10 @@ class Runtime:
 
     # -- staging ---------------------------------------------------------------------------------------------------
 
-    def ready(self, plan: Plan) -> bool:
-        """Whether every executor could follow `plan` at once."""
-        return all(executor.ready(plan, self) for executor in self.executors())
-
-    def prepare(self, plan: Plan, cancelled: Future[None] | None = None) -> None:
-        """Have every executor make ready for `plan`. On a background thread; raises what they raise.
-
-        Raises :class:`PreparationCancelledError` as soon as `cancelled` is done.
-        """
-        preparations: list[Preparation] = []
-        try:
-            for executor in self.executors():
-                preparation = executor.prepare(plan, self)
-                if preparation is not None:
-                    preparations.append(preparation)
-            while preparations:
-                futures = [preparations[0].future, *([cancelled] if cancelled else [])]
-                with background.waiting():
-                    wait(futures, return_when=FIRST_COMPLETED)
-                if cancelled is not None and cancelled.done():
-                    raise PreparationCancelledError("the kernel is not wanted any more")
-                preparations.pop(0).finish()
-        finally:
-            for preparation in preparations:
-                preparation.abandon()
-
-    def renew(self, executor: Executor) -> None:
-        """Have `executor` follow the plan anew where the next forward begins, whatever the commit mode.
-
-        For an executor that has something better for the same plan. On any thread.
-        """
-        with self.lock:
-            self._renewed.add(executor)
-            self._install_entry_hooks()
-
     def publish(self, *edits: PlanEdit) -> None:
         """Stage `edits` for the next commit, in which they come into force together."""
         with self.lock:
-            for edit in edits:
-                self._target = edit.edit(self._target)
-                self._staged.append(edit)
+            self._stage(edits)
             if self.commit_mode == "auto":
                 self.pending = self.gate is None
                 self._install_entry_hooks()
@@ -326,7 +193,7 @@ class Runtime:
 
     def enter(self, whole: bool = False) -> None:
         """The model, or with `whole` false a part of it, was entered: a forward may begin on this thread."""
-        if not torch_internals.inside_backward() and self.entries.begins(whole, self._writes):
+        if not torch_internals.inside_backward() and self.entries.begins(whole):
             self.on_forward_start()
 
     def enter_whole(self, forward: Callable[[], Any]) -> Any:
@@ -341,10 +208,6 @@ class Runtime:
                 self.whole[thread] -= 1
             else:
                 del self.whole[thread]
-
-    def _writes(self) -> int:
-        """How often the model's parameters were written to."""
-        return sum(0 if each.is_inference() else each._version for each in self.entries.parameters())
 
     def note_layers_changed(self) -> None:
         """A module of the model was exchanged: look, before the next forward, whether it was a layer with seeds."""
@@ -424,12 +287,6 @@ class Runtime:
         ):
             self.commit()
 
-    def refresh(self) -> None:
-        """Have every executor follow the plan anew: its tensors have moved."""
-        with self.lock:
-            for executor in list(self._executors):
-                executor.follow(self.following)
-
     def _flip(self, now: Callable[[PlanEdit], bool] = lambda _: True, *, wait: bool = True) -> list[Transition]:
         """Put what is staged in force, or the part of it that is to come `now`; what an interrupt cut short, first.
 
@@ -450,13 +307,6 @@ class Runtime:
             if held:
                 self._committing.release()
         return transitions
-
-    def _begin_commit(self, now: Callable[[PlanEdit], bool]) -> bool:
-        with self.lock:
-            edits = [edit for edit in self._staged if now(edit)]
-            if edits:
-                self._commit = Commit(edits, self.version + 1)
-            return bool(edits)
 
     def _carried_out(self) -> list[Transition]:
         commit = self._commit
@@ -490,27 +340,8 @@ class Runtime:
 
     def _conclude(self, commit: Commit) -> None:
         with self.lock:
-            if commit.plan is not None and commit.edits:
-                self._earlier = [each for each in self._earlier if each[1]() is not None][-_KEPT_PLANS:]
-                self._earlier.append((self.version, weakref.ref(self._plan)))
-                self._plan = commit.plan
-                self.version = commit.version  # from here on forwards that consist of parts run the new plan
-            self._staged = [edit for edit in self._staged if not commit.contains(edit)]
+            super()._conclude(commit)
             self.pending = bool(self._staged) and self.commit_mode == "auto" and self.gate is None
-            self._target = self._edited(self._plan, self._staged)
-            self._commit = None
-
-    @staticmethod
-    def _edited(plan: Plan, edits: Iterable[PlanEdit]) -> Plan:
-        for edit in edits:
-            plan = edit.edit(plan)
-        return plan
-
-    def _follow_renewed(self) -> None:
-        with self.lock:
-            for executor in list(self._renewed):
-                executor.follow(self.following)
-                self._renewed.discard(executor)
 
     def _needs_entry_hooks(self) -> bool:
         staged = bool(self._staged) and self.commit_mode == "auto"
@@ -524,21 +355,6 @@ class Runtime:
             or self._alphas.moving
             or bool(self._renewed)
         )
-
-    def _install_entry_hooks(self) -> None:
-        self.entries.prepare()
-        self.has_entry_hooks = True
-        for executor in self._executors:
-            executor.install_entry_hook()
-        self.entries.watch()
-
-    def _remove_entry_hooks_if_settled(self) -> None:
-        with self.lock:
-            if not self._needs_entry_hooks():
-                self.entries.forget()
-                self.has_entry_hooks = False
-                for executor in self._executors:
-                    executor.remove_entry_hook()
 
     # -- alpha -----------------------------------------------------------------------------------------------------
 

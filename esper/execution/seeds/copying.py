@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.execution.kernels.loaded_kernel import LoadedKernel
 from esper.execution.lifecycle import SeedLifecycleState, after_cancelled_load
@@ -18,7 +18,7 @@ from esper.execution.seeds.control import SeedControl
 from esper.execution.seeds.restoring import RestoredSeed
 from esper.execution.seeds.seed import SeedLayer
 
-__all__ = ["ControlledLayer", "LayerSeeds", "copy_schedules", "restore_seeds"]
+__all__ = ["ControlledLayer", "LayerSeeds", "PackedLayer", "copy_schedules", "restore_seeds"]
 
 
 class ControlledLayer(SeedLayer, Protocol):
@@ -97,3 +97,34 @@ def copy_schedules(old: Mapping[str, ControlledLayer], new: Mapping[str, Control
             if schedule is not None:
                 alpha = layer.state.alpha(each.seed)
                 layer.runtime.start_alpha(each.alpha_index, schedule.alpha, alpha, schedule.step)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A layer as it is copied and pickled: as one that stands alone, without its kernel source and telemetry sink."""
+
+    alone: Callable[..., Any]
+    """Makes the layer again, of its host."""
+    host: nn.Module
+    options: dict[str, Any]
+    seeds: LayerSeeds
+
+    @classmethod
+    def of(cls, layer: Any) -> PackedLayer:
+        """`layer`, with its parameters and kernels, not copies of them."""
+        options = {
+            "layer_id": layer.layer_id,
+            "layer_name": layer.layer_name,
+            "num_seeds": layer.num_seeds,
+            "cache_size_mb": layer.kernel_cache.max_cache_size_mb,
+            "telemetry_enabled": layer.runtime.telemetry is not None,
+            "commit": layer.runtime.commit_mode,
+        }
+        alone, more = layer._packing()
+        return cls(alone, layer.as_host(), {**options, **more}, LayerSeeds.of(layer))
+
+    def unpack(self, **outside: Any) -> Any:
+        """A layer with these seeds; `outside` are its source and sink, the defaults if left out."""
+        layer = self.alone(self.host, **self.options, **outside)
+        restore_seeds({layer.layer_name: layer}, {layer.layer_name: self.seeds}, tell=not outside)
+        return layer

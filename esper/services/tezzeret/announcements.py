@@ -10,6 +10,7 @@ from typing import Protocol
 from esper.contracts.messages import TopicNames
 from esper.errors import EsperError
 from esper.services.oona_client import OonaClient, Subscription
+from esper.services.tezzeret.watchers import Watchers
 
 __all__ = ["Announcements", "Compiler"]
 
@@ -36,7 +37,7 @@ class Announcements:
     def __init__(self, oona: OonaClient) -> None:
         self._oona = oona
         self._lock = threading.Lock()
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers = Watchers()
         self._subscription: Subscription | None = None
 
     def ask(self) -> None:
@@ -46,16 +47,12 @@ class Announcements:
     def watched(self, changed: Callable[[], None]) -> Iterator[None]:
         """Have `changed` called, on a thread, whenever a blueprint was finished somewhere."""
         with self._lock:
-            self._watchers.append(changed)
             if self._subscription is None or self._subscription.closed:
                 self._subscription = self._oona.subscribe(
-                    TopicNames.VALIDATION_KERNEL_CHARACTERIZED, lambda _message: self._tell()
+                    TopicNames.VALIDATION_KERNEL_CHARACTERIZED, lambda _message: self._watchers.tell()
                 )
-        try:
+        with self._watchers.added(changed):
             yield
-        finally:
-            with self._lock:
-                self._watchers.remove(changed)
 
     def stop(self) -> None:
         """Stop listening, and wake whoever waits."""
@@ -63,10 +60,4 @@ class Announcements:
             subscription, self._subscription = self._subscription, None
         if subscription is not None:
             subscription.close()
-        self._tell()
-
-    def _tell(self) -> None:
-        with self._lock:
-            watchers = list(self._watchers)
-        for changed in watchers:
-            changed()
+        self._watchers.tell()

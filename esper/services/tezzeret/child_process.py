@@ -10,8 +10,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -31,8 +31,9 @@ from esper.ownership import UnsafePathError, check_own
 from esper.services.errors import ServiceError
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import LOG, ChildRequest
+from esper.services.tezzeret.watchers import StopSignal
 
-__all__ = ["ChildExit", "StopSignal", "run_child"]
+__all__ = ["ChildExit", "run_child"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,39 +43,6 @@ _LOOK_EVERY = 0.25
 _MODULE = "esper.services.tezzeret.child"
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 Kill = Literal["time", "memory", "stopped"]
-
-
-class StopSignal:
-    """Set once, from any thread, to end what runs: whatever is attached is called then."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._set = False
-        self._actions: list[Callable[[], None]] = []
-
-    def is_set(self) -> bool:
-        return self._set
-
-    def set(self) -> None:
-        with self._lock:
-            self._set = True
-            actions = list(self._actions)
-        for action in actions:
-            action()
-
-    @contextmanager
-    def attached(self, action: Callable[[], None]) -> Iterator[None]:
-        """Have `action` called on :meth:`set`, or now if that has been; until the block is left."""
-        with self._lock:
-            self._actions.append(action)
-            already = self._set
-        if already:
-            action()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._actions.remove(action)
 
 
 @dataclass(frozen=True, slots=True)

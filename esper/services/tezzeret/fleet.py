@@ -18,9 +18,9 @@ from esper.errors import EsperError
 from esper.logs import set_up_service_log
 from esper.services.oona_client import OonaClient
 from esper.services.parts import open_bus, open_store, signing_key
-from esper.services.tezzeret.child_process import StopSignal
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.queue import CompilationQueue
+from esper.services.tezzeret.watchers import StopSignal
 from esper.services.tezzeret.worker import Worker
 
 __all__ = ["FleetWorker", "main", "run_fleet"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from esper.errors import EsperError
 from esper.services.errors import ServiceError
-from esper.services.tezzeret.child_process import StopSignal
+from esper.services.tezzeret.watchers import StopSignal, Watchers
 from esper.services.tezzeret.worker import Worker
 
 __all__ = ["TezzeretService"]
@@ -30,7 +30,7 @@ class TezzeretService:
         self._asked = threading.Event()
         self._stop = StopSignal()
         self._thread: threading.Thread | None = None
-        self._watchers: list[Callable[[], None]] = []
+        self._watchers = Watchers()
         self._failure: EsperError | None = None
 
     @property
@@ -49,16 +49,9 @@ class TezzeretService:
                 self._thread = threading.Thread(target=self._run, name="esper-tezzeret", daemon=True)
                 self._thread.start()
 
-    @contextmanager
-    def watched(self, changed: Callable[[], None]) -> Iterator[None]:
+    def watched(self, changed: Callable[[], None]) -> AbstractContextManager[None]:
         """Have `changed` called, on the service's thread, whenever a blueprint was finished or something failed."""
-        with self._lock:
-            self._watchers.append(changed)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._watchers.remove(changed)
+        return self._watchers.added(changed)
 
     def stop(self, timeout: float | None = 10.0) -> None:
         """End the child that runs, give its blueprint back, and end the thread. With timeout None, wait for nothing."""
@@ -68,20 +61,20 @@ class TezzeretService:
             thread = self._thread
         if thread is not None and timeout is not None and thread is not threading.current_thread():
             thread.join(timeout)
-        self._tell()
+        self._watchers.tell()
 
     def _run(self) -> None:
         while True:
             self._asked.clear()
             try:
                 while not self._stop.is_set() and self._worker.compile_next(self._stop) is not None:
-                    self._tell()
+                    self._watchers.tell()
                 rest = self._worker.store.blueprints.next_lease_end()
             except Exception as error:  # noqa: BLE001  # whoever waits for a blueprint is given it
                 _log.exception("Tezzeret cannot work")
                 self._failure = error if isinstance(error, EsperError) else ServiceError(f"Tezzeret failed: {error!r}")
                 rest = None
-                self._tell()
+                self._watchers.tell()
             if rest is not None and not self._stop.is_set():
                 self._asked.wait(rest)
             elif self._ended():
@@ -93,9 +86,3 @@ class TezzeretService:
                 return False
             self._thread = None
             return True
-
-    def _tell(self) -> None:
-        with self._lock:
-            watchers = list(self._watchers)
-        for changed in watchers:
-            changed()

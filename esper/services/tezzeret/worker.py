@@ -23,10 +23,11 @@ from esper.services.contracts import BlueprintStatus, Claim, KernelMetadata
 from esper.services.errors import ClaimLostError, ServiceError, StoreBusyError
 from esper.services.oona_client import OonaClient
 from esper.services.stores import LEASE_SECONDS, Store
-from esper.services.tezzeret.child_process import ChildExit, StopSignal, run_child
+from esper.services.tezzeret.child_process import ChildExit, run_child
 from esper.services.tezzeret.known_structure import KnownStructures, LikeAnother
 from esper.services.tezzeret.limits import ChildLimits
 from esper.services.tezzeret.protocol import ARTIFACT, ATTACHMENT, BLUEPRINT, RESULT, ChildRequest, ChildResult
+from esper.services.tezzeret.watchers import StopSignal
 
 __all__ = ["Worker"]
 
