@@ -1,8 +1,9 @@
 """Size without search: one grower with one set of constants on eight tasks, beside five sizes chosen by hand.
 
-A linear model is given to `esper.Grower`, which adds hidden units beside it, eight or sixteen at a time, keeps what lowers the
-loss on data that is not trained on, and stops by itself. The sizes chosen by hand are the same model with 2 to 128
-hidden units from the beginning. All train for as many steps with Adam, its rate falling to zero over the last fifth.
+A linear model is given to `esper.Grower`, which adds hidden units beside it, eight or sixteen at a time, keeps what
+lowers the loss on data that is not trained on, and stops by itself. The sizes chosen by hand are the same model with 2
+to 128 hidden units from the beginning. All train for as many steps with Adam, its rate falling to zero over the last
+fifth.
 
 The goal: within one point of the best of the five sizes on every task, for at most a third of the FLOPs of the five
 together; and the final size follows that of the teacher (Spearman's correlation of at least 0.8).

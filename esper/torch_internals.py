@@ -45,6 +45,7 @@ __all__ = [
     "assumption_since",
     "at_the_end_of_the_backward",
     "backend_being_traced",
+    "backward_number",
     "boxed",
     "cache_misses",
     "compile_graph",
@@ -243,9 +244,13 @@ def saved_tensor_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+backward_number: Callable[[], int] = torch._C._current_graph_task_id
+"""That of the backward pass which this thread executes, -1 outside of one: for what every forward asks."""
+
+
 def inside_backward() -> bool:
     """Whether this thread is executing a backward pass (activation recomputation included)."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_number() != -1
 
 
 def transforms_active() -> bool:
