@@ -454,6 +454,10 @@ class KasminaLayer(nn.Module):
     def fossilize(self, seed_idx: int) -> bool:
         """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
 
+        At a linear layer an affine kernel becomes part of its weight and bias, where that is exact. All others stay
+        kernels, of a constant share: also hidden neurons beside a block, which only :func:`esper.bake` can make part of
+        its layers, as these get other shapes.
+
         True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
         Called on the thread that runs the model, between its forwards, it is in force at the return and the seed
         `FOSSILIZED`; with `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until
@@ -593,14 +597,19 @@ class LinearSite(KasminaLayer, nn.Linear):
         return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
 
     def _sees_to_hooks(self) -> bool:
-        return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
+        return torch.compiler.is_dynamo_compiling() or self._runs_kernels()
+
+    def _runs_kernels(self) -> bool:
+        """Whether it does so in the forward that is under way on this thread."""
+        overtaken = isinstance(self._current, PlanHandover)
+        return bool(self.runtime.begun_with.sites.get(self.site) if overtaken else self._seeds)
 
     def _outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
         """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
         if self._has_entry_hook:
             self._begin()
         self.runtime.divide()
-        return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
+        return self._run(x) if self._runs_kernels() else with_backward_hooks(self, self._run, x)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
