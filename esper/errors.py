@@ -6,7 +6,7 @@ Each part derives its own errors from :class:`EsperError` and, where a built-in 
 
 from types import BuiltinFunctionType, FunctionType, MethodType
 
-__all__ = ["EsperError", "shown"]
+__all__ = ["EsperError", "kind_of", "shown"]
 
 _LONGEST = 80
 
@@ -26,8 +26,16 @@ def shown(value: object) -> str:
         return f"the function {value.__name__}"
     if isinstance(value, str):
         return repr(value) if len(value) <= _LONGEST else f"{value[:_LONGEST]!r}..."
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # whatever a repr of the user's raises must not hide what is to be told
+        return kind_of(value)
     if len(text) <= _LONGEST and text.isprintable() and " at 0x" not in text:
         return text
+    return kind_of(value)
+
+
+def kind_of(value: object) -> str:
+    """The class of `value` within a sentence: `a Sequential`, `an int`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

@@ -18,6 +18,11 @@ class Thing:
     pass
 
 
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise ValueError("never")
+
+
 def alpha_of_step(step: int) -> float:
     return step / 2
 
@@ -32,6 +37,7 @@ def alpha_of_step(step: int) -> float:
         ({"lr": 0.1}, "{'lr': 0.1}"),
         (Thing(), "a Thing"),
         (Thing, "the type Thing"),
+        (Unspeakable(), "an Unspeakable"),
         (alpha_of_step, "the function alpha_of_step"),
         (Thing().__repr__, "a method-wrapper"),
         (mlp(8, 6, 4), "a Sequential"),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import TypeAlias
 
 from esper.artifacts.errors import ArtifactError
+from esper.errors import shown
 
 __all__ = ["REQUIRED", "Json", "JsonReader", "canonical_json", "near_misses", "parse_json"]
 
@@ -83,8 +84,7 @@ def _show(value: object) -> str:
     """A short repr, whatever the value's size and depth."""
     if isinstance(value, dict | list | tuple):
         return f"{'an object' if isinstance(value, dict) else 'an array'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown(value)
 
 
 class JsonReader:

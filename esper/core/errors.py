@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from esper import torch_internals
-from esper.errors import EsperError
+from esper.errors import EsperError, kind_of
 
 __all__ = ["RegionError", "SiteCallError", "TargetError", "UnknownLayerError", "WrapError", "described"]
 
@@ -47,4 +47,4 @@ def described(value: object) -> str:
     """What `value`, which is not what was asked for, is."""
     if isinstance(value, nn.Module) and torch_internals.is_compiled(value):
         return f"what torch.compile made of it ({type(value).__name__})"
-    return f"the type {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    return f"the type {value.__name__}" if isinstance(value, type) else kind_of(value)

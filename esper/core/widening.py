@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.core.sites.targets import unfit_reason
-from esper.errors import EsperError
+from esper.errors import EsperError, kind_of
 from esper.execution.kernels.hidden_neurons import Activation, HiddenNeurons, activation_of, neurons_of
 from esper.execution.plans.plan import SeedPlan
 from esper_passes import hooks_of
@@ -103,7 +103,7 @@ def feed_forward(block: nn.Module, host: nn.Module) -> FeedForward:
             )
         if type(parameter) is not nn.Parameter:
             raise CannotWidenError(
-                f"the {name} of its {_class(layer)} is a {type(parameter).__name__}, and no plain parameter: bake a "
+                f"the {name} of its {_class(layer)} is {kind_of(parameter)}, and no plain parameter: bake a "
                 "model that has its own, such as one that the checkpoint was loaded into"
             )
     return FeedForward(up, activation, down)

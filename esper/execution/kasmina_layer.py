@@ -18,6 +18,7 @@ from esper.execution.kernels.service_locator import TelemetrySink
 from esper.execution.lifecycle import SeedLifecycleState
 from esper.execution.plain_linear import parametrize_alike, plain_linear
 from esper.execution.plans import registry
+from esper.execution.plans.handover import PlanHandover
 from esper.execution.plans.model_link import ModelLink
 from esper.execution.plans.plan import SeedPlan
 from esper.execution.plans.runtime import CommitMode
@@ -323,14 +324,19 @@ class LinearSite(KasminaLayer, nn.Linear):
         return every[: len(every) - len(self._backward_pre_hooks)] if self._sees_to_hooks() else every
 
     def _sees_to_hooks(self) -> bool:
-        return torch.compiler.is_dynamo_compiling() or bool(self._seeds)
+        return torch.compiler.is_dynamo_compiling() or self._runs_kernels()
+
+    def _runs_kernels(self) -> bool:
+        """Whether it does so in the forward that is under way on this thread."""
+        overtaken = isinstance(self._current, PlanHandover)
+        return bool(self.runtime.begun_with.sites.get(self.site) if overtaken else self._seeds)
 
     def _outside_graphs(self, x: torch.Tensor) -> torch.Tensor:
         """The layer outside of graphs: compiled code cannot call its hooks, or a kernel's, within a site."""
         if self._has_entry_hook:
             self._begin()
         self.runtime.divide()
-        return self._run(x) if self._seeds else with_backward_hooks(self, self._run, x)
+        return self._run(x) if self._runs_kernels() else with_backward_hooks(self, self._run, x)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 

@@ -279,3 +279,35 @@ def test_a_forward_that_another_threads_commit_overtakes_ends_as_it_began(
     assert model.unload_kernel("first", 0)
     assert model.unload_kernel("second", 0)
     assert torch.equal(outputs(run, x), before)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_backward_hooks_run_once_in_a_forward_that_another_threads_commit_overtakes(
+    shelf: KernelShelf, compiled: bool, change: str, fresh_dynamo: None
+) -> None:
+    host = Halted()
+    model: Any = esper.wrap(host, platform=shelf.platform)
+    kernel, x, seen = shelf.put(blueprint(8, 8)).id, torch.randn(5, 8), list[torch.Size]()
+    model.second.register_full_backward_hook(lambda _, into, out: seen.append(out[0].shape))
+    run = torch.compile(model, backend="esper", options={"inner": "aot_eager"}) if compiled else model
+    if change == "unload":
+        load(model, "second", 0, kernel, alpha=0.5)
+    for _ in range(2):
+        run(x).sum().backward()
+    assert len(seen) == 2
+    host.arrived.clear()
+    host.go_on.clear()
+    thread = threading.Thread(target=lambda: run(x).sum().backward())
+    thread.start()
+    assert host.arrived.wait(30)
+    if change == "load":
+        assert model.request_kernel("second", 0, kernel, alpha=0.5).result(30)
+    else:
+        assert model.unload_kernel("second", 0)
+    model.commit()
+    host.go_on.set()
+    thread.join()
+    assert len(seen) == 3
+    run(x).sum().backward()
+    assert len(seen) == 4

@@ -372,7 +372,7 @@ class Pooling(nn.Module):
         ),
         (Calling(Options(), ..., mask=2.0), "'module' was called with an argument, mask"),
         (Calling(Options()), "'module' was called with nothing"),
-        (Calling(Options(), 3), "'module' was called with a int"),
+        (Calling(Options(), 3), "'module' was called with an int"),
         (
             Calling(Pair(), ...),
             "'module' returns a tuple, and a site returns one tensor: leave it out",

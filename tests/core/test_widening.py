@@ -193,7 +193,7 @@ WIDER = Blueprint.widen(IN, OUT, 3)
             WIDER,
             "its first linear layer cannot be made wider, since its weight or bias is computed at each call",
         ),
-        (with_own_parameters(), WIDER, "the weight of its Linear is a Own, and no plain parameter"),
+        (with_own_parameters(), WIDER, "the weight of its Linear is an Own, and no plain parameter"),
         (block(), Blueprint.deepen(IN, OUT, 3), r"is no sum of what .* such as Blueprint\.widen makes"),
         (block(), Blueprint.widen(IN, OUT, 3, start="kaiming"), "is no sum of what .* makes with start='identity'"),
     ],

@@ -23,6 +23,7 @@ from esper.core.errors import SiteCallError
 from esper.core.replica.subclassing import subclass_in_disguise, undisguised
 from esper.core.replica.transformer_fast_path import adapted_class
 from esper.core.sites.features import Features
+from esper.errors import kind_of
 from esper.execution import site_marker
 from esper.execution.assembly import LayerParts
 from esper.execution.kasmina_layer import KasminaLayer
@@ -116,12 +117,12 @@ class ModuleSite(KasminaLayer):
     def _check(self, x: Any, y: Any) -> None:
         if not isinstance(x, Tensor):
             raise SiteCallError(
-                f"{self.layer_name!r} was called with a {type(x).__name__}, and a site takes one tensor: leave it out "
+                f"{self.layer_name!r} was called with {kind_of(x)}, and a site takes one tensor: leave it out "
                 "of target_layers, and name a module inside of it"
             )
         if not isinstance(y, Tensor):
             raise SiteCallError(
-                f"{self.layer_name!r} returns a {type(y).__name__}, and a site returns one tensor: leave it out of "
+                f"{self.layer_name!r} returns {kind_of(y)}, and a site returns one tensor: leave it out of "
                 "target_layers, and name a module inside of it"
             )
 

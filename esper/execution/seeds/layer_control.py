@@ -108,6 +108,10 @@ class LayerControl:
     def fossilize(self, seed_idx: int) -> bool:
         """Make the kernel of seed `seed_idx` permanent at its present alpha; False unless it is active.
 
+        At a linear layer an affine kernel becomes part of its weight and bias, where that is exact. All others stay
+        kernels, of a constant share: also hidden neurons beside a block, which only :func:`esper.bake` can make part of
+        its layers, as these get other shapes.
+
         True means staged: alpha is fixed from now on, and the seed can no more be unloaded, replaced or weighted.
         Called on the thread that runs the model, between its forwards, it is in force at the return and the seed
         `FOSSILIZED`; with `commit="manual"` at `commit()`. In a model compiled with `backend="esper"` that takes until
