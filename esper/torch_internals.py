@@ -1178,6 +1178,10 @@ def counting_flops() -> Iterator[Flops]:
     flops = Flops()
 
     class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # else each operation passes through a function of Dynamo's, which takes as long as it does
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             formula = flop_registry.get(func._overloadpacket)

@@ -101,6 +101,11 @@ def candidates(layer: KasminaLayer, policy: GrowthPolicy, seed: int, most: int) 
     return found
 
 
+def least_parameters(layer: KasminaLayer, policy: GrowthPolicy) -> int:
+    """Those of the smallest candidate. Raises :class:`GrowthError` for a family that cannot be."""
+    return min(parameters_of(_candidate(layer, policy, width, policy.seed)) for width in policy.widths)
+
+
 def _candidate(layer: KasminaLayer, policy: GrowthPolicy, width: int, seed: int) -> Blueprint:
     if callable(policy.family):
         blueprint = policy.family(layer, width)

@@ -40,13 +40,16 @@ _FREE = (SeedLifecycleState.DORMANT, SeedLifecycleState.ERROR_RECOVERY)
 
 
 class GrowthCycle:
-    """What a grower does from step to step, on the thread that trains; candidates are scored on another one."""
+    """What a grower does from step to step, on the thread that trains; candidates are scored on another one.
+
+    `layers` are those that may grow, with the parameters of the smallest candidate for each.
+    """
 
     def __init__(
         self,
         model: MorphableModel,
         loss_function: LossFunction,
-        layers: Sequence[str],
+        layers: Mapping[str, int],
         policy: GrowthPolicy,
         probe_batches: Iterable[Any],
         judge_batches: Iterable[Any],
@@ -99,11 +102,10 @@ class GrowthCycle:
         self._costs.begin_round()
         refuse_ranks(self._model)
         self._round += 1
-        places = self._places()
-        if not places:
-            left = policy.budget - self._spent
+        free, left = self._free_seeds(), policy.budget - self._spent
+        if not free:
             return self._stop(f"no layer has a free seed and a candidate of at most {left:,} parameters")
-        probe = self._new_probe([each.layer for each in places], policy.draw(self._round))
+        probe = self._new_probe(list(free), policy.draw(self._round))
         return self._probe(Probing(self._steps, probe))
 
     def _dropped(self) -> Stage:
@@ -128,30 +130,34 @@ class GrowthCycle:
         return self._probed(probe) if probe.is_over else stage
 
     def _probed(self, probe: PartialProbe) -> Stage:
-        places = self._places()
-        for each in places:
-            if each.layer not in probe.reached and each.layer not in self._unseen:
-                self._unseen.add(each.layer)
-                self._record("left out", layer=each.layer, reason="the probe's batches do not reach it")
-        seen = [each for each in places if each.layer in probe.reached]
-        scores = _SCORING.submit(partial(self._scores, probe, seen, self._policy.draw(self._round)))
+        free = self._free_seeds()
+        for name in free:
+            if name not in probe.reached and name not in self._unseen:
+                self._unseen.add(name)
+                self._record("left out", layer=name, reason="the probe's batches do not reach it")
+        seen = {name: seed for name, seed in free.items() if name in probe.reached}
+        draw, left = self._policy.draw(self._round), self._policy.budget - self._spent
+        scores = _SCORING.submit(partial(self._scores, probe, seen, draw, left))
         return self._score(Scoring(self._steps, scores))
 
-    def _places(self) -> list[Place]:
-        draw = self._policy.draw(self._round)
-        places = []
-        for name in self._layers:
+    def _free_seeds(self) -> dict[str, int]:
+        """One of each layer that has one, and a candidate that the budget allows."""
+        found = {}
+        for name, least in self._layers.items():
             layer = self._model.kasmina_layers[name]
             seed = next((each.index for each in layer.seeds if each.lifecycle in _FREE), None)
-            if seed is not None and layer.absence is None:
-                blueprints = candidates(layer, self._policy, draw, self._policy.budget - self._spent)
-                places += [Place(name, seed, blueprints)] if blueprints else []
-        return places
+            if seed is not None and layer.absence is None and least <= self._policy.budget - self._spent:
+                found[name] = seed
+        return found
 
-    def _scores(self, probe: PartialProbe, places: Sequence[Place], draw: int) -> Scores:
-        """On a thread of its own."""
+    def _scores(self, probe: PartialProbe, seeds: Mapping[str, int], draw: int, left: int) -> Scores:
+        """On a thread of its own, which makes blueprints, too: many of them take as long as a step."""
         _be_nice()
-        choice, best, flops = choose(probe.statistics(), places, self._policy, draw)
+        statistics, places = probe.statistics(), []
+        for name, seed in seeds.items():
+            if blueprints := candidates(self._model.kasmina_layers[name], self._policy, draw, left):
+                places.append(Place(name, seed, blueprints))
+        choice, best, flops = choose(statistics, places, self._policy, draw)
         compiling = None if choice is None else self._compile(choice.blueprint)
         return Scores(choice, {} if best is None else best.numbers(), flops, compiling)
 

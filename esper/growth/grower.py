@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
 from esper.growth.checks import attach, checked_batches, checked_loss_function, checked_model, unfit_layers
-from esper.growth.choosing import candidates
+from esper.growth.choosing import least_parameters
 from esper.growth.costs import NOTICEABLE, Costs, Losses
 from esper.growth.cycle import GrowthCycle
 from esper.growth.errors import GrowthError
@@ -149,12 +149,11 @@ class Grower(GrowthCycle):
         if len(unfit) == len(names):
             raise GrowthError(f"no layer can grow: {'; '.join(unfit.values())}")
         fit = [name for name in names if name not in unfit]
-        for name in fit:
-            candidates(model.kasmina_layers[name], policy, seed, budget)  # raises for a family that cannot be
+        least = {name: least_parameters(model.kasmina_layers[name], policy) for name in fit}
         attach(model, optimizer, scheduler, lr_factor, warmup, peak)
         _growers[model] = weakref.ref(self)
         costs = Costs(step=step_flops, is_said=step_flops is not None)
-        super().__init__(model, loss_fn, fit, policy, probed_by, judged_by, costs)
+        super().__init__(model, loss_fn, least, policy, probed_by, judged_by, costs)
         for name, reason in unfit.items():
             self._record("left out", layer=name, reason=reason)
 
