@@ -63,7 +63,7 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     rows. Any other, and one that cannot be had or unpacked for whatever reason, is as good as none: the graph runs, and
     the log says why. For background threads: it may fetch. Code is not loaded before a forward could use it.
     """
-    if kernel.attached:
+    if kernel.attached or kernel.template.is_best_alone(kernel.device):
         return
     name = f"kernel {kernel.artifact_id[:12]}"
     try:
@@ -87,6 +87,7 @@ def attach_from(source: KernelSource, kernel: LoadedKernel) -> None:
     if compiled.gains:
         kernel.attach(compiled)
     else:
+        kernel.template.leave_alone(kernel.device)
         _say_once(logging.INFO, f"the attachment of {name} is no faster than its graph: eager models run the graph")
 
 

@@ -132,6 +132,9 @@ def test_one_that_is_no_faster_is_left_packed(
     assert not loaded.attached
     assert loaded.executor is loaded.module
     assert "no faster" in caplog.text
+    caplog.clear()
+    esper.attach_from(_SourceOfForgeries(faster.platform.kernel_source, b"which it does not ask for"), loaded.place())
+    assert not caplog.text
 
 
 class _Marks:

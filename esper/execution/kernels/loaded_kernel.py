@@ -127,6 +127,7 @@ class KernelTemplate:
         self.function = code.function
         """The graph as Python, called as `function(None, x[, host], *parameters)`."""
         self._attachments: dict[torch.device, CompiledAttachment] = {}
+        self._alone: set[torch.device] = set()
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> KernelTemplate:
@@ -158,6 +159,14 @@ class KernelTemplate:
     def attach(self, device: torch.device, attachment: CompiledAttachment) -> None:
         """Let every use on `device`, present and later, have `attachment`."""
         self._attachments[device] = attachment
+
+    def leave_alone(self, device: torch.device) -> None:
+        """The compiled code for this device is of no use: nobody need look for it again."""
+        self._alone.add(device)
+
+    def is_best_alone(self, device: torch.device) -> bool:
+        """Whether that is known."""
+        return device in self._alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelTemplate:
         return self
