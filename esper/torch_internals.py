@@ -1171,7 +1171,10 @@ class Flops:
 
 @contextlib.contextmanager
 def counting_flops() -> Iterator[Flops]:
-    """Count what this thread computes within, forward and backward, by the formulas of `torch.utils.flop_counter`."""
+    """Count what this thread computes within, forward and backward, by the formulas of `torch.utils.flop_counter`.
+
+    What is run for its shapes alone, on the meta device, computes nothing.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
 
@@ -1185,7 +1188,7 @@ def counting_flops() -> Iterator[Flops]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             formula = flop_registry.get(func._overloadpacket)
-            if formula is not None:
+            if formula is not None and not (isinstance(out, torch.Tensor) and out.is_meta):
                 flops.total += formula(*args, **(kwargs or {}), out_val=out)
             return out
 

@@ -583,6 +583,8 @@ def test_floating_point_operations_are_counted() -> None:
     layer, x = nn.Linear(4, 3), torch.ones(5, 4, requires_grad=True)
     with torch_internals.counting_flops() as flops:
         layer(x).sum().backward()
+        layer.to_empty(device="meta")(torch.ones(5, 4, device="meta"))  # computes nothing
+    layer.to_empty(device="cpu")
     assert flops.total == 3 * 2 * 5 * 4 * 3  # the product, and those for the gradients of weight and input
     layer(x)
     assert flops.total == 3 * 2 * 5 * 4 * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,6 @@ def in_a_loop(shelf: KernelShelf, steps: int = STEPS) -> Any:
     run = begin(shelf)
     run.steps(steps)
     return run
-
-
-def told(grower: esper.Grower) -> list[Any]:
-    """Its decisions but for the FLOPs, of which the first run in a process has a few more."""
-    return [replace(each, compute_share=None) for each in decisions(grower)]
 
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
@@ -108,9 +102,18 @@ def test_lightning_grows_as_a_loop_does(kind: type[Regression], shelf: KernelShe
     fit(module, tmp_path, callback)
     own = in_a_loop(shelf)
     assert callback.grower is not None
-    assert told(callback.grower) == told(own.grower)
+    assert decisions(callback.grower) == decisions(own.grower)
     assert callback.grower.history[2].event == "kept"
     assert mean_loss(module.net0) == mean_loss(own.model)
+
+
+def test_a_compiled_module_grows(shelf: KernelShelf, tmp_path: Path) -> None:
+    callback, module = EsperCallback(grower=make_grower), Regression(shelf)
+    module.net0.compile(backend="esper", options={"inner": "aot_eager"})
+    fit(module, tmp_path, callback, max_steps=40)
+    assert callback.grower is not None
+    assert [each.event for each in callback.grower.history][:3] == ["chosen", "in force", "kept"]
+    assert any(len(graph.variants) > 1 for graph in module.net0.compile_report().graphs)
 
 
 @pytest.mark.parametrize("at", [7, 21, 49])
