@@ -243,9 +243,13 @@ def saved_tensor_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+backward_id: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that this thread is executing, -1 outside of any."""
+
+
 def inside_backward() -> bool:
     """Whether this thread is executing a backward pass (activation recomputation included)."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return backward_id() != -1
 
 
 def transforms_active() -> bool:
