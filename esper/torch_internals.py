@@ -45,7 +45,7 @@ __all__ = [
     "assumption_since",
     "at_the_end_of_the_backward",
     "backend_being_traced",
-    "backward_number",
+    "backward_id",
     "boxed",
     "cache_misses",
     "compile_graph",
@@ -244,13 +244,13 @@ def saved_tensor_hooks() -> object:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-backward_number: Callable[[], int] = torch._C._current_graph_task_id
-"""That of the backward pass which this thread executes, -1 outside of one: for what every forward asks."""
+backward_id: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that this thread is executing, -1 outside of any."""
 
 
 def inside_backward() -> bool:
     """Whether this thread is executing a backward pass (activation recomputation included)."""
-    return backward_number() != -1
+    return backward_id() != -1
 
 
 def transforms_active() -> bool:

@@ -102,8 +102,14 @@ class Entries:
 
         Methods of other names may train in themselves: between their steps no forward is under way.
         """
-        forwards = list(_forwards_around(sys._getframe(1)))
-        return bool(forwards) and not {id(module) for module in self._modules()}.isdisjoint(map(id, forwards))
+        modules = list(self._modules())
+        ids, codes = set(map(id, modules)), set().union(*map(_forward_codes, set(map(type, modules))))
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if _key(frame.f_code) in codes and id(_first_argument(frame)) in ids:  # of others, no variable is read
+                return True
+            frame = frame.f_back
+        return False
 
 
 class _Look:
@@ -153,15 +159,6 @@ class _Look:
         return outermost, last is None or not last.f_code.co_flags & _SUSPENDS
 
 
-def _forwards_around(frame: FrameType | None) -> Iterator[nn.Module]:
-    """The modules, of any model, in whose forwards `frame` is; those on this thread, whose variables may be read."""
-    while frame is not None:
-        module = _first_argument(frame)
-        if isinstance(module, nn.Module) and _key(frame.f_code) in _forward_codes(type(module)):
-            yield module
-        frame = frame.f_back
-
-
 def _forward_codes(kind: type) -> set[_Code]:
     forwards = (vars(each).get("forward") for each in kind.__mro__)
     return {_key(each.__code__) for each in forwards if isinstance(each, FunctionType)}
@@ -182,6 +179,7 @@ def _key(code: CodeType) -> _Code:
 
 
 def _first_argument(frame: FrameType) -> object:
+    """Until its call ends, a frame that is asked keeps what its variables hold now: none is asked without need."""
     names = frame.f_code.co_varnames
     return frame.f_locals.get(names[0]) if names else None
 

@@ -134,7 +134,7 @@ class Runtime(PlanExecutors):
 
         Inside a backward none does: one that has begun before is repeated, and goes on with the plan that it had.
         """
-        if torch_internals.backward_number() != -1:
+        if torch_internals.backward_id() != -1:
             return
         self.starts.note(self)
         if self._handovers:
