@@ -1,9 +1,10 @@
-"""`esper up` is killed, and with it ends what it has started; `test_tezzeret_fleet` has how it ends by itself."""
+"""`esper up` ends: and with it what it has started, however it ends."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="signals as POSIX has them")]
 
 
-def test_urza_valkey_and_workers_end_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_urza_valkey_and_workers_end_with_it(tmp_path: Path, ending: signal.Signals) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ESPER_")}
     command = [sys.executable, "-m", "esper.cli", "up", "--port", "0", "--json"]
     with (
@@ -42,7 +44,7 @@ def test_urza_valkey_and_workers_end_with_it(tmp_path: Path) -> None:
         assert "valkey" in names
         assert "esper.cli urza" in names
         assert "tezzeret.fleet" in names
-        up.kill()
+        up.send_signal(ending)
         up.wait(60)
     gone, alive = psutil.wait_procs(started, timeout=60)
     for each in alive:
