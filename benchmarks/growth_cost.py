@@ -349,6 +349,8 @@ def plot(axes: Axes, run: Run) -> None:
             axes.scatter(steps, [run.worked[step] / statistics.median(run.worked) for step in steps], s=4, label=phase)
     axes.axhline(WORST, color="grey", linestyle="--", linewidth=0.8)
     axes.set(xlabel="step", ylabel="processor's time, ordinary steps", yscale="log")
+    axes.set_yticks([1, 2, 3, 5], ["1", "2", "3", "5"])
+    axes.yaxis.set_minor_formatter("")
     axes.legend(fontsize=8)
 
 
