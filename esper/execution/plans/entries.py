@@ -98,8 +98,12 @@ class Entries:
 
         Methods of other names may train in themselves: between their steps no forward is under way.
         """
-        forwards = list(_forwards_around(sys._getframe(1)))
-        return bool(forwards) and not {id(module) for module in self._modules()}.isdisjoint(map(id, forwards))
+        caller = sys._getframe(1)
+        if not any(_hints_at_a_forward(frame.f_code) for frame in _around(caller)):
+            return False
+        modules = list(self._modules())
+        ids, codes = frozenset(map(id, modules)), set[_Code]().union(*map(_forwards, {type(each) for each in modules}))
+        return any(_key(frame.f_code) in codes and id(_first_argument(frame)) in ids for frame in _around(caller))
 
 
 class _Look:
@@ -149,18 +153,24 @@ class _Look:
         return outermost, last is None or not last.f_code.co_flags & _SUSPENDS
 
 
-def _forwards_around(frame: FrameType | None) -> Iterator[nn.Module]:
-    """The modules, of any model, in whose forwards `frame` is; those on this thread, whose variables may be read."""
+def _around(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
-        module = _first_argument(frame)
-        if isinstance(module, nn.Module) and _key(frame.f_code) in _forward_codes(type(module)):
-            yield module
+        yield frame
         frame = frame.f_back
 
 
-def _forward_codes(kind: type) -> set[_Code]:
+def _hints_at_a_forward(code: CodeType) -> bool:
+    """Whether it is worth to go through all modules, so that variables are read of their forwards alone.
+
+    Until a frame ends it keeps what it had when they were read, though the user has deleted it since.
+    """
+    return "forward" in code.co_name or _key(code) == torch_internals.module_call_code()
+
+
+def _forwards(kind: type) -> frozenset[_Code]:
+    """The codes of the forwards of a class of modules."""
     forwards = (vars(each).get("forward") for each in kind.__mro__)
-    return {_key(each.__code__) for each in forwards if isinstance(each, FunctionType)}
+    return frozenset(_key(each.__code__) for each in forwards if isinstance(each, FunctionType))
 
 
 def _goes_on(frame: FrameType | None) -> bool:
