@@ -60,7 +60,7 @@ class GrowthPolicy:
                 _check_whole(name, getattr(self, name), least)
         share = self.compute_share
         if share is not None and (isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1):
-            raise GrowthError(f"compute_share must be a number between 0 and 1, such as 0.03, not {share!r:.80}")
+            raise GrowthError(f"compute_share must be a number between 0 and 1, such as 0.03, not {shown(share)}")
         if self.until is not None and self.until < self.first:
             raise GrowthError(
                 f"until is {self.until} and first is {self.first}: nothing would grow, as no growth begins after until "

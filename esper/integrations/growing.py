@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from esper.core.errors import WrapError, described
 from esper.core.morphable_model import MorphableModel
+from esper.errors import shown
 from esper.growth import Grower, GrowthError
 from esper.integrations import wrapped
 
@@ -25,7 +26,8 @@ class GrownLoop:
     def __init__(self, make: MakeGrower) -> None:
         if not callable(make):
             raise GrowthError(
-                f"grower must be a function of a model and its optimizer that returns an esper.Grower, not {make!r:.80}"
+                "grower must be a function of a model and its optimizer that returns an esper.Grower, not "
+                f"{shown(make)}"
             )
         self._make = make
         self._model: MorphableModel | None = None
@@ -48,7 +50,7 @@ class GrownLoop:
         if self.grower is None or model is not self._model:
             grower = self._make(model, wrapped.optimizer_of(model, optimizers))
             if not isinstance(grower, Grower):
-                raise GrowthError(f"grower must return an esper.Grower, not {grower!r:.80}")
+                raise GrowthError(f"grower must return an esper.Grower, not {shown(grower)}")
             if self.grower is not None:
                 self.grower.close()
             self.grower, self._model = grower, model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +112,13 @@ def test_a_hook_before_the_first_layer_may_commit(shelf: KernelShelf) -> None:
     assert asyncio.run(asyncio.to_thread(model.unload_kernel, "0.second", 0))
     model.register_forward_pre_hook(lambda *_: (model.commit(), None)[1])
     assert not torch.allclose(outputs(model, x), before)
+
+
+def test_who_asks_for_a_change_may_delete_the_model_at_once(shelf: KernelShelf) -> None:
+    """The calls under way are looked through for forwards, and keep none of their variables for that."""
+    model, _ = grown(shelf, "module")
+    assert model.unload_kernel("0.first", 0)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -102,14 +102,12 @@ class Entries:
 
         Methods of other names may train in themselves: between their steps no forward is under way.
         """
+        caller = sys._getframe(1)
+        if not any(_hints_at_a_forward(frame.f_code) for frame in _around(caller)):
+            return False
         modules = list(self._modules())
-        ids, codes = set(map(id, modules)), set().union(*map(_forward_codes, set(map(type, modules))))
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if _key(frame.f_code) in codes and id(_first_argument(frame)) in ids:  # of others, no variable is read
-                return True
-            frame = frame.f_back
-        return False
+        ids, codes = frozenset(map(id, modules)), set[_Code]().union(*map(_forwards, {type(each) for each in modules}))
+        return any(_key(frame.f_code) in codes and id(_first_argument(frame)) in ids for frame in _around(caller))
 
 
 class _Look:
@@ -159,9 +157,24 @@ class _Look:
         return outermost, last is None or not last.f_code.co_flags & _SUSPENDS
 
 
-def _forward_codes(kind: type) -> set[_Code]:
+def _around(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _hints_at_a_forward(code: CodeType) -> bool:
+    """Whether it is worth to go through all modules, so that variables are read of their forwards alone.
+
+    Until a frame ends it keeps what it had when they were read, though the user has deleted it since.
+    """
+    return "forward" in code.co_name or _key(code) == torch_internals.module_call_code()
+
+
+def _forwards(kind: type) -> frozenset[_Code]:
+    """The codes of the forwards of a class of modules."""
     forwards = (vars(each).get("forward") for each in kind.__mro__)
-    return {_key(each.__code__) for each in forwards if isinstance(each, FunctionType)}
+    return frozenset(_key(each.__code__) for each in forwards if isinstance(each, FunctionType))
 
 
 def _goes_on(frame: FrameType | None) -> bool:
