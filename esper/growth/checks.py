@@ -33,6 +33,12 @@ def checked_loss_function(loss_function: Any) -> None:
     """Raise :class:`GrowthError` for what cannot be called with a model and a batch, as far as one can tell."""
     if not callable(loss_function):
         raise GrowthError(f"{CALLED}; {shown(loss_function)} is no function")
+    if type(loss_function).__module__ == "torch.nn.modules.loss":
+        name = type(loss_function).__name__
+        raise GrowthError(
+            f"{CALLED}; nn.{name} takes an output and a target: "
+            "pass lambda model, batch: loss(model(batch[0]), batch[1])"
+        )
     try:
         signature = inspect.signature(loss_function)
     except (TypeError, ValueError):  # of a function in C

@@ -102,9 +102,9 @@ class GrowthCycle:
         self._costs.begin_round()
         refuse_ranks(self._model)
         self._round += 1
-        free, left = self._free_seeds(), policy.budget - self._spent
+        free = self._free_seeds()
         if not free:
-            return self._stop(f"no layer has a free seed and a candidate of at most {left:,} parameters")
+            return self._stop(self._why_nothing_fits())
         probe = self._new_probe(list(free), policy.draw(self._round))
         return self._probe(Probing(self._steps, probe))
 
@@ -149,6 +149,20 @@ class GrowthCycle:
             if seed is not None and layer.absence is None and least <= self._policy.budget - self._spent:
                 found[name] = seed
         return found
+
+    def _why_nothing_fits(self) -> str:
+        reasons = []
+        for name, least in self._layers.items():
+            layer = self._model.kasmina_layers[name]
+            if layer.absence is not None:
+                reasons.append(f"layer {name!r} is not in the model any more")
+            elif not any(each.lifecycle in _FREE for each in layer.seeds):
+                reasons.append(f"all {len(layer.seeds)} of layer {name!r} are in use (seeds_per_layer of esper.wrap)")
+            else:
+                reasons.append(f"layer {name!r} needs {least:,} parameters at least")
+        more = f", and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        left = self._policy.budget - self._spent
+        return f"no seed is free where {left:,} parameters, which are left, would do: {'; '.join(reasons[:3])}{more}"
 
     def _scores(self, probe: PartialProbe, seeds: Mapping[str, int], draw: int, left: int) -> Scores:
         """On a thread of its own, which makes blueprints, too: many of them take as long as a step."""

@@ -118,7 +118,9 @@ class EsperCallback(TrainerCallback):
     """
 
     def __init__(self, **options: Any) -> None:
-        """`options` are those of `MorphableModel.attach_optimizer`, such as `lr_factor`."""
+        """`options` are those of `MorphableModel.attach_optimizer`, such as `lr_factor`. Raises `TypeError`."""
+        if "grower" in options:
+            raise TypeError("Trainer tells callbacks no loss of a step: EsperTrainer(grower=...) has a grower")
         self._options = options
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:

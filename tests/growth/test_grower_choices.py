@@ -61,13 +61,18 @@ def test_the_budget_is_kept(shelf: KernelShelf) -> None:
     run = begin(shelf, budget=23 + 22)
     run.until("stopped")
     assert run.grower.spent == 23
-    assert run.grower.stopped == "no layer has a free seed and a candidate of at most 22 parameters"
+    assert run.grower.stopped == (
+        "no seed is free where 22 parameters, which are left, would do: layer '0' needs 23 parameters at least"
+    )
 
 
 def test_a_layer_grows_as_often_as_it_has_seeds(shelf: KernelShelf) -> None:
     run = begin(shelf, seeds=1)
     run.until("stopped")
-    assert run.grower.stopped == "no layer has a free seed and a candidate of at most 177 parameters"
+    assert run.grower.stopped == (
+        "no seed is free where 177 parameters, which are left, would do: all 1 of layer '0' are in use "
+        "(seeds_per_layer of esper.wrap)"
+    )
 
 
 def test_the_threshold_is_on_the_gain_relative_to_the_layers_own(shelf: KernelShelf) -> None:

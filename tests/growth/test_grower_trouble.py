@@ -70,6 +70,10 @@ def test_what_it_is_not_for(shelf: KernelShelf) -> None:
         esper.Grower(model, optimizer, "mse", **wanted)  # type: ignore[arg-type]  # as above
     with pytest.raises(GrowthError, match=called + r"this one takes \(x, y, z\): missing a required argument: 'z'"):
         esper.Grower(model, optimizer, lambda x, y, z: x, **wanted)  # type: ignore[arg-type, misc]  # as above
+    with pytest.raises(
+        GrowthError, match=called + r"nn\.MSELoss takes an output and a target: pass lambda model, batch"
+    ):
+        esper.Grower(model, optimizer, nn.MSELoss(), **wanted)
     with pytest.raises(TargetError, match="no layer with seeds is selected by 'fc'"):
         esper.Grower(model, optimizer, loss_of, layers="fc", **wanted)
     with pytest.raises(OptimizerError, match="holds none of the model's parameters"):
@@ -204,7 +208,7 @@ def _vector(model: Any, batch: Any) -> Tensor:
         ({"probe_batches": Empty()}, "probe_batches gave no batch: pass some"),
         ({"loss_fn": _nan}, "infinite or NaN"),
         ({"loss_fn": _vector}, r"\(model, batch\) and must return a scalar tensor, not a tensor of shape \[150, 3\]"),
-        ({"loss_fn": nn.MSELoss()}, r"loss_fn\(model, batch\) and must return a scalar tensor, and raised "),
+        ({"loss_fn": nn.functional.mse_loss}, r"loss_fn\(model, batch\) and must return a scalar tensor, and raised "),
     ],
     ids=["first batch", "later batch", "no batch", "nan", "vector", "torch's"],
 )

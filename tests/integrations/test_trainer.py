@@ -114,6 +114,11 @@ def test_what_seeds_do_is_logged_where_trainer_logs(
     assert [each.value for each in board.Scalars("train/esper/seeds/active")][:: len(alphas)][:2] == [0, 1]
 
 
+def test_a_callback_says_who_has_a_grower() -> None:
+    with pytest.raises(TypeError, match=r"EsperTrainer\(grower=\.\.\.\) has a grower"):
+        EsperCallback(grower=lambda model, optimizer: None)
+
+
 def test_a_callback_does_it_for_any_trainer(shelf: KernelShelf, tmp_path: Path) -> None:
     model = wrapped(shelf)
     trainer = _trainer(model, tmp_path, EsperCallback(weight_decay=0.0), Growing(head_kernel(shelf)), kind=Trainer)
