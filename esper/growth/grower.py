@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from esper.core.morphable_model import MorphableModel
 from esper.core.parts.many_layers import Layers
+from esper.execution.lifecycle import SeedLifecycleState
 from esper.growth.checks import attach, checked_batches, checked_loss_function, checked_model, unfit_layers
 from esper.growth.choosing import least_parameters
 from esper.growth.costs import NOTICEABLE, Costs, Losses
@@ -263,7 +264,8 @@ class Grower(GrowthCycle):
         :class:`GrowthError` for what is no such state, with nothing changed.
         """
         loaded = LoadedState(state_dict, Makers(self._compile, self._load_probe, self._new_judgement))
-        self._withdraw(self._stage)
+        if self._awaits_a_load():  # else the model's own state has taken it back, and what is there now is to stay
+            self._withdraw(self._stage)
         self._steps, self._spent, self._misses, self._round = loaded.numbers.values()
         self._history, self._curve, self._unseen = loaded.history, loaded.curve, loaded.unseen
         self._costs, self._losses = loaded.costs, Losses()
@@ -275,6 +277,12 @@ class Grower(GrowthCycle):
                 self._stage = self._await_kernel(self._stage)
             except Exception as error:  # noqa: BLE001  # as in a step
                 self._fail(f"{type(error).__name__}: {error}", error)
+
+    def _awaits_a_load(self) -> bool:
+        if not isinstance(self._stage, Staging):
+            return False
+        seed = self._model.kasmina_layers[self._stage.choice.layer].seeds[self._stage.choice.seed]
+        return seed.lifecycle is SeedLifecycleState.LOADING
 
     def _load_probe(self, state: Mapping[str, Any]) -> PartialProbe:
         return self._new_probe(state["layers"], int(state["seed"]), state)

@@ -139,10 +139,9 @@ class Probe(Mapping[str, SiteStatistics]):
         x, y = inputs[0].detach().flatten(0, -2), output.detach().flatten(0, -2)
         keys = torch.rand(len(x), device=x.device, generator=self._generator(x.device))
         chosen = keys.topk(self._rows).indices if len(x) > self._rows else None
-        if (
-            layer.linear_map is None or not layer.weight.requires_grad
-        ):  # then autograd does not see to it that nobody writes to the input
-            x = x.clone()
+        seen_to = layer.linear_map is not None and layer.weight.requires_grad
+        if not seen_to or torch.is_autocast_enabled(x.device.type):  # where autograd keeps another tensor, if any
+            x = x.clone()  # or somebody may write to it before the backward
         kept = (keys, y.clone()) if chosen is None else (keys[chosen], y[chosen])
         output.register_hook(partial(self._add, name, layer, x, chosen, *kept))  # type: ignore[no-untyped-call]  # torch's own
 

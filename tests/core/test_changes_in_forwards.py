@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,23 @@ def grown(shelf: KernelShelf, mode: Any, target: Any = None) -> tuple[esper.Morp
     for name in model.kasmina_layers:
         load(model, name, 0, kernel, alpha=0.5)
     return model, kernel
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.second(self.between(self.first(x).tanh()))
+    return y
+
+
+class Decorated(nn.Module):
+    """The same with a forward behind decorators that take anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(W, W), nn.Linear(W, W)
+        self.ask: Callable[[], Any] | None = None
+
+    between = Asking.between
+    forward = torch.no_grad()(torch.inference_mode(False)(_forward))
 
 
 CHANGES: dict[str, Callable[[Any, str, str], object]] = {
@@ -122,3 +140,25 @@ def test_who_asks_for_a_change_may_delete_the_model_at_once(shelf: KernelShelf) 
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("how", ["decorated", "of the instance"])
+def test_a_forward_behind_a_decorator_or_of_the_instance_is_one(shelf: KernelShelf, how: str) -> None:
+    """Entered at the module itself, where only its own forward is on the stack."""
+    torch.manual_seed(0)
+    inner = Decorated() if how == "decorated" else Asking()
+    model = esper.wrap(nn.Sequential(inner), platform=shelf.platform)
+    kernel, x = shelf.put(blueprint(W, W)).id, torch.randn(4, W)
+    outputs(model, x)
+    for name in model.kasmina_layers:
+        load(model, name, 0, kernel, alpha=0.5)
+    entered: Any = model[0]  # type: ignore[operator, index]  # a Sequential
+    if how != "decorated":
+        entered.forward = types.MethodType(_forward, entered)
+    with torch.no_grad():
+        before = entered(x)
+        entered.ask = lambda: model.unload_kernels("*")
+        assert torch.equal(entered(x), before), "all of the old plan"
+        entered.ask = None
+    outputs(model, x)
+    assert {each[0] for each in states(model).values()} == {"DORMANT"}

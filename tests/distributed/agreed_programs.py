@@ -70,7 +70,7 @@ def _began(model: esper.MorphableModel, layer: str, seed: int) -> int:
 
 
 class _Flips:
-    """Which forward was the first with another plan."""
+    """Which forward was the first with another plan; a plan of the same seeds is none."""
 
     def __init__(self, model: esper.MorphableModel) -> None:
         self.model, self.at = model, {}
@@ -78,7 +78,7 @@ class _Flips:
         model.register_forward_hook(self._after)
 
     def _after(self, *_: Any) -> None:
-        if self.model.runtime.plan is not self._plan:
+        if self.model.runtime.plan != self._plan:
             self._plan = self.model.runtime.plan
             kernels = [f"{site}:{seed.seed}:{seed.kernel.artifact_id[:6]}" for site, seed in _seeds(self.model)]
             self.at[self.model.ranks.forward] = kernels

@@ -305,3 +305,21 @@ def test_a_copied_model_has_no_grower(shelf: KernelShelf) -> None:
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
     esper.Grower(twin, optimizer, loss_of, budget=5, probe_batches=BATCHES)
     assert (Y.shape[0], run.grower.steps) == (300, 0)
+
+
+def test_a_state_that_is_loaded_while_the_next_growth_is_asked_for_keeps_its_kernel(shelf: KernelShelf) -> None:
+    """The model's own state has called that off already, and brought back what was on trial at that seed."""
+    run = begin(shelf, seeds=1, margin=1e9, patience=99, cooldown=1, lead=8)
+    run.until("in force")
+    run.steps(3)
+    saved = copy.deepcopy([each.state_dict() for each in (run.model, run.optimizer, run.grower)])
+    layer = run.model.kasmina_layers["0"]
+    kernel = layer.kernel_in_force(0)
+    assert kernel is not None
+    run.until("unloaded")
+    run.until("chosen")
+    for part, state in zip((run.model, run.optimizer, run.grower), saved, strict=True):
+        part.load_state_dict(state)
+    run.model(X)
+    assert layer.kernel_in_force(0) == kernel
+    assert run.until("kept", "unloaded").event == "unloaded", "at the end of its trial"

@@ -242,3 +242,18 @@ def test_models_and_layers_that_it_is_not_for() -> None:
     probe = Probe(esper.wrap(mlp(8, 6, 4)))
     with probe, pytest.raises(GrowthError, match="in its block already"), probe:
         pass
+
+
+def test_an_input_that_is_written_to_under_autocast_was_seen_before() -> None:
+    """Autograd keeps what autocast has cast it to, and lets the input itself be changed."""
+    torch.manual_seed(0)
+    model = esper.wrap(nn.Sequential(nn.Linear(6, 6)))
+    x = torch.randn(32, 6)
+    kept = x.clone()
+    with Probe(model) as probe:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        x.add_(1.0)
+        y.float().square().mean().backward()
+    with_one = torch.cat([kept, torch.ones(32, 1)], 1)
+    assert torch.allclose(probe["0"].inputs, with_one.T @ with_one / 32, atol=1e-5)

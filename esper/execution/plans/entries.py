@@ -107,6 +107,7 @@ class Entries:
             return False
         modules = list(self._modules())
         ids, codes = frozenset(map(id, modules)), set[_Code]().union(*map(_forwards, {type(each) for each in modules}))
+        codes.update(code for each in modules for code in _codes(vars(each).get("forward")))
         return any(_key(frame.f_code) in codes and id(_first_argument(frame)) in ids for frame in _around(caller))
 
 
@@ -173,8 +174,16 @@ def _hints_at_a_forward(code: CodeType) -> bool:
 
 def _forwards(kind: type) -> frozenset[_Code]:
     """The codes of the forwards of a class of modules."""
-    forwards = (vars(each).get("forward") for each in kind.__mro__)
-    return frozenset(_key(each.__code__) for each in forwards if isinstance(each, FunctionType))
+    return frozenset(code for each in kind.__mro__ for code in _codes(vars(each).get("forward")))
+
+
+def _codes(function: Any) -> Iterator[_Code]:
+    """Those of a function or method, and of what its decorators, such as `torch.no_grad()`, are around."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if isinstance(function, FunctionType):
+            yield _key(function.__code__)
+        function = getattr(function, "__wrapped__", None)
 
 
 def _goes_on(frame: FrameType | None) -> bool:
