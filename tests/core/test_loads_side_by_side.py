@@ -180,3 +180,21 @@ def test_many_models_share_their_threads_and_these_end(source: HangingSource) ->
         gc.collect()
         assert reference() is None
     assert threading.active_count() <= before + 12
+
+
+def test_a_source_that_raises_what_ends_programs_fails_its_load_alone(source: HangingSource) -> None:
+    """On a thread where nobody else would hear of it."""
+    model = _model(source)
+    good, bad = source.artifacts[0].id, source.artifacts[1].id
+    fetch = source.fetch
+
+    def fetching(artifact_id: str) -> FetchedKernel:
+        if artifact_id == bad:
+            raise SystemExit("the store is closed")
+        return fetch(artifact_id)
+
+    source.fetch = fetching  # type: ignore[method-assign]
+    first, second = model.request_kernel("0", 0, bad), model.request_kernel("1", 0, good)
+    assert not first.result(60)
+    assert second.result(60)
+    assert "SystemExit('the store is closed')" in str(model.kasmina_layers["0"].seed_errors)

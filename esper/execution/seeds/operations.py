@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from esper.errors import EsperError
 from esper.execution.background import rest
 from esper.execution.kernels.loaded_kernel import KernelMismatchError, LoadedKernel
 from esper.execution.kernels.service_locator import AttachKernel
@@ -71,8 +72,8 @@ class Load(Operation):
         self.note(Stage.FETCHING)
         try:
             kernel = self._kernel = self._fitting()
-        except Exception as error:  # noqa: BLE001  # law 4: whatever fails before the commit is kept as the seed's error
-            self._end(error)
+        except BaseException as error:  # noqa: BLE001  # law 4: whatever fails before the commit is the seed's error
+            self._end(error if isinstance(error, Exception) else EsperError(f"the kernel's source raised {error!r}"))
             return False
         seed, uses_host = self.seed, kernel.graph.uses_host
         self._planned = SeedPlan(seed.index, kernel, self._options.isolate, uses_host, seed.alpha_index)

@@ -95,10 +95,14 @@ class StagingQueue:
             FETCHING.submit(lambda: self._fetch_some(line))
         if first is not None:
             first()
-        with contextlib.suppress(IndexError):  # others may be at the same line
-            self._fetch(line.popleft())
-            while not has_worked():
-                self._fetch(line.popleft())
+        fetched = False
+        while not (fetched and has_worked()):
+            try:
+                operation = line.popleft()
+            except IndexError:  # others are at the same line
+                return
+            self._fetch(operation)
+            fetched = True
 
     def _fetch(self, operation: Operation) -> None:
         goes_on = False
