@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 import esper
-from benchmarks.growth_characters import BATCH, CONTEXT, EMBEDDING, Text, linear_layers, step_flops
+from benchmarks.growth_characters import BATCH, CONTEXT, EMBEDDING, Block, Text, linear_layers, step_flops
 from benchmarks.growth_depth import schedule
 from benchmarks.harness import Section, arguments, paired, ratio, report, stoppable
 from esper.growth import GrowthRecord
@@ -43,19 +43,6 @@ SETTLING = 25
 """Steps after a judgement, in which a kernel that stays becomes a part of the model, or one that goes leaves it."""
 
 
-class Block(nn.Module):
-    """Pre-norm residual MLP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(F.gelu(self.up(self.norm(x))))
-        return x + y
-
-
 def network(characters: int, seed: int) -> nn.Module:
     """Embeddings that never learn, a projection of a context's, blocks, and a head."""
     torch.manual_seed(seed)
@@ -63,7 +50,7 @@ def network(characters: int, seed: int) -> nn.Module:
         nn.Embedding(characters, EMBEDDING).requires_grad_(False),
         nn.Flatten(),
         nn.Linear(CONTEXT * EMBEDDING, WIDTH),
-        *(Block() for _ in range(BLOCKS)),
+        *(Block(WIDTH, INNER) for _ in range(BLOCKS)),
         nn.LayerNorm(WIDTH),
         nn.Linear(WIDTH, characters),
     )
